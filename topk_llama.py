@@ -1,0 +1,13 @@
+"""The drop-in for Hugging Face's LlamaAttention.
+
+    from topk_llama import update_model, set_params
+    update_model(model)
+    set_params(model, mode=1, K=64, placement="pre-softmax", sdc="exact", vmc=True)
+
+mode 0 is Top-theta, mode 1 Top-k, anything else dense. The code is in toptheta/llama.py (modules) and
+toptheta/attention.py (what is computed).
+"""
+
+from toptheta.llama import TopK_LLamaAttention, restore_model, set_params, update_model
+
+__all__ = ["TopK_LLamaAttention", "restore_model", "set_params", "update_model"]

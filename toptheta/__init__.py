@@ -1,0 +1,3 @@
+"""Top-theta attention: sparse attention for Llama-family models by calibrated thresholds (arXiv 2502.08363)."""
+
+__version__ = "0.1.0"

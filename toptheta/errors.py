@@ -1,0 +1,5 @@
+"""The one error that users cause and can mend."""
+
+
+class UsageError(ValueError):
+    """A flag, parameter or file is wrong; the message is one sentence that says which, why, and the way out."""
