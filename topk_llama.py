@@ -8,6 +8,7 @@ mode 0 is Top-theta, mode 1 Top-k, anything else dense. The code is in toptheta/
 toptheta/attention.py (what is computed).
 """
 
-from toptheta.llama import TopK_LLamaAttention, restore_model, set_params, update_model
+from toptheta.llama import TopK_LLamaAttention, restore_model, update_model
+from toptheta.steering import set_params
 
 __all__ = ["TopK_LLamaAttention", "restore_model", "set_params", "update_model"]

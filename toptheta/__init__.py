@@ -1,3 +1,4 @@
-"""Top-theta attention: sparse attention for Llama-family models by calibrated thresholds (arXiv 2502.08363)."""
+"""Top-theta attention: sparse attention for Llama-family models by calibrated thresholds (arXiv
+2502.08363)."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,9 @@
-"""Sparse attention over blocks of query rows: selection, compensation and counts in one pass (DESIGN sections 2-3).
+"""Sparse attention over blocks of query rows: selection, compensation and counts in one pass (DESIGN sections
+2-3).
 
-Pure tensor functions: they know nothing of modules, files or flags. Scores are float32 whatever the model's type.
-Shapes: B sequences, H query heads, H_kv key/value heads, G = H / H_kv heads of a group, Q query rows, N keys,
-D head_dim. A head's group is `head // G`.
+Pure tensor functions: they know nothing of modules, files or flags. Scores are float32 whatever the model's
+type. Shapes: B sequences, H query heads, H_kv key/value heads, G = H / H_kv heads of a group, Q query rows, N
+keys, D head_dim. A head's group is `head // G`.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from toptheta.params import TOP_K, TOP_THETA
 from toptheta.rows import Rows
 
 NEG_INF = float("-inf")
-# Elements of one block of scores. On CPU it should stay within a core's share of cache; on a GPU it bounds memory.
+# Elements of one block of scores. On CPU it should stay within a core's share of cache; on a GPU it bounds
+# memory.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer computes: the resolved parameters of DESIGN sections 2-3. k <= 0 leaves every row dense."""
+    """What one layer computes: the resolved parameters of DESIGN sections 2-3. k <= 0 leaves every row
+    dense."""
 
     mode: int = 3
     placement: str = "none"
@@ -37,15 +40,16 @@ class LayerSpec:
 
 
 class Calibrator(Protocol):
-    """Sees the scores (or weights) of every block while a layer is calibrated; see toptheta/calibration.py."""
+    """Sees the scores (or weights) of every block while a layer is calibrated; see
+    toptheta/calibration.py."""
 
     def observe(self, block: "Block") -> None: ...
 
 
 @dataclass
 class Counts:
-    """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep a V row.
-    Rows that are padding count nowhere."""
+    """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep
+    a V row. Rows that are padding count nowhere."""
 
     attn: Tensor
     vrow: Tensor
@@ -53,8 +57,8 @@ class Counts:
 
 @dataclass
 class Block:
-    """Rows start..stop of one attention call. scores: `[B, H, R, E]` over the first E keys, -inf where not visible;
-    n: `[B or 1, R]`; real: `[B or 1, R]` or None (all real); k of the layer."""
+    """Rows start..stop of one attention call. scores: `[B, H, R, E]` over the first E keys, -inf where not
+    visible; n: `[B or 1, R]`; real: `[B or 1, R]` or None (all real); k of the layer."""
 
     scores: Tensor
     n: Tensor
@@ -64,10 +68,11 @@ class Block:
 
 
 def top_theta_keep(x: Tensor, theta: Tensor, peak: Tensor) -> Tensor:
-    """Keep what is strictly greater than theta; where nothing is, keep the row's largest (all of them on a tie).
+    """Keep what is strictly greater than theta; where nothing is, keep the row's largest (all of them on a
+    tie).
 
-    x: `[..., R, E]` scores or weights, theta and peak (the row's maximum): `[..., R, 1]`. theta of -inf keeps every
-    visible key.
+    x: `[..., R, E]` scores or weights, theta and peak (the row's maximum): `[..., R, 1]`. theta of -inf keeps
+    every visible key.
     """
     below_peak = torch.nextafter(peak, torch.full_like(peak, NEG_INF))
     return x > torch.minimum(theta, below_peak)
@@ -88,19 +93,27 @@ def cap_recent(keep: Tensor, k: int, sparse: Tensor) -> Tensor:
 
 
 def missing_denominator(
-    spec: LayerSpec, exps: Tensor, keep: Tensor, peak: Tensor, n: Tensor, theta: Tensor | None, table: Tensor | None
+    spec: LayerSpec,
+    exps: Tensor,
+    keep: Tensor,
+    peak: Tensor,
+    n: Tensor,
+    theta: Tensor | None,
+    table: Tensor | None,
 ) -> Tensor:
     """R of softmax denominator compensation, `[B, H, R, 1]` (DESIGN section 3).
 
-    exps: exp(scores - peak) over visible keys. table: calibrated R of each row. Rows with n <= K get 0: there theta
-    is -inf, the table is 0, and nothing was dropped.
+    exps: exp(scores - peak) over visible keys. table: calibrated R of each row. Rows with n <= K get 0: there
+    theta is -inf, the table is 0, and nothing was dropped.
     """
     if spec.sdc == "exact":
         return exps.masked_fill(keep, 0.0).sum(dim=-1, keepdim=True)
     if spec.sdc == "exp-threshold":
+        assert theta is not None
         dropped = n[:, None, :, None] - keep.sum(dim=-1, keepdim=True)
         return dropped * torch.exp(theta - peak)
     if spec.sdc == "offline-calibrated":
+        assert table is not None
         return table.expand(exps.shape[0], -1, -1, -1)
     raise ValueError(f"no such SDC: {spec.sdc}")
 
@@ -113,7 +126,9 @@ def sparse_weights(
     theta, table: `[B or 1, H, R, 1]` threshold and calibrated R of each row, -inf and 0 where n <= K.
     """
     scores, n = block.scores, block.n
-    peak = scores.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)  # finite on fully masked rows
+    peak = scores.amax(dim=-1, keepdim=True).clamp_min(
+        torch.finfo(scores.dtype).min
+    )  # finite on fully masked rows
     sparse = (n > spec.k)[:, None, :, None]
 
     if spec.placement == "pre-softmax":
@@ -135,7 +150,8 @@ def sparse_weights(
     if calibrator is not None:
         block.scores = weights
         calibrator.observe(block)
-    # Weights of keys that are not visible are 0, which must not pass a threshold of -inf or fill up the K largest.
+    # Weights of keys that are not visible are 0, which must not pass a threshold of -inf or fill up the K
+    # largest.
     ranked = weights.masked_fill(~visible, NEG_INF)
     keep = select(ranked, ranked.amax(dim=-1, keepdim=True), spec, theta, sparse)
     return weights.masked_fill_(~keep, 0.0), keep
@@ -148,6 +164,7 @@ def select(x: Tensor, peak: Tensor, spec: LayerSpec, theta: Tensor | None, spars
     if spec.mode == TOP_K:
         keep = top_k_keep(x, spec.k)
         return keep | (~sparse & (x > NEG_INF))
+    assert theta is not None
     keep = top_theta_keep(x, theta, peak)
     return cap_recent(keep, spec.k, sparse) if spec.capk else keep
 
@@ -184,9 +201,9 @@ def sparse_attention(
 ) -> tuple[Tensor, Counts | None]:
     """Attention of `spec`, and what it kept if `count`.
 
-    q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`; theta, table: `[H, L]` by row length, looked up at min(n, L - 1), with
-    -inf and 0 for lengths up to K. Returns `[B, H, Q, D]` in q's type. A row that sees no key gives zeros.
-    Memory is that of a few blocks of scores, never `[B, H, Q, N]`.
+    q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`; theta, table: `[H, L]` by row length, looked up at min(n, L -
+    1), with -inf and 0 for lengths up to K. Returns `[B, H, Q, D]` in q's type. A row that sees no key gives
+    zeros. Memory is that of a few blocks of scores, never `[B, H, Q, N]`.
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]

@@ -1,7 +1,8 @@
-"""Calibration of one layer: running sums of samples per (head, row length), kept on the device (DESIGN section 4).
+"""Calibration of one layer: running sums of samples per (head, row length), kept on the device (DESIGN
+section 4).
 
-Covers which rows are sampled, what a sample is, and how sums become thresholds. Files and whole models are the business
-of tables.py.
+Covers which rows are sampled, what a sample is, and how sums become thresholds. Files and whole models are
+the business of tables.py.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,11 @@ from toptheta.params import TOP_THETA
 
 
 class RunningSums:
-    """Count, sum and sum of squares of samples per (head, n); grows with the longest row, not with the samples.
+    """Count, sum and sum of squares of samples per (head, n); grows with the longest row, not with the
+    samples.
 
-    float64 holds the sum of squares: a variance taken from float32 sums loses its digits after some hundred samples.
+    float64 holds the sum of squares: a variance taken from float32 sums loses its digits after some hundred
+    samples.
     """
 
     def __init__(self, num_heads: int, device: torch.device):
@@ -37,7 +40,9 @@ class RunningSums:
     def add(self, samples: Tensor, n: Tensor, sampled: Tensor) -> None:
         """Add samples `[B, H, R]` of rows with lengths n `[B, R]`, where sampled `[B, R]` holds."""
         num_heads = samples.shape[1]
-        index = torch.where(sampled, n, 0).reshape(-1)  # length 0 does not occur: it takes what is not sampled
+        index = torch.where(sampled, n, 0).reshape(
+            -1
+        )  # length 0 does not occur: it takes what is not sampled
         values = torch.where(sampled[:, None], samples, 0.0).double().transpose(0, 1).reshape(num_heads, -1)
         self.count.index_add_(1, index, sampled.reshape(-1).long().expand(num_heads, -1))
         self.total.index_add_(1, index, values)
@@ -48,7 +53,8 @@ class RunningSums:
         return self.total / self.count
 
     def threshold(self, add_sigma: float) -> Tensor:
-        """mean + add_sigma * population standard deviation, `[H, L]` float64; NaN where nothing was sampled."""
+        """mean + add_sigma * population standard deviation, `[H, L]` float64; NaN where nothing was
+        sampled."""
         mean = self.mean()
         if add_sigma == 0.0:
             return mean
@@ -61,14 +67,18 @@ class RunningSums:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         device = self.count.device
-        self.count, self.total, self.squares = (state[key].to(device) for key in ("count", "total", "squares"))
+        self.count, self.total, self.squares = (
+            state[key].to(device) for key in ("count", "total", "squares")
+        )
 
 
 class LayerCalibration:
-    """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them all.
+    """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them
+    all.
 
-    mode, add_sigma: as they will be used, for the SDC samples of Top-theta. with_sdc: also sample R of SDC 'exact'.
-    sample_frac: share of a prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`.
+    mode, add_sigma: as they will be used, for the SDC samples of Top-theta. with_sdc: also sample R of SDC
+    'exact'. sample_frac: share of a prompt's eligible rows that are sampled, drawn with a generator seeded by
+    `seed`.
     """
 
     def __init__(
@@ -86,7 +96,9 @@ class LayerCalibration:
         self.mode, self.with_sdc = mode, with_sdc
         self.add_sigma, self.sample_frac = add_sigma, sample_frac
         self.device = torch.device(device)
-        self.thresholds = {k: RunningSums(num_heads, self.device) for k in self.ks} if mode == TOP_THETA else {}
+        self.thresholds = (
+            {k: RunningSums(num_heads, self.device) for k in self.ks} if mode == TOP_THETA else {}
+        )
         self.missing = {k: RunningSums(num_heads, self.device) for k in self.ks} if with_sdc else {}
         self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
         self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
@@ -118,6 +130,7 @@ class LayerCalibration:
         """Take the samples of one block: its (K+1)-th largest, and R of what would be dropped."""
         x, rows = block.scores, block.scores.shape[2]
         n = block.n.expand(x.shape[0], -1)
+        assert self._chosen is not None
         chosen = self._chosen[:, block.start : block.start + rows]
         largest = x.topk(min(max(self.ks) + 1, x.shape[-1]), dim=-1).values
         for k in self.ks:
@@ -132,7 +145,9 @@ class LayerCalibration:
     def _dropped(self, scores: Tensor, k: int, n: Tensor, peak: Tensor) -> Tensor:
         """R of SDC 'exact' for the block's rows, `[B, H, R]`, by the thresholds so far or by Top-k."""
         if self.mode == TOP_THETA:
-            theta = self.thresholds[k].threshold(self.add_sigma).to(scores.dtype)  # NaN only where not sampled
+            theta = (
+                self.thresholds[k].threshold(self.add_sigma).to(scores.dtype)
+            )  # NaN only where not sampled
             keep = top_theta_keep(scores, theta[:, n].transpose(0, 1).unsqueeze(-1), peak)
         else:
             keep = top_k_keep(scores, k)
@@ -141,7 +156,11 @@ class LayerCalibration:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed calibration needs, as flat named tensors."""
-        state = {"seen": self.seen, "longest": torch.tensor(self.longest), "generator": self.generator.get_state()}
+        state = {
+            "seen": self.seen,
+            "longest": torch.tensor(self.longest),
+            "generator": self.generator.get_state(),
+        }
         for kind, sums_by_k in (("theta", self.thresholds), ("sdc", self.missing)):
             for k, sums in sums_by_k.items():
                 state.update({f"{kind}.{k}.{name}": value for name, value in sums.state().items()})
@@ -158,9 +177,9 @@ class LayerCalibration:
 def draw_rows(eligible: Tensor, seen: Tensor, frac: float, generator: torch.Generator) -> Tensor:
     """Draw ceil(frac * eligible) rows of each sequence without replacement, `[B, Q]` bool.
 
-    A row's weight is 1 + (most seen - seen) of its length, so that lengths sampled least so far come first. Weighted
-    drawing without replacement is the top of log(weight) + Gumbel noise (Efraimidis and Spirakis 2006); nothing here
-    waits for the device.
+    A row's weight is 1 + (most seen - seen) of its length, so that lengths sampled least so far come first.
+    Weighted drawing without replacement is the top of log(weight) + Gumbel noise (Efraimidis and Spirakis
+    2006); nothing here waits for the device.
     """
     weight = 1.0 + (seen.amax(dim=-1, keepdim=True) - seen).double()
     uniform = torch.rand(seen.shape, generator=generator, device=seen.device, dtype=torch.float64)
@@ -177,10 +196,11 @@ def sample_count(eligible: int, frac: float) -> int:
 
 
 def nearest_lookup(values: np.ndarray, k: int, below: float) -> np.ndarray:
-    """Fill a `[H, L]` table, NaN where not calibrated: each length takes the nearest calibrated one (ties: the smaller).
+    """Fill a `[H, L]` table, NaN where not calibrated: each length takes the nearest calibrated one (ties:
+    the smaller).
 
-    Lengths up to K, whose rows stay dense, get `below`. Returns float32 `[H, L]`; lengths of L and above are to be
-    looked up at L - 1. Raises ValueError for a head with no calibrated length.
+    Lengths up to K, whose rows stay dense, get `below`. Returns float32 `[H, L]`; lengths of L and above are
+    to be looked up at L - 1. Raises ValueError for a head with no calibrated length.
     """
     num_heads, length = values.shape
     wanted = np.arange(length)

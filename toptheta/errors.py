@@ -2,4 +2,5 @@
 
 
 class UsageError(ValueError):
-    """A flag, parameter or file is wrong; the message is one sentence that says which, why, and the way out."""
+    """A flag, parameter or file is wrong; the message is one sentence that says which, why, and the way
+    out."""

@@ -1,6 +1,7 @@
 """The parameters of sparse attention and the one place where their rules are checked.
 
-Covers what `set_params` and the scripts' flags share. Does not cover flags about tasks, files or devices (cli.py).
+Covers what `set_params` and the scripts' flags share. Does not cover flags about tasks, files or devices
+(cli.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,9 @@ class AttentionParams:
     calib_add_sigma: float = 0.0
     calib_sample_frac: float = 0.1
     calib_load_path: str = ""
-    calibration_requests: int | None = None  # accepted for the published project's users; calibration ends explicitly
+    calibration_requests: int | None = (
+        None  # accepted for the published project's users; calibration ends explicitly
+    )
 
     @property
     def sparse(self) -> bool:
@@ -72,11 +75,14 @@ def expand_k(
         for layer in k:
             if not 0 <= layer < num_layers:
                 raise UsageError(
-                    f"{name} names layer {layer}, but the model has layers 0 to {num_layers - 1}: name one of those."
+                    f"{name} names layer {layer}, but the model has layers 0 to {num_layers - 1}: "
+                    "name one of those."
                 )
         return tuple(k.get(layer, default) for layer in range(num_layers))
     if len(k) != num_layers:
-        raise UsageError(f"{name} lists {len(k)} values, but the model has {num_layers} layers: give one per layer.")
+        raise UsageError(
+            f"{name} lists {len(k)} values, but the model has {num_layers} layers: give one per layer."
+        )
     return tuple(k)
 
 
@@ -96,7 +102,8 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
         raise UsageError(f"{flag('sdc_scale')} is {params.sdc_scale}: give a number of at least 0.")
     if not 0.0 < params.calib_sample_frac <= 1.0:
         raise UsageError(
-            f"{flag('calib_sample_frac')} is {params.calib_sample_frac}: give a share of rows above 0 and up to 1."
+            f"{flag('calib_sample_frac')} is {params.calib_sample_frac}: give a share of rows above 0 "
+            "and up to 1."
         )
     for k in params.K.values() if isinstance(params.K, Mapping) else [params.K]:
         for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:
@@ -115,11 +122,14 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
         )
     if params.vmc and placement == "pre-softmax" and params.sdc == "none":
         raise UsageError(
-            f"{flag('vmc')} has nothing to compensate when {flag('placement')} is pre-softmax without SDC (the kept "
+            f"{flag('vmc')} has nothing to compensate when {flag('placement')} is pre-softmax without "
+            "SDC (the kept "
             f"weights then sum to 1): add {flag('sdc')} exact, exp-threshold or offline-calibrated."
         )
     if params.capk and mode != TOP_THETA:
         raise UsageError(f"{flag('capk')} caps what a threshold keeps: use it with {flag('mode')} 0 only.")
     if params.calib_tac and mode != TOP_THETA:
-        raise UsageError(f"{flag('calib_tac')} shapes the calibration of thresholds: use it with {flag('mode')} 0 only.")
+        raise UsageError(
+            f"{flag('calib_tac')} shapes the calibration of thresholds: use it with {flag('mode')} 0 only."
+        )
     return params

@@ -1,7 +1,7 @@
 """Rows: which keys each query sees, how many those are, and which queries are real (DESIGN section 1).
 
-Covers the mask function that transformers calls for our attention, and what it learns on the way. A mask of None is
-the plain causal mask of an unpadded batch: no `[Q, KV]` tensor is ever made for it.
+Covers the mask function that transformers calls for our attention, and what it learns on the way. A mask of
+None is the plain causal mask of an unpadded batch: no `[Q, KV]` tensor is ever made for it.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ _ROWS = "_toptheta_rows"  # attribute under which a mask carries its Rows from l
 class Rows:
     """Visibility of the keys for a batch of query rows.
 
-    n: `[B or 1, Q]` int64, number of visible keys of each row. real: `[B or 1, Q]` bool, rows that belong to a
-    sequence rather than to padding (None: all). mask: `[B, 1, Q, KV]` bool, True = visible, or None for plain causal
-    (row i sees keys 0..i; a single row sees every key). first: position of the first query among the keys if the
-    pattern is causal plus padding, else None. key_real: `[B, KV]` bool, keys that are not padding (None: all).
+    n: `[B or 1, Q]` int64, number of visible keys of each row. real: `[B or 1, Q]` bool, rows that belong to
+    a sequence rather than to padding (None: all). mask: `[B, 1, Q, KV]` bool, True = visible, or None for
+    plain causal (row i sees keys 0..i; a single row sees every key). first: position of the first query among
+    the keys if the pattern is causal plus padding, else None. key_real: `[B, KV]` bool, keys that are not
+    padding (None: all).
     """
 
     n: Tensor
@@ -34,7 +35,8 @@ class Rows:
         return kv_len if self.first is None else min(kv_len, self.first + stop)
 
     def visible(self, start: int, stop: int, kv_len: int) -> Tensor | None:
-        """`[B or 1, 1, stop - start, end]` bool for rows start..stop, or None if they see all of the first `end` keys."""
+        """`[B or 1, 1, stop - start, end]` bool for rows start..stop, or None if they see all of the first
+        `end` keys."""
         end = self.end(stop, kv_len)
         if self.mask is not None:
             return self.mask[:, :, start:stop, :end]
@@ -46,10 +48,11 @@ class Rows:
 
 
 def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Rows:
-    """The Rows for the mask that an attention layer is handed; counted once and kept on the mask for the next layers.
+    """The Rows for the mask that an attention layer is handed; counted once and kept on the mask for the next
+    layers.
 
-    A float mask is read as additive (0 = visible). Without a mask the rows are plain causal, aligned at the first
-    key as scaled_dot_product_attention does; a single row then sees every key.
+    A float mask is read as additive (0 = visible). Without a mask the rows are plain causal, aligned at the
+    first key as scaled_dot_product_attention does; a single row then sees every key.
     """
     if mask is None:
         if q_len == 1:
@@ -60,12 +63,16 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
         return known
     bool_mask = mask if mask.dtype == torch.bool else mask >= 0
     n = bool_mask.sum(dim=-1)[:, 0]
-    # The queries are the last rows of the keys, so a real row sees itself: the diagonal that ends at the corner.
+    # The queries are the last rows of the keys, so a real row sees itself: the diagonal that ends at the
+    # corner.
     itself = bool_mask[:, 0].diagonal(offset=kv_len - q_len, dim1=-2, dim2=-1)
     rows = Rows(n=n, real=itself & (n > 0), mask=bool_mask)
     try:
         setattr(mask, _ROWS, rows)
-    except (AttributeError, RuntimeError):  # a traced tensor takes no attributes: count again in the next layer
+    except (
+        AttributeError,
+        RuntimeError,
+    ):  # a traced tensor takes no attributes: count again in the next layer
         pass
     return rows
 
@@ -83,14 +90,22 @@ def toptheta_mask(
 ) -> Tensor | None:
     """Mask function for transformers' AttentionMaskInterface: bool `[B, 1, Q, KV]`, True = attend, or None.
 
-    None is returned only where `rows_of(None, ...)` means the same: stock `sdpa_mask` also skips the mask for one
-    query over a static cache, where the unused tail must stay hidden.
+    None is returned only where `rows_of(None, ...)` means the same: stock `sdpa_mask` also skips the mask for
+    one query over a static cache, where the unused tail must stay hidden.
     """
     if isinstance(q_offset, Tensor) and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
         q_offset = int(q_offset)  # a static cache's; on a GPU reading it would wait for the device
     offset_known = isinstance(q_offset, int)
-    same = offset_known and kv_offset == 0 and (
-        q_offset == 0 and q_length > 1 or q_length == kv_length or q_length == 1 and q_offset + 1 == kv_length
+    same = (
+        offset_known
+        and kv_offset == 0
+        and (
+            q_offset == 0
+            and q_length > 1
+            or q_length == kv_length
+            or q_length == 1
+            and q_offset + 1 == kv_length
+        )
     )
     mask = sdpa_mask(
         batch_size=batch_size,
@@ -103,8 +118,14 @@ def toptheta_mask(
         allow_is_causal_skip=allow_is_causal_skip and same,
         **kwargs,
     )
-    if mask is None or mask_function is not causal_mask_function or not offset_known or torch.compiler.is_compiling():
+    if (
+        mask is None
+        or mask_function is not causal_mask_function
+        or not offset_known
+        or torch.compiler.is_compiling()
+    ):
         return mask
+    assert isinstance(q_offset, int)
     first = q_offset - kv_offset
     rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, first=first)
     if attention_mask is not None:

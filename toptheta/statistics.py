@@ -1,6 +1,8 @@
-"""How much attention keeps: elements per head and V rows per group, collected on the device (DESIGN section 5).
+"""How much attention keeps: elements per head and V rows per group, collected on the device (DESIGN section
+5).
 
-Covers counting during calls and handing the counts over in bulk after a request. Writing them is products.py's job.
+Covers counting during calls and handing the counts over in bulk after a request. Writing them is
+products.py's job.
 """
 
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ PREFILL, DECODE = "prefill", "generative_decoding"
 class LayerRecord:
     """Counts of one layer for one prefill (summed over its rows) or one decode step; B sequences.
 
-    attn: `[B, H]` kept elements; vrow: `[B, H_kv]` V rows kept by any row; full: `[B]` elements dense attention would
-    use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a sequence had no real row.
-    popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
+    attn: `[B, H]` kept elements; vrow: `[B, H_kv]` V rows kept by any row; full: `[B]` elements dense
+    attention would use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a
+    sequence had no real row. popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
     """
 
     attn: np.ndarray
@@ -46,8 +48,8 @@ class _Open:
 class Recorder:
     """Collects counts while a model runs. One request is one prefill and its decode steps; `drain` ends it.
 
-    phase: set it to PREFILL or DECODE to say what calls are; None judges by shape (one new row behind others: decode).
-    Nothing here reads a value back from the device before `drain`.
+    phase: set it to PREFILL or DECODE to say what calls are; None judges by shape (one new row behind others:
+    decode). Nothing here reads a value back from the device before `drain`.
     """
 
     def __init__(self, num_heads: int, keep_popularity: bool = False):
@@ -57,9 +59,11 @@ class Recorder:
         self._steps: dict[int, list[Tensor]] = {}
         self._step_popularity: dict[int, list[Tensor]] = {}
 
-    def add(self, layer: int, rows: Rows, k: int, counts: Counts | None, shape: tuple[int, int, int, int]) -> None:
-        """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible is kept.
-        k: the layer's K, 0 if it is left dense."""
+    def add(
+        self, layer: int, rows: Rows, k: int, counts: Counts | None, shape: tuple[int, int, int, int]
+    ) -> None:
+        """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible
+        is kept. k: the layer's K, 0 if it is left dense."""
         batch, num_heads, num_kv_heads, kv_len = shape
         n = rows.n if rows.real is None else rows.n * rows.real
         n = n.expand(batch, -1)
@@ -69,7 +73,9 @@ class Recorder:
         if counts is None:
             attn = full[:, None].expand(batch, num_heads)
             # Only which V rows are used matters below; dense rows use all that the longest row sees.
-            vrow = (torch.arange(kv_len, device=n.device) < longest[:, None])[:, None].expand(-1, num_kv_heads, -1)
+            vrow = (torch.arange(kv_len, device=n.device) < longest[:, None])[:, None].expand(
+                -1, num_kv_heads, -1
+            )
         else:
             attn, vrow = counts.attn, counts.vrow
         phase = self.phase or (DECODE if n.shape[1] == 1 and kv_len > 1 else PREFILL)
@@ -86,11 +92,16 @@ class Recorder:
         wide = vrow.new_zeros(before.vrow.shape[:2] + (kv_len,), dtype=torch.int32)
         wide[..., : before.vrow.shape[2]] = before.vrow
         self._open[layer] = _Open(
-            before.attn + attn, wide + vrow, before.full + full, before.topk + topk, torch.maximum(before.n, longest)
+            before.attn + attn,
+            wide + vrow,
+            before.full + full,
+            before.topk + topk,
+            torch.maximum(before.n, longest),
         )
 
     def repeat(self, index: Tensor) -> None:
-        """Reorder or repeat the sequences of the open prefill, as the cache is: `[new B]` indices of sequences."""
+        """Reorder or repeat the sequences of the open prefill, as the cache is: `[new B]` indices of
+        sequences."""
         for layer, o in self._open.items():
             at = index.to(o.attn.device)
             self._open[layer] = _Open(o.attn[at], o.vrow[at], o.full[at], o.topk[at], o.n[at])
@@ -118,7 +129,9 @@ class Recorder:
         heads, decode = self.num_heads, {}
         for layer, steps in self._steps.items():
             packed = torch.stack(steps).cpu().numpy()  # [steps, B, H + H_kv + 3]
-            decode[layer] = [LayerRecord(s[:, :heads], s[:, heads:-3], s[:, -3], s[:, -2], s[:, -1]) for s in packed]
+            decode[layer] = [
+                LayerRecord(s[:, :heads], s[:, heads:-3], s[:, -3], s[:, -2], s[:, -1]) for s in packed
+            ]
             for record, vrow in zip(decode[layer], self._step_popularity.get(layer, [])):
                 record.popularity = vrow.cpu().numpy()
         self._open, self._steps, self._step_popularity = {}, {}, {}

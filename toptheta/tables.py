@@ -1,7 +1,8 @@
 """Calibrated tables of a whole model: th.txt, sdc.txt and the binary table (DESIGN section 4).
 
-th.txt and sdc.txt are the published project's formats. `calibration.safetensors` holds the same numbers with what they
-were calibrated for, and loads in no time. A table that does not fit the model or its use is refused.
+th.txt and sdc.txt are the published project's formats. `calibration.safetensors` holds the same numbers with
+what they were calibrated for, and loads in no time. A table that does not fit the model or its use is
+refused.
 """
 
 import io
@@ -22,8 +23,8 @@ BINARY_NAME = "calibration.safetensors"
 
 @dataclass
 class LayerTable:
-    """One kind of calibrated value of one layer. values: `[H, L]` float64 by row length, NaN where not calibrated;
-    samples: `[H, L]` int64, how many rows each value was taken from."""
+    """One kind of calibrated value of one layer. values: `[H, L]` float64 by row length, NaN where not
+    calibrated; samples: `[H, L]` int64, how many rows each value was taken from."""
 
     values: np.ndarray
     samples: np.ndarray
@@ -31,9 +32,11 @@ class LayerTable:
 
 @dataclass
 class CalibrationTables:
-    """Tables of all layers. theta, sdc: layer -> LayerTable (a layer left dense has none). k: K per layer, where known.
+    """Tables of all layers. theta, sdc: layer -> LayerTable (a layer left dense has none). k: K per layer,
+    where known.
 
-    meta: model, revision, placement and flags they were calibrated with; empty for the published project's files.
+    meta: model, revision, placement and flags they were calibrated with; empty for the published project's
+    files.
     """
 
     num_layers: int
@@ -69,14 +72,19 @@ def save_tables(tables: CalibrationTables, folder: Path | str) -> None:
         save_file(arrays, temporary, metadata=header)
 
 
-def load_tables(folder: Path | str, num_layers: int, num_heads: int, name: str = "calib_load_path") -> CalibrationTables:
+def load_tables(
+    folder: Path | str, num_layers: int, num_heads: int, name: str = "calib_load_path"
+) -> CalibrationTables:
     """Read the tables in `folder`, the binary one if it is there, for a model of these sizes.
 
-    Raises UsageError when there are none, or they are another model's or damaged; `name` is what the user calls it.
+    Raises UsageError when there are none, or they are another model's or damaged; `name` is what the user
+    calls it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UsageError(f"{name} is {str(folder)!r}, which is no folder: name one that holds th.txt or sdc.txt.")
+        raise UsageError(
+            f"{name} is {str(folder)!r}, which is no folder: name one that holds th.txt or sdc.txt."
+        )
     binary = folder / BINARY_NAME
     if binary.is_file():
         tables = _read_binary(binary)
@@ -84,7 +92,9 @@ def load_tables(folder: Path | str, num_layers: int, num_heads: int, name: str =
     else:
         theta_path, sdc_path = find_file(folder, "th.txt"), find_file(folder, "sdc.txt")
         if theta_path is None and sdc_path is None:
-            raise UsageError(f"{name} is {str(folder)!r}, which holds neither th.txt nor sdc.txt: calibrate first.")
+            raise UsageError(
+                f"{name} is {str(folder)!r}, which holds neither th.txt nor sdc.txt: calibrate first."
+            )
         tables = CalibrationTables(num_layers, num_heads)
         found = (0, 0)
         for path, has_k in ((theta_path, True), (sdc_path, False)):
@@ -97,7 +107,8 @@ def load_tables(folder: Path | str, num_layers: int, num_heads: int, name: str =
                     tables.sdc = layers
     if found[1] != num_heads or (found[0] != num_layers if binary.is_file() else found[0] > num_layers):
         raise UsageError(
-            f"{name}: the tables in {str(folder)!r} are of a model with {found[0]} layers and {found[1]} heads, but this "
+            f"{name}: the tables in {str(folder)!r} are of a model with {found[0]} layers and "
+            f"{found[1]} heads, but this "
             f"model has {num_layers} and {num_heads}: load tables that were calibrated on this model."
         )
     return tables
@@ -106,32 +117,37 @@ def load_tables(folder: Path | str, num_layers: int, num_heads: int, name: str =
 def check_fit(
     tables: CalibrationTables, kind: str, k_per_layer: tuple[int, ...], placement: str, layers: list[int]
 ) -> None:
-    """Raise UsageError unless `tables` hold `kind` ('theta' or 'sdc') of `layers` for these K and this placement."""
+    """Raise UsageError unless `tables` hold `kind` ('theta' or 'sdc') of `layers` for these K and this
+    placement."""
     held = tables.theta if kind == "theta" else tables.sdc
     word = "thresholds" if kind == "theta" else "SDC table"
     missing = [layer for layer in layers if layer not in held]
     if missing:
         raise UsageError(
-            f"the {word} {'lack' if kind == 'theta' else 'lacks'} layer {missing[0]} (of {len(layers)} needed): "
+            f"the {word} {'lack' if kind == 'theta' else 'lacks'} layer {missing[0]} (of "
+            f"{len(layers)} needed): "
             "calibrate with the K of every layer as it will be used."
         )
     for layer in layers:
         if layer in tables.k and tables.k[layer] != k_per_layer[layer]:
             raise UsageError(
                 f"the {word} of layer {layer} {'were' if kind == 'theta' else 'was'} calibrated for "
-                f"K={tables.k[layer]}, but K={k_per_layer[layer]} is asked for: use that K, or calibrate anew."
+                f"K={tables.k[layer]}, but K={k_per_layer[layer]} is asked for: use that K, or "
+                "calibrate anew."
             )
     known = tables.meta.get("placement")
     if known is not None and known != placement:
         raise UsageError(
-            f"the {word} {'were' if kind == 'theta' else 'was'} calibrated for placement {known}, but {placement} is "
+            f"the {word} {'were' if kind == 'theta' else 'was'} calibrated for placement {known}, but "
+            f"{placement} is "
             "asked for: use that placement, or calibrate anew."
         )
     if known is None and kind == "theta" and placement == "post-softmax":
         lowest = min(float(np.nanmin(held[layer].values)) for layer in layers)
         if lowest < 0.0:
             raise UsageError(
-                f"the thresholds go down to {lowest:.3g}, so they compare scores, but placement post-softmax compares "
+                f"the thresholds go down to {lowest:.3g}, so they compare scores, but placement "
+                "post-softmax compares "
                 "weights (0 to 1): use placement pre-softmax, or calibrate anew."
             )
 
@@ -158,21 +174,24 @@ def _read_lines(path: Path, has_k: bool) -> tuple[dict[int, LayerTable], dict[in
             raise ValueError("it is empty")
     except (ValueError, TypeError, OverflowError) as error:
         raise UsageError(
-            f"{path} is not a table of lines like 'L0_H0:65 0.25 8{' 64' if has_k else ''}' ({error}): make it anew."
+            f"{path} is not a table of lines like 'L0_H0:65 0.25 8{' 64' if has_k else ''}' "
+            f"({error}): make it anew."
         ) from None
     num_heads, length = int(frame["head"].max()) + 1, int(frame["n"].max()) + 1
     layers, ks = {}, {}
-    for layer, rows in frame.groupby("layer"):
+    for layer, rows in ((int(layer), rows) for layer, rows in frame.groupby("layer")):  # type: ignore[arg-type]
         values = np.full((num_heads, length), np.nan)
         samples = np.zeros((num_heads, length), dtype=np.int64)
         where = (rows["head"].to_numpy(), rows["n"].to_numpy())
         values[where] = rows["value"]
         samples[where] = rows["samples"]
-        layers[int(layer)] = LayerTable(values, samples)
+        layers[layer] = LayerTable(values, samples)
         if has_k:
             if rows["k"].nunique() != 1:
-                raise UsageError(f"{path} mixes several K in layer {layer}: keep the lines of one K per layer.")
-            ks[int(layer)] = int(rows["k"].iloc[0])
+                raise UsageError(
+                    f"{path} mixes several K in layer {layer}: keep the lines of one K per layer."
+                )
+            ks[layer] = int(rows["k"].iloc[0])
     return layers, ks, (int(frame["layer"].max()) + 1, num_heads)
 
 
@@ -181,7 +200,9 @@ def _read_binary(path: Path) -> CalibrationTables:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             if header.get("format") != "toptheta-calibration-1":
-                raise UsageError(f"{path} is not a calibration table of this program: remove it, or calibrate anew.")
+                raise UsageError(
+                    f"{path} is not a calibration table of this program: remove it, or calibrate anew."
+                )
             tables = CalibrationTables(
                 num_layers=int(header["num_layers"]),
                 num_heads=int(header["num_heads"]),
@@ -202,4 +223,6 @@ def _read_binary(path: Path) -> CalibrationTables:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{path} cannot be read ({error}): remove it to use th.txt, or calibrate anew.") from None
+        raise UsageError(
+            f"{path} cannot be read ({error}): remove it to use th.txt, or calibrate anew."
+        ) from None

@@ -1,0 +1,23 @@
+"""Draw a run's calibrated thresholds and what its attention kept, from its folder products/<timestamp>.
+
+Figures: th (thresholds by row length), size (kept elements relative to Top-k), kept_attn (attention elements
+and V rows kept, by layer), sequence_lengths. What has no file is named and left out. Lengths of generated
+answers: plot_gen_llama.py.
+"""
+
+import sys
+
+from toptheta.plots.flags import plot_parser
+
+
+def main() -> int:
+    args = plot_parser("Draw a run's thresholds and what its attention kept.").parse_args()
+    # Not at the top: pandas and matplotlib take a second to load, which --help need not wait for.
+    from toptheta.plots.report import draw_report
+    from toptheta.plots.thresholds import FIGURES, INPUTS
+
+    return draw_report(args, FIGURES, INPUTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

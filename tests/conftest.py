@@ -1,0 +1,66 @@
+"""What the tests share: a tiny random Llama, the small real model, reference data where it is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,  # spreads the scores: with the usual 0.02 every attention row is flat
+    }
+    return LlamaConfig(**(sizes | changes))
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """SmolLM2-135M-Instruct, float32, unpatched: tests that patch it restore it."""
+    from toptheta.models import find_model, load_model
+
+    return load_model(find_model("smollm2"), "float32", "cpu")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    from toptheta.models import find_model, load_tokenizer
+
+    return load_tokenizer(find_model("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("no reference numbers: the folder ../shared/golden is not there")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def local_data() -> Path:
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no benchmark rows: the folder ../shared/data is not there")
+    return SHARED / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield

@@ -1,0 +1,106 @@
+"""The figure that compares methods: accuracy against kept attention elements and V rows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toptheta.errors import UsageError
+from toptheta.plots.tradeoff import draw_tradeoff, tradeoff_figure
+
+
+def result_of(method: str, mode: int, k: int | None, accuracy: float, kept: float | None) -> dict:
+    share = None if kept is None else {"attn": kept, "vrow": min(1.0, 2 * kept)}
+    return {
+        "method": method,
+        "mode": mode,
+        "k": k,
+        "task": "arc_easy",
+        "metrics": {name: {"value": accuracy, "stderr": 0.02, "count": 500} for name in ("acc", "acc_norm")},
+        "kept": {"prefill": share, "generative_decoding": None},
+        "seconds": 1.0,
+    }
+
+
+def tradeoff_results() -> list[dict]:
+    results = [result_of("dense", -1, None, 0.6, 1.0)]
+    for k, kept in ((128, 0.5), (32, 0.15), (64, 0.3)):
+        results.append(result_of(f"Top-k K={k}", 1, k, 0.6 - 2 / k, kept))
+        results.append(result_of(f"Top-theta K={k}", 0, k, 0.6 - 3 / k, kept * 1.05))
+    results.append(result_of("Top-theta capk", 0, 64, 0.5, 0.2))
+    return results
+
+
+def test_tradeoff_joins_the_ks_of_a_method(tmp_path: Path) -> None:
+    figure, notes = tradeoff_figure([*tradeoff_results(), result_of("no statistics", 0, 64, 0.5, None)], "t")
+    left, right = figure.axes
+    assert left.get_ylabel() == "acc_norm on arc_easy (%)"
+    assert left.get_xlabel() == "kept attention elements in prefill (% of dense)"
+    assert right.get_xlabel() == "kept V rows in prefill (% of dense)"
+    curves = [line.get_xydata().T for line in left.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_allclose(curves[0], [[15, 30, 50], [60 - 200 / 32, 60 - 200 / 64, 60 - 200 / 128]])
+    assert sorted(text.get_text() for text in left.texts) == [
+        "K=128",
+        "K=128",
+        "K=32",
+        "K=32",
+        "K=64",
+        "K=64",
+    ]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["dense", "Top-k", "Top-theta", "Top-theta capk", "± stderr (band, bars)"]
+    assert len(notes) == 1 and notes[0].startswith("no statistics has no kept fractions")
+    assert draw_tradeoff(tradeoff_results(), tmp_path / "new" / "tradeoff.pdf", "t") == []
+    assert (tmp_path / "new" / "tradeoff.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_tradeoff_labels_cover_nothing() -> None:
+    figure, _ = tradeoff_figure(tradeoff_results(), "t")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        for line in axes.get_lines():
+            if line.get_marker() in ("o", "s", "^"):
+                points = axes.transData.transform(line.get_xydata())
+                assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+def test_tradeoff_metric_and_phase() -> None:
+    results = tradeoff_results()
+    for result in results:
+        result["metrics"] = {
+            "rouge": {"value": 12.5, "stderr": "N/A"},
+            "pass@1": {"value": 0.25, "stderr": None},
+        }
+        result["kept"]["generative_decoding"] = {"attn": 0.1, "vrow": None}
+    figure, _ = tradeoff_figure(results, "t")
+    assert figure.axes[0].get_ylabel() == "pass@1 on arc_easy (%)"
+    assert figure.axes[0].get_xlabel() == "kept attention elements in decode (% of dense)"
+    del results[2]["metrics"]["pass@1"]
+    assert tradeoff_figure(results, "t")[0].axes[0].get_ylabel() == "rouge on arc_easy"
+
+
+def test_tradeoff_refuses_what_it_cannot_draw() -> None:
+    dense, *sparse = tradeoff_results()
+    for results, words in (
+        ([], "no results"),
+        ([dense], "no result tells"),
+        ([dense, {**sparse[0], "task": "gsm8k"}], "several tasks"),
+        ([dense, {**sparse[0], "metrics": {"f1": {"value": 1.0}}}], "no metric in common"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            tradeoff_figure(results, "t")
+
+
+def test_a_failed_drawing_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tradeoff.png"
+    path.write_bytes(b"old")
+
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(UsageError, match="No space left on device"):
+        draw_tradeoff(tradeoff_results(), path, "t")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]

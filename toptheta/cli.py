@@ -1,0 +1,402 @@
+"""The scripts' flags: one typed, frozen settings object, checked once, before anything is loaded."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from toptheta.errors import UsageError
+from toptheta.params import (
+    DENSE,
+    PLACEMENTS,
+    SDC_METHODS,
+    TOP_K,
+    TOP_THETA,
+    AttentionParams,
+    check,
+    method_name,
+)
+from toptheta.tasks import BUNDLED_TASK
+
+HUMANEVAL = "openai_humaneval"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both jobs share. mode, k: every pair of them is one cell of the table. layerk: K of single
+    layers."""
+
+    llama: str = "smollm2"
+    mode: tuple[int, ...] = (DENSE,)
+    k: tuple[int, ...] = (256,)
+    layerk: dict[int, int] = field(default_factory=dict)
+    placement: str = "pre-softmax"
+    sdc: str = "none"
+    sdc_scale: float = 1.0
+    vmc: bool = False
+    capk: bool = False
+    calib_tac: bool = False
+    calib_add_sigma: float = 0.0
+    calib_sample_frac: float = 0.1
+    calib_load_path: str = ""
+    calib_samples: float | None = None
+    calibrate_only: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 1
+    seed: int = 42
+    output_dir: str = "products"
+    apply_chat_template: bool = False
+    statistics: bool = True
+    vrow_popularity: bool = False
+
+    def cells(self) -> list[AttentionParams]:
+        """The settings of each cell: every mode with every K; dense has no K and comes once."""
+        cells = []
+        for mode in dict.fromkeys(self.mode):
+            sparse = mode in (TOP_THETA, TOP_K) and self.placement != "none"
+            for k in dict.fromkeys(self.k) if sparse else [self.k[0]]:
+                cells.append(self._cell(mode, k) if sparse else AttentionParams(mode=mode, placement="none"))
+        return cells
+
+    def _cell(self, mode: int, k: int) -> AttentionParams:
+        return AttentionParams(
+            K=k,
+            mode=mode,
+            placement=self.placement,
+            sdc=self.sdc,
+            sdc_scale=self.sdc_scale,
+            vmc=self.vmc,
+            capk=self.capk and mode == TOP_THETA,
+            calib_tac=self.calib_tac and mode == TOP_THETA,
+            calib_add_sigma=self.calib_add_sigma,
+            calib_sample_frac=self.calib_sample_frac,
+        )
+
+    def layer_ks(self, cell: AttentionParams, num_layers: int) -> tuple[int, ...]:
+        """K of every layer in a cell. Raises UsageError for a --layerk layer that the model does not have."""
+        for layer in self.layerk:
+            if not 0 <= layer < num_layers:
+                raise UsageError(
+                    f"--layerk names layer {layer}, but the model has layers 0 to {num_layers - 1}: "
+                    "name one of those."
+                )
+        assert isinstance(cell.K, int)
+        return tuple(self.layerk.get(layer, cell.K) for layer in range(num_layers))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class QASettings(Settings):
+    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all."""
+
+    task: str = BUNDLED_TASK
+    num_samples: float | None = None
+    num_fewshot: int | None = None
+    data_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class GenSettings(Settings):
+    """Settings of gen_llama.py. max_seq_len: tokens of prompt and completion together."""
+
+    dataset: str = HUMANEVAL
+    num_tasks: int | None = None
+    num_samples_per_task: int = 1
+    max_seq_len: int = 4096
+    prompt_prefix: str = ""
+    prompt_suffix: str = ""
+    do_sample: bool = False
+    allow_code_execution: bool = False
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as UsageError: one sentence, no usage dump."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
+
+
+def shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `Settings`, under the published project's names."""
+    add = parser.add_argument
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add(
+        "--mode",
+        metavar="M[,M]",
+        default="3",
+        help="0 Top-theta, 1 Top-k, 3 dense; a list runs each (default 3)",
+    )
+    add(
+        "--k",
+        metavar="K[,K]",
+        default="256",
+        help="attention elements to keep per row; a list runs each (default 256)",
+    )
+    add(
+        "--layerk",
+        metavar="L:K[,L:K]",
+        default="",
+        help="K of single layers, e.g. 0:512,1:512; 0 leaves a layer dense",
+    )
+    add(
+        "--placement",
+        default="pre-softmax",
+        metavar="WHERE",
+        help="pre-softmax (default), post-softmax or none",
+    )
+    add(
+        "--sdc",
+        default="none",
+        metavar="HOW",
+        help=f"softmax denominator compensation: {', '.join(SDC_METHODS)}",
+    )
+    add(
+        "--sdc_scale",
+        default="1.0",
+        metavar="X",
+        help="factor on the compensated part of the denominator (default 1)",
+    )
+    add(
+        "--vmc",
+        action="store_true",
+        help="V-mean compensation: add the mean V row, weighted by the lost mass",
+    )
+    add(
+        "--capk",
+        action="store_true",
+        help="Top-theta: of what passes the threshold keep the K most recent only",
+    )
+    group = parser.add_argument_group("calibration of thresholds")
+    add = group.add_argument
+    add("--calib_tac", action="store_true", help="compute with Top-k while calibrating (recommended)")
+    add(
+        "--calib_add_sigma",
+        default="0.0",
+        metavar="X",
+        help="add X standard deviations to the mean threshold",
+    )
+    add(
+        "--calib_sample_frac",
+        default="0.1",
+        metavar="F",
+        help="share of a prompt's rows to sample (default 0.1)",
+    )
+    add("--calib_samples", default=None, metavar="N", help="calibration examples; below 1, a share of them")
+    add(
+        "--calib_load_path",
+        default="",
+        metavar="DIR",
+        help="load th.txt / sdc.txt from DIR instead of calibrating",
+    )
+    add("--calibrate_only", action="store_true", help="calibrate, write the tables, and stop")
+    group = parser.add_argument_group("model and run")
+    add = group.add_argument
+    add(
+        "--llama",
+        default="smollm2",
+        metavar="MODEL",
+        help="smollm2 (default), 2-7, 2-70, 34, 3-8, 3-8i, 3-70, 3-70i, 3.1-8i, a hub id, "
+        "a folder or a .gguf file",
+    )
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ..., or auto (default): all GPUs if there are any",
+    )
+    add(
+        "--dtype",
+        default="auto",
+        help=f"{', '.join(DTYPES)} (auto: float32 on CPU, the model's own on a GPU)",
+    )
+    add("--batch_size", default="1", metavar="N", help="prompts computed at once (default 1)")
+    add("--seed", default="42", metavar="N", help="seeds subsets, row sampling and generation (default 42)")
+    add("--apply_chat_template", action="store_true", help="put prompts into the model's chat template")
+    add("--output_dir", default="products", metavar="DIR", help="where product folders go (default products)")
+    add("--no_statistics", action="store_true", help="do not count kept elements and V rows")
+    add("--vrow_popularity", action="store_true", help="also dump how often each V row is kept (large)")
+    add(
+        "--timestamps",
+        action="store_true",
+        help="accepted for old commands: product folders always carry one",
+    )
+    add(
+        "--resume", default=None, metavar="DIR", help="go on with an interrupted run; its settings are in DIR"
+    )
+
+
+def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> AnySettings:
+    """Turn parsed flags into checked settings. Raises UsageError."""
+    raw = dict(vars(namespace))
+    raw.pop("timestamps", None)
+    raw.pop("resume", None)
+    raw["statistics"] = not raw.pop("no_statistics")
+    raw["mode"] = _numbers("--mode", raw["mode"], int)
+    raw["k"] = _numbers("--k", raw["k"], int)
+    raw["layerk"] = _layerk(raw["layerk"])
+    for name in ("sdc_scale", "calib_add_sigma", "calib_sample_frac"):
+        raw[name] = _number(f"--{name}", raw[name], float)
+    for name in ("batch_size", "seed", "num_samples_per_task", "max_seq_len"):
+        if name in raw:
+            raw[name] = _number(f"--{name}", raw[name], int)
+    for name in ("num_fewshot", "num_tasks"):
+        if raw.get(name) is not None:
+            raw[name] = _number(f"--{name}", raw[name], int)
+    for name in ("calib_samples", "num_samples"):
+        if raw.get(name) is not None:
+            raw[name] = _number(f"--{name}", raw[name], float)
+    return check_settings(kind(**raw))
+
+
+def check_settings(settings: AnySettings) -> AnySettings:
+    """The rules beyond a single cell. Raises UsageError."""
+    sparse = [mode for mode in settings.mode if mode in (TOP_THETA, TOP_K)]
+    if min(settings.k) < 1:
+        raise UsageError(
+            f"--k {min(settings.k)} keeps nothing: give whole numbers of at least 1 (dense is --mode 3)."
+        )
+    if any(k < 0 for k in settings.layerk.values()):
+        raise UsageError("--layerk takes K of at least 0 (0 leaves the layer dense).")
+    if settings.placement not in PLACEMENTS:
+        raise UsageError(f"--placement is {settings.placement!r}: choose one of {', '.join(PLACEMENTS)}.")
+    for name in ("vmc", "capk", "calib_tac"):
+        if getattr(settings, name) and not sparse:
+            raise UsageError(
+                f"--{name} has no effect on dense attention: add --mode 0"
+                + (" or 1." if name == "vmc" else ".")
+            )
+        if name != "vmc" and getattr(settings, name) and TOP_THETA not in sparse:
+            raise UsageError(f"--{name} is for thresholds: use it with --mode 0.")
+    if settings.sdc != "none" and not sparse:
+        raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
+    cells = [check(cell, lambda name: f"--{name.lower()}") for cell in settings.cells()]
+    needing = [cell for cell in cells if cell.needs_calibration]
+    if settings.calib_load_path:
+        if not needing:
+            raise UsageError(
+                "--calib_load_path serves --mode 0 and --sdc offline-calibrated: add one, or leave it out."
+            )
+        if not Path(settings.calib_load_path).is_dir():
+            raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
+    if settings.calibrate_only and (not needing or settings.calib_load_path):
+        raise UsageError(
+            "--calibrate_only needs something to calibrate: --mode 0 or --sdc offline-calibrated, "
+            "and no --calib_load_path."
+        )
+    if settings.dtype not in DTYPES:
+        raise UsageError(f"--dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}.")
+    if settings.vrow_popularity and not settings.statistics:
+        raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
+    limits: Sequence[tuple[str, float]] = (
+        ("batch_size", 1),
+        ("num_tasks", 1),
+        ("num_samples_per_task", 1),
+        ("max_seq_len", 128),
+        ("num_fewshot", 0),
+    )
+    for name, least in limits:
+        value = getattr(settings, name, None)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} is {value}: give at least {least}.")
+    for name in ("num_samples", "calib_samples"):
+        value = getattr(settings, name, None)
+        if value is not None and (value <= 0 or value > 1 and value != int(value)):
+            raise UsageError(f"--{name} is {value}: give a count, or a share between 0 and 1.")
+    if isinstance(settings, GenSettings):
+        if settings.num_samples_per_task > 1 and not settings.do_sample:
+            raise UsageError(
+                "--num_samples_per_task above 1 repeats the same greedy answer: add --do_sample."
+            )
+        if settings.dataset != HUMANEVAL:
+            raise UsageError(f"--dataset is {settings.dataset!r}: choose {HUMANEVAL}.")
+    device = settings.device
+    if device not in ("auto", "cpu", "cuda", "mps") and not (
+        device.startswith("cuda:") and device[5:].isdigit()
+    ):
+        raise UsageError(f"--device is {device!r}: choose auto, cpu, cuda, cuda:N or mps.")
+    return settings
+
+
+def settings_from_json(kind: type[AnySettings], saved: dict[str, Any]) -> AnySettings:
+    """Settings as `to_json` saved them. Raises UsageError when they are of another program or version."""
+    try:
+        values = saved | {
+            "mode": tuple(saved["mode"]),
+            "k": tuple(saved["k"]),
+            "layerk": {int(layer): k for layer, k in saved["layerk"].items()},
+        }
+        return check_settings(kind(**values))
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--resume: config.json there does not fit this script ({error}).") from None
+
+
+def resolve_device(settings: AnySettings) -> AnySettings:
+    """Settle 'auto': device and dtype. Raises UsageError for a GPU that is not there."""
+    import torch
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        index = int(device[5:]) if ":" in device else 0
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: this machine shows {torch.cuda.device_count()} CUDA GPUs.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has no Apple GPU.")
+    dtype = settings.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    return replace(settings, device=device, dtype=dtype)
+
+
+def label(cell: AttentionParams) -> str:
+    """A cell's name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
+    name = method_name(cell.mode, cell.placement)
+    return name if name == "dense" else f"{name} K={cell.K}"
+
+
+def cell_folder(cell: AttentionParams) -> str:
+    return f"mode{cell.mode}" if not cell.sparse else f"mode{cell.mode}_k{cell.K}"
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's main: exit code 2 with one sentence for UsageError, 130 for Ctrl-C."""
+    try:
+        code = main() or 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _number(flag: str, text: Any, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        word = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{flag} is {text!r}: give {word}.") from None
+
+
+def _numbers(flag: str, text: str, kind: type) -> tuple:
+    return tuple(_number(flag, part.strip(), kind) for part in text.split(","))
+
+
+def _layerk(text: str) -> dict[int, int]:
+    pairs: dict[int, int] = {}
+    for part in filter(None, (p.strip() for p in text.strip("{} ").split(","))):
+        layer, colon, k = part.partition(":")
+        if not colon:
+            raise UsageError(f"--layerk is {text!r}: give layer:K pairs, e.g. 0:512,1:512.")
+        pairs[_number("--layerk", layer, int)] = _number("--layerk", k, int)
+    return pairs

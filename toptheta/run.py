@@ -1,0 +1,226 @@
+"""What both jobs do around their own work: run folder, resume, calibration with checkpoints, results."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from toptheta import report
+from toptheta.cli import Settings, cell_folder, label
+from toptheta.errors import UsageError
+from toptheta.files import atomic_path, write_json, write_text
+from toptheta.llama import patched_layers
+from toptheta.params import TOP_THETA, AttentionParams
+from toptheta.products import CHECKPOINT_SECONDS, Cell, environment, log_line, say, timestamp
+from toptheta.steering import begin_calibration, calibrated_tables, set_params, use_tables
+from toptheta.tables import save_tables
+
+
+@dataclass
+class Run:
+    """One start of a script. folder: products/<timestamp>; script: the program's name, for the hint how to
+    resume."""
+
+    folder: Path
+    settings: Settings
+    script: str
+
+    def log(self, text: str) -> None:
+        log_line(self.folder / "run.log", text)
+
+    @property
+    def resume_command(self) -> str:
+        return f"python {self.script} --resume {self.folder}"
+
+
+def open_run(settings: Settings, script: str, resume: str | None) -> Run:
+    """A new run folder, or the one to resume."""
+    folder = Path(resume) if resume else Path(settings.output_dir) / timestamp()
+    if not resume:
+        folder.mkdir(parents=True)
+        saved = {
+            "script": script,
+            "settings": settings.to_json(),
+            "environment": environment(settings.device),
+        }
+        write_json(folder / "run.json", saved)
+    return Run(folder, settings, script)
+
+
+def check_resume(resume: str, script: str) -> dict[str, Any]:
+    """Settings saved in a run folder. Raises UsageError when it is none, or another script's."""
+    import json
+
+    path = Path(resume) / "run.json"
+    if not path.is_file():
+        raise UsageError(f"--resume {resume}: the folder holds no run.json, so it is no run of {script}.")
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        raise UsageError(f"--resume {resume}: run.json there is damaged; start the run anew.") from None
+    if saved.get("script") != script:
+        raise UsageError(f"--resume {resume}: that is a run of {saved.get('script')}, not of {script}.")
+    return saved["settings"]
+
+
+def cells(run: Run, num_layers: int) -> Iterator[tuple[AttentionParams, Cell]]:
+    """Each cell's parameters (K of every layer filled in) and product folder; a single cell uses the run's
+    own."""
+    every = run.settings.cells()
+    for cell in every:
+        params = replace(cell, K=run.settings.layer_ks(cell, num_layers)) if cell.sparse else cell
+        folder = run.folder if len(every) == 1 else run.folder / cell_folder(cell)
+        ratio = params.k_per_layer(num_layers) if cell.sparse and cell.mode == TOP_THETA else None
+        yield cell, Cell(folder, ratio) if cell.sparse else Cell(folder)
+
+
+def write_config(
+    run: Run, cell: AttentionParams, product: Cell, model: Any, name: str, extra: dict[str, Any]
+) -> None:
+    """config.json of a cell: every setting, the model's sizes, versions, device, seeds."""
+    config = model.config
+    write_json(
+        product.path / "config.json",
+        {
+            "model": name,
+            "method": label(cell),
+            "mode": cell.mode,
+            "k_per_layer": list(run.settings.layer_ks(cell, config.num_hidden_layers))
+            if cell.sparse
+            else None,
+            "num_layers": config.num_hidden_layers,
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "settings": run.settings.to_json(),
+            "environment": environment(run.settings.device),
+        }
+        | extra,
+    )
+
+
+def prepare(
+    run: Run,
+    cell: AttentionParams,
+    product: Cell,
+    model: Any,
+    calibrate: Callable[[Callable[[], None], set[str]], None],
+) -> float:
+    """Bring the model into a cell's state, calibrating first where that is needed; returns seconds of
+    calibration.
+
+    calibrate(after_batch, done) runs the calibration prompts, calls after_batch after each and skips what is
+    in `done`.
+    """
+    settings = run.settings
+    num_layers = model.config.num_hidden_layers
+    fields = {
+        name: getattr(cell, name)
+        for name in ("mode", "placement", "sdc", "sdc_scale", "vmc", "capk", "calib_tac", "calib_add_sigma",
+                     "calib_sample_frac")
+    }  # fmt: skip
+    fields["K"] = settings.layer_ks(cell, num_layers) if cell.sparse else 0
+    if not cell.needs_calibration:
+        set_params(model, **fields, calibrate=False)
+        return 0.0
+    if settings.calib_load_path:
+        set_params(model, **fields, calibrate=False, calib_load_path=settings.calib_load_path)
+        return 0.0
+    tables_file = product.path / "calibration.safetensors"
+    if tables_file.is_file():  # an earlier start got this far
+        set_params(model, **fields, calibrate=False, calib_load_path=str(product.path))
+        return 0.0
+
+    started = time.monotonic()
+    params = AttentionParams(**fields)
+    begin_calibration(model, params, seed=settings.seed)
+    checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
+    done = checkpoint.load()
+    try:
+        calibrate(checkpoint.maybe_save, done)
+    except KeyboardInterrupt:
+        checkpoint.save()
+        raise
+    tables = calibrated_tables(model)
+    product.path.mkdir(parents=True, exist_ok=True)
+    save_tables(tables, product.path)
+    checkpoint.path.unlink(missing_ok=True)
+    use_tables(model, tables)
+    set_params(model, **fields, calibrate=False)
+    seconds = time.monotonic() - started
+    run.log(f"calibrated {label(cell)} in {seconds:.1f} s")
+    return seconds
+
+
+class Checkpoint:
+    """The state of a calibration under way, kept in one file."""
+
+    def __init__(self, path: Path, model: torch.nn.Module):
+        self.path, self.layers = path, patched_layers(model)
+        self.done: set[str] = set()
+        self._last = time.monotonic()
+
+    def load(self) -> set[str]:
+        """Take up the saved state, if any; returns the keys of the requests it has seen (shared, to be added
+        to)."""
+        if self.path.is_file():
+            try:
+                state = load_file(self.path)
+            except (SafetensorError, OSError) as error:
+                raise UsageError(
+                    f"{self.path} is damaged ({error}): remove it to calibrate from the start."
+                ) from None
+            self.done.update(bytes(state.pop("done").tolist()).decode().split())
+            for i, layer in enumerate(self.layers):
+                if layer.calibration is not None:
+                    prefix = f"{i}/"
+                    layer.calibration.load_state(
+                        {
+                            key.removeprefix(prefix): value
+                            for key, value in state.items()
+                            if key.startswith(prefix)
+                        }
+                    )
+        return self.done
+
+    def maybe_save(self) -> None:
+        if time.monotonic() - self._last > CHECKPOINT_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        state = {"done": torch.tensor(list(" ".join(sorted(self.done)).encode()), dtype=torch.uint8)}
+        for i, layer in enumerate(self.layers):
+            if layer.calibration is not None:
+                for key, value in layer.calibration.state().items():
+                    state[f"{i}/{key}"] = value.cpu().contiguous()
+        with atomic_path(self.path) as temporary:
+            save_file(state, temporary)
+        self._last = time.monotonic()
+
+
+def interrupted(run: Run) -> None:
+    """Tell the person what an interrupted run kept and how to go on."""
+    run.log("interrupted")
+    say(f"\nInterrupted. What was finished is kept in {run.folder}; go on with:\n  {run.resume_command}")
+
+
+def finish_run(run: Run, results: list[dict[str, Any]], model_name: str) -> None:
+    """Print the table of all cells; write it, its JSON and its picture into the run folder."""
+    from toptheta.plots.tradeoff import draw_tradeoff
+
+    text = report.results_table(results)
+    title = f"{model_name}, {results[0]['task']}"
+    print(f"\n{title}\n\n{text}\n")
+    write_text(run.folder / "summary.md", f"# {title}\n\n{text}\n")
+    write_json(run.folder / "summary.json", results)
+    if any((result.get("kept") or {}) for result in results):
+        picture = run.folder / "tradeoff.png"
+        draw_tradeoff(results, picture, title)
+        print(f"Picture: {picture}")
+    print(f"Products: {run.folder}")
