@@ -7,16 +7,16 @@ plot_th_llama.py.
 
 import sys
 
-from toptheta.plots.flags import plot_parser
+from toptheta.plots.flags import parse_request
 
 
 def main() -> int:
-    args = plot_parser("Draw the lengths of a generation run and its sizes relative to Top-k.").parse_args()
-    # Not at the top: pandas and matplotlib take a second to load, which --help need not wait for.
+    request = parse_request("Draw the lengths of a generation run and its sizes relative to Top-k.")
+    # Not at the top: pandas and matplotlib take a second to load, and --help and wrong flags need neither.
     from toptheta.plots.generation import FIGURES, INPUTS
     from toptheta.plots.report import draw_report
 
-    return draw_report(args, FIGURES, INPUTS)
+    return draw_report(request, FIGURES, INPUTS)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ answers: plot_gen_llama.py.
 
 import sys
 
-from toptheta.plots.flags import plot_parser
+from toptheta.plots.flags import parse_request
 
 
 def main() -> int:
-    args = plot_parser("Draw a run's thresholds and what its attention kept.").parse_args()
-    # Not at the top: pandas and matplotlib take a second to load, which --help need not wait for.
+    request = parse_request("Draw a run's thresholds and what its attention kept.")
+    # Not at the top: pandas and matplotlib take a second to load, and --help and wrong flags need neither.
     from toptheta.plots.report import draw_report
     from toptheta.plots.thresholds import FIGURES, INPUTS
 
-    return draw_report(args, FIGURES, INPUTS)
+    return draw_report(request, FIGURES, INPUTS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Sparse attention by slow loops, to be checked by eye against DESIGN sections 2-3: one row at a time, plain Python."""
+"""Sparse attention by slow loops, to be checked by eye against DESIGN sections 2-3: one row at a time, plain
+Python."""
 
 import math
 
@@ -6,7 +7,8 @@ import torch
 
 
 def attention_row(scores, values, n_visible, spec, theta=None, table=None):
-    """Output and kept positions of one row. scores: list of the visible keys' scores; values: `[n, D]` their V rows."""
+    """Output and kept positions of one row. scores: list of the visible keys' scores; values: `[n, D]` their
+    V rows."""
     n = n_visible
     if n == 0:
         return torch.zeros(values.shape[-1], dtype=torch.float64), []
@@ -46,7 +48,8 @@ def attention_row(scores, values, n_visible, spec, theta=None, table=None):
 
 
 def attention(q, k, v, visible, spec, scale, theta=None, table=None):
-    """q: `[B, H, Q, D]`, k and v: `[B, H_kv, N, D]`, visible: `[B, Q, N]` bool, theta and table: `[H, L]` by row length.
+    """q: `[B, H, Q, D]`, k and v: `[B, H_kv, N, D]`, visible: `[B, Q, N]` bool, theta and table: `[H, L]` by
+    row length.
 
     Returns out `[B, H, Q, D]` float64 and kept `[B, H, Q, N]` bool.
     """

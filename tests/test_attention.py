@@ -138,7 +138,8 @@ def test_exactly_k_on_ties() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", [0, 1])
 def test_low_precision(dtype: torch.dtype, mode: int) -> None:
-    """Selection is made in float32, so only the rounding of inputs and output may show (tolerance: STYLE.md's rule)."""
+    """Selection is made in float32, so only the rounding of inputs and output may show (tolerance: STYLE.md's
+    rule)."""
     torch.manual_seed(4)
     q, k, v = (torch.randn(1, h, 40, 16).to(dtype) for h in (4, 2, 2))
     theta = torch.full((4, 41), 0.3)

@@ -1,4 +1,4 @@
-"""The plot scripts and their readers, on synthetic products folders and a real threshold table if there is one."""
+"""The plot scripts and their readers, on synthetic products folders and a real threshold table."""
 
 import gzip
 import json

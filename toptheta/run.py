@@ -219,8 +219,9 @@ def finish_run(run: Run, results: list[dict[str, Any]], model_name: str) -> None
     print(f"\n{title}\n\n{text}\n")
     write_text(run.folder / "summary.md", f"# {title}\n\n{text}\n")
     write_json(run.folder / "summary.json", results)
-    if any((result.get("kept") or {}) for result in results):
+    if any(result["k"] is not None and result["metrics"] and result["kept"] for result in results):
         picture = run.folder / "tradeoff.png"
-        draw_tradeoff(results, picture, title)
+        for left_out in draw_tradeoff(results, picture, title):
+            say(left_out)
         print(f"Picture: {picture}")
     print(f"Products: {run.folder}")

@@ -61,6 +61,15 @@ def plot_parser(description: str) -> PlotParser:
     return parser
 
 
+def parse_request(description: str) -> Request:
+    """The command line's flags as a Request. Ends the program with 2 and a sentence when a flag is wrong."""
+    parser = plot_parser(description)
+    try:
+        return check_request(parser.parse_args())
+    except UsageError as error:
+        parser.exit(2, f"{error}\n")
+
+
 def check_request(args: argparse.Namespace) -> Request:
     """The flags as a Request. Raises UsageError for the first that is wrong in itself."""
     folder = Path(args.dir)

@@ -24,13 +24,12 @@ from toptheta.files import find_file
 
 PHASES = ("prefill", "generative_decoding")
 _INT = r"\d{1,18}"
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?"
 
 
 @dataclass(frozen=True)
 class _Format:
-    """A line format. columns: name -> dtype; replace: bytes turned into others so that one separator is
-    left."""
+    """A line format. columns: name -> dtype; replace: bytes to turn into others, leaving one separator."""
 
     columns: dict[str, str]
     pattern: str
@@ -43,7 +42,7 @@ _LAYER_HEAD = ((b"_H", b" "), (b"L", b""), (b":", b" "))
 _THRESHOLDS = _Format(
     # K is a float because some published tables hold a mean there.
     {"layer": "int64", "head": "int64", "n": "int64", "theta": "float64", "samples": "int64", "k": "float64"},
-    rf"L{_INT}_H{_INT}:{_INT} {_NUMBER} {_INT} {_NUMBER}",
+    rf"L{_INT}_H{_INT}:{_INT} -?{_SIZE} {_INT} {_SIZE}",
     "L0_H0:65 0.25 8 64",
     replace=_LAYER_HEAD,
 )
@@ -55,11 +54,9 @@ def read_thresholds(folder: Path) -> pd.DataFrame | None:
     """th.txt: layer, head, n (row length, tokens), theta (score or weight), samples (calibration rows), k."""
     frame = _read(folder, "th.txt", _THRESHOLDS)
     # The published project appends to th.txt when it copies one; the last line of a row length counts.
-    return (
-        None
-        if frame is None
-        else frame.drop_duplicates(["layer", "head", "n"], keep="last", ignore_index=True)
-    )
+    if frame is None:
+        return None
+    return frame.drop_duplicates(["layer", "head", "n"], keep="last", ignore_index=True)
 
 
 def read_sizes(folder: Path, layer: int) -> pd.DataFrame | None:
@@ -75,7 +72,7 @@ def read_sizes(folder: Path, layer: int) -> pd.DataFrame | None:
     }
     form = _Format(
         columns,
-        rf"L{layer}_H{_INT}:{_INT} {_INT} (?:{'|'.join(PHASES)}) {_NUMBER}",
+        rf"L{layer}_H{_INT}:{_INT} {_INT} (?:{'|'.join(PHASES)}) {_SIZE}",
         f"L{layer}_H0:130 64 prefill 1.05",
         replace=_LAYER_HEAD,
     )
@@ -87,7 +84,7 @@ def read_kept(folder: Path, layer: int, kind: str, phase: str) -> pd.DataFrame |
     kind 'vrow': layer, group, n, kept, full, counting V rows."""
     unit = {"attn": "head", "vrow": "group"}[kind]
     columns = {"layer": "int64", unit: "int64", "n": "int64", "kept": "float64", "full": "float64"}
-    pattern = rf"{layer},{_INT},{_INT},{_NUMBER},{_NUMBER}"
+    pattern = rf"{layer},{_INT},{_INT},{_SIZE},{_SIZE}"
     form = _Format(columns, pattern, f"{layer},0,130,64,130", separator=",")
     return _read(folder, f"layer{layer}_kept_{kind}_{phase}.csv", form, layer)
 
@@ -104,8 +101,7 @@ def read_completion_lengths(folder: Path) -> pd.DataFrame | None:
 
 
 def read_outcomes(folder: Path) -> pd.DataFrame | None:
-    """samples.jsonl_results.jsonl: task_id, passed, result; one row for a sample, in the order of the
-    samples."""
+    """samples.jsonl_results.jsonl: task_id, passed, result; a row for each sample, in their order."""
     path = find_file(folder, "samples.jsonl_results.jsonl")
     if path is None:
         return None

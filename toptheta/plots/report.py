@@ -1,6 +1,5 @@
 """From flags to pictures on disk: what the run is, what can be drawn of it, what is said about the rest."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from toptheta.errors import UsageError
-from toptheta.plots.flags import Request, check_request
+from toptheta.plots.flags import Request
 from toptheta.plots.read import PHASES, named_layers, read_config, read_kept, read_sizes, read_thresholds
 from toptheta.plots.style import look, save_figure
 
@@ -46,15 +45,14 @@ class Run:
 
 @dataclass
 class Drawing:
-    """A figure (None: its inputs are missing), its file name without suffix, and sentences on what it
-    lacks."""
+    """A figure (None: its inputs are missing), its file's stem, and sentences on what it lacks."""
 
     name: str
     figure: Figure | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def draw_report(args: argparse.Namespace, figures: Sequence[Callable[[Run], Drawing]], inputs: str) -> int:
+def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], inputs: str) -> int:
     """Draw each of `figures` that the folder has files for, and return the exit code.
 
     inputs: the names of these files, for the user. 0: something was drawn, and what could not be for want of
@@ -62,7 +60,6 @@ def draw_report(args: argparse.Namespace, figures: Sequence[Callable[[Run], Draw
     (the other figures are drawn all the same).
     """
     try:
-        request = check_request(args)
         run = open_run(request)
         drawn, failed, notes = 0, False, []
         for draw in figures:

@@ -38,6 +38,7 @@ _RC: dict[Any, Any] = {
     "legend.fontsize": 8.5,
     "legend.frameon": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "axes.spines.top": False,
@@ -62,8 +63,7 @@ def look() -> Any:
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Write the figure, whole or not at all; the format follows from the name. Raises UsageError if it
-    cannot."""
+    """Write the figure, whole or not at all, in the format of its suffix. Raises UsageError if it cannot."""
     path = Path(path)
     try:
         with atomic_path(path) as temporary, look():
@@ -96,8 +96,7 @@ def series_colours(count: int) -> list[Any]:
 def series_key(
     figure: Figure, axes: Iterable[Axes], word: str, ids: Sequence[int], extra: Sequence[Artist] = ()
 ) -> None:
-    """Say outside the axes which colour is which (`word` id): a legend, or a colour bar when there are
-    many."""
+    """Say outside the axes which colour is which `word`: a legend, or a colour bar for many ids."""
     colours = series_colours(len(ids))
     handles: list[Artist] = list(extra)
     if len(ids) <= len(COLOURS):
@@ -110,7 +109,7 @@ def series_key(
             ax=list(axes),
             ticks=shown,
             label=word,
-            aspect=40,
+            aspect=max(30.0, 5.0 * figure.get_figheight()),
             pad=0.01,
         )
         bar.set_ticklabels([str(ids[i]) for i in shown])

@@ -3,6 +3,7 @@
 from math import ceil, isqrt
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -88,7 +89,9 @@ def _figure(run: Run, frame: pd.DataFrame, layers: list[int], heads: tuple[int, 
         if log:
             axes.set_yscale("log")
         samples = part.groupby("n")["samples"].mean()
-        counts.fill_between(samples.index, samples, step="mid", color=GREY, alpha=0.6, lw=0)
+        samples = samples.reindex(range(samples.index.min(), samples.index.max() + 1), fill_value=0.0)
+        edges = np.arange(len(samples) + 1) + samples.index[0] - 0.5
+        counts.stairs(samples, edges, fill=True, color=GREY, alpha=0.6, lw=0)
         counts.set_ylim(bottom=0)
         counts.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         ks = ", ".join(f"{k:g}" for k in part["k"].unique()[:3])

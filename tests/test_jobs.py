@@ -1,0 +1,235 @@
+"""The two jobs, end to end on a small folder model: results, products, resume, shared prompts."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.conftest import tiny_config
+from toptheta.cli import GenSettings, QASettings
+from toptheta.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def folder_model(tmp_path_factory, small_tokenizer) -> str:
+    """A random two-layer model with the real tokenizer, as a folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = tiny_config(
+        vocab_size=len(small_tokenizer), num_hidden_layers=2, max_position_embeddings=2048, eos_token_id=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def qa_settings(folder_model: str, **changes) -> QASettings:
+    values = {
+        "llama": folder_model, "mode": (0, 1, 3), "k": (16,), "sdc": "exact", "vmc": True, "calib_tac": True,
+        "calib_sample_frac": 1.0, "calib_samples": 3, "num_samples": 5, "num_fewshot": 3, "device": "cpu",
+    }  # fmt: skip
+    return QASettings(**(values | changes))
+
+
+def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> None:
+    from toptheta.qa import run_qa
+
+    results = run_qa(qa_settings(folder_model))
+    assert [r["method"] for r in results] == ["Top-theta K=16", "Top-k K=16", "dense"]
+    for result in results:
+        assert result["metrics"]["acc"]["count"] == 5 and result["metrics"]["acc"]["stderr"] is not None
+    kept = [result["kept"]["prefill"]["attn"] for result in results]
+    assert kept[2] == 1.0 and 0.05 < kept[0] < 0.6 and abs(kept[0] - kept[1]) < 0.1
+    printed = capsys.readouterr().out
+    assert "| Top-theta K=16 |" in printed and "±" in printed and "(n=5)" in printed
+
+    run = next(here.joinpath("products").iterdir())
+    cell = run / "mode0_k16"
+    assert {
+        "th.txt",
+        "calibration.safetensors",
+        "config.json",
+        "results.json",
+        "sequence_lengths_per_example.csv",
+    } <= {path.name for path in cell.iterdir()}
+    assert (
+        not (cell / "partial").exists()
+        and (run / "summary.json").is_file()
+        and (run / "tradeoff.png").is_file()
+    )
+    attn = np.loadtxt(gzip.open(cell / "layer1_kept_attn_prefill.csv.gz", "rt"), delimiter=",")
+    lengths = np.loadtxt(cell / "sequence_lengths_per_example.csv")
+    assert attn.shape == (len(lengths) * 6, 5) and (attn[:, 0] == 1).all()
+    assert (attn[::6, 2] == lengths).all() and (attn[:, 4] == attn[:, 2] * (attn[:, 2] + 1) / 2).all()
+    vrow = np.loadtxt(gzip.open(cell / "layer0_kept_vrow_prefill.csv.gz", "rt"), delimiter=",")
+    assert vrow.shape == (len(lengths) * 2, 5) and (vrow[:, 3] <= vrow[:, 4]).all()
+    assert attn[:, 3].sum() < attn[:, 4].sum()
+    first = gzip.open(cell / "layer0.txt.gz", "rt").readline().split(" ")
+    assert (
+        first[0] == f"L0_H0:{int(lengths[0])}"
+        and first[1:3] == ["16", "prefill"]
+        and 0.3 < float(first[3]) < 3
+    )
+    assert (
+        here / "results-tiny-llama" / "tiny-llama_everyday_science_mode0_placementpre-softmax.txt"
+    ).is_file()
+    config = json.loads((cell / "config.json").read_text())
+    assert config["k_per_layer"] == [16, 16] and config["environment"]["torch"] == torch.__version__
+
+    loaded = run_qa(qa_settings(folder_model, mode=(0,), calib_load_path=str(cell)))
+    assert loaded[0]["metrics"] == results[0]["metrics"] and loaded[0]["kept"] == results[0]["kept"]
+
+
+def test_shared_prompts_equal_the_stock_harness(folder_model: str, here: Path) -> None:
+    """Log-likelihoods of dense attention are those of lm-eval's own class, in batches too; likewise sparse
+    ones."""
+    from lm_eval.api.registry import get_model
+
+    import toptheta.harness  # noqa: F401
+    from topk_llama import set_params, update_model
+
+    texts = [
+        "Question: Which one floats?\nAnswer:",
+        "Question: What is ice made of, at school and at home?\nAnswer:",
+    ]
+    answers = [" wood", " a stone that is heavy", " water", " cold water and nothing else"]
+    requests = []
+    ours = get_model("toptheta")(pretrained=folder_model, device="cpu", dtype="float32", batch_size=1)
+    for text in texts:
+        for answer in answers:
+            requests.append(((text, answer), *ours._encode_pair(text, answer)))
+    stock = get_model("hf")(pretrained=folder_model, device="cpu", dtype="float32", batch_size=1)
+    expected = stock._loglikelihood_tokens(requests, disable_tqdm=True)
+    for batch_size in (1, 2):
+        ours.batch_size_per_gpu = batch_size
+        found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4)
+    update_model(stock.model)
+    for model in (stock.model, ours.model):
+        set_params(model, mode=1, K=5, sdc="exact", vmc=True)
+    expected = stock._loglikelihood_tokens(requests, disable_tqdm=True)
+    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop_after", [2, 6])
+def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+    """Interrupted while calibrating (2) or evaluating (6), then resumed: the same results as in one go."""
+    from toptheta import harness
+    from toptheta.qa import run_qa
+
+    settings = qa_settings(folder_model, mode=(0, 3), output_dir="straight")
+    straight = run_qa(settings)
+    score, calls = harness.TopThetaLM._score, []
+
+    def scoring(self, batch):
+        calls.append(len(batch))
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        return score(self, batch)
+
+    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    with pytest.raises(KeyboardInterrupt):
+        run_qa(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"))
+    run = next(here.joinpath("stopped").iterdir())
+    assert not (run / "mode0_k16" / "results.json").exists()
+    resumed = run_qa(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"), resume=str(run))
+    assert len(calls) == 1 + 3 + 5 + 5  # every batch once, but for the one that was cut off
+    for a, b in zip(straight, resumed):
+        assert a["metrics"] == b["metrics"] and a["kept"] == b["kept"]
+    name = "mode0_k16/layer1_kept_attn_prefill.csv.gz"
+    first = next(here.joinpath("straight").iterdir())
+    assert gzip.decompress((first / name).read_bytes()) == gzip.decompress((run / name).read_bytes())
+    assert (first / "mode0_k16/th.txt").read_text() == (run / "mode0_k16/th.txt").read_text()
+
+
+def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
+    from toptheta.qa import run_qa
+
+    with pytest.raises(
+        UsageError, match="no row longer than K=900 in layer 0: the calibration prompts had up to"
+    ):
+        run_qa(qa_settings(folder_model, mode=(0,), k=(900,)))
+
+
+def test_generation(folder_model: str, here: Path) -> None:
+    """Completions in batches are those made one by one, and scored later as at once; a finished run is not
+    repeated."""
+    from toptheta.generate import run_generation, score_folder
+
+    values = {
+        "llama": folder_model, "mode": (0, 3), "k": (40,), "sdc": "exact", "vmc": True, "calib_sample_frac": 1.0,
+        "calib_samples": 2, "num_tasks": 3, "max_seq_len": 230, "device": "cpu",
+    }  # fmt: skip
+    alone = run_generation(GenSettings(**values, output_dir="alone", allow_code_execution=True))
+    together = run_generation(GenSettings(**values, output_dir="together", batch_size=3))
+    for a in alone:
+        assert a["metrics"]["pass@1"] == {"value": 0.0, "stderr": 0.0, "count": 3}
+        assert a["kept"]["generative_decoding"]["attn"] <= 1.0
+    assert alone[0]["kept"]["generative_decoding"]["attn"] < 0.6
+    assert [b["metrics"] for b in together] == [{}, {}]
+
+    def samples(root: str) -> dict:
+        run = next(here.joinpath(root).iterdir())
+        lines = (run / "mode3" / "samples.jsonl").read_text().splitlines()
+        return {json.loads(line)["task_id"]: json.loads(line)["reply"] for line in lines}
+
+    assert samples("alone") == samples("together")
+    run = next(here.joinpath("together").iterdir())
+    score_folder(str(run))
+    assert json.loads((run / "mode0_k40" / "results.json").read_text())["metrics"]["pass@1"]["count"] == 3
+    lengths = np.loadtxt(run / "mode3" / "prompt_completion_lengths_per_sample.csv", dtype=int)
+    assert lengths.shape == (3, 2)
+    decode = np.loadtxt(
+        gzip.open(run / "mode3" / "layer0_kept_attn_generative_decoding.csv.gz", "rt"), delimiter=","
+    )
+    assert len(decode) == 6 * (lengths[:, 1] - 1).sum()  # the first token comes out of the prefill
+    before = (run / "mode3" / "results.json").stat().st_mtime_ns
+    run_generation(GenSettings(**values, output_dir="together", batch_size=3), resume=str(run))
+    assert (run / "mode3" / "results.json").stat().st_mtime_ns == before
+
+
+def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toptheta import generate
+
+    values = {"llama": folder_model, "mode": (1,), "k": (40,), "num_tasks": 3, "max_seq_len": 220, "device": "cpu",
+              "do_sample": True, "num_samples_per_task": 2}  # fmt: skip
+    generate.run_generation(GenSettings(**values, output_dir="straight"))
+    once, calls = generate._generate, []
+
+    def generating(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return once(*arguments)
+
+    monkeypatch.setattr(generate, "_generate", generating)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run_generation(GenSettings(**values, output_dir="stopped"))
+    run = next(here.joinpath("stopped").iterdir())
+    generate.run_generation(GenSettings(**values, output_dir="stopped"), resume=str(run))
+    assert len(calls) == 7
+    straight = next(here.joinpath("straight").iterdir())
+    assert (straight / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
+
+
+def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
+    """Stock tasks from local rows: one question each of several kinds, calibration on another split."""
+    from toptheta.qa import run_qa
+
+    for task in ("arc_easy", "hellaswag", "mmlu"):
+        settings = qa_settings(folder_model, mode=(0,), task=task, num_samples=6, num_fewshot=1, calib_samples=6,
+                               data_dir=str(local_data))  # fmt: skip
+        result = run_qa(settings)[0]
+        assert result["metrics"]["acc"]["count"] == 6, task

