@@ -56,12 +56,17 @@ def main() -> None:
                 f"{seconds:.0f}",
             ]
         )
-    header = ["method", "Q&A accuracy %", "HumanEval pass@1 %", "kept elements, prefill %", "kept elements, decode %",
-              "kept V rows, decode %", "time s"]  # fmt: skip
+    header = [
+        "method",
+        "Q&A accuracy %",
+        "HumanEval pass@1 %",
+        "kept elements, prefill %",
+        "kept elements, decode %",
+        "kept V rows, decode %",
+        "time s",
+    ]
     print(f"\nSmolLM2-135M-Instruct: bundled Q&A task, and HumanEval\n\n{report.table(rows, header)}\n")
-    print(
-        "A few questions and tasks show that it works; they cannot tell methods apart (see the standard errors)."
-    )
+    print("A few questions show that it works; they cannot tell methods apart (see the standard errors).")
     for results in (answers, programs):
         print(f"Products and picture: {results[0]['folder'].rsplit('/', 1)[0]}")
 

@@ -280,8 +280,11 @@ def test_tables_that_do_not_fit(tiny_model: LlamaForCausalLM, tmp_path: Path) ->
         if text is not None:
             (folder / "th.txt").write_text(text)
         with pytest.raises(UsageError, match=message):
-            set_params(tiny_model, **({"mode": 0, "K": 6, "placement": "pre-softmax", "sdc": "none"} | params),
-                       calib_load_path=str(folder))  # fmt: skip
+            set_params(
+                tiny_model,
+                **({"mode": 0, "K": 6, "placement": "pre-softmax", "sdc": "none"} | params),
+                calib_load_path=str(folder),
+            )
     # scores can be negative, weights cannot
     (tmp_path / "negative").mkdir()
     (tmp_path / "negative" / "th.txt").write_text("\n".join(line.replace("0.5", "-0.5") for line in lines))

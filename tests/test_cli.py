@@ -70,8 +70,12 @@ def test_cells() -> None:
     settings = parse("--mode 0,1,3 --k 32,64 --sdc exact --vmc --calib_tac --capk --layerk {0:512,1:0}")
     cells = settings.cells()
     assert [label(cell) for cell in cells] == [
-        "Top-theta K=32", "Top-theta K=64", "Top-k K=32", "Top-k K=64", "dense",
-    ]  # fmt: skip
+        "Top-theta K=32",
+        "Top-theta K=64",
+        "Top-k K=32",
+        "Top-k K=64",
+        "dense",
+    ]
     assert [cell.capk for cell in cells] == [True, True, False, False, False]
     assert settings.layer_ks(cells[0], 4) == (512, 0, 32, 32)
     with pytest.raises(UsageError, match="--layerk names layer 1, but the model has layers 0 to 0"):

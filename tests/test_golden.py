@@ -150,9 +150,11 @@ def test_theta_and_sdc_in_decode(
 ) -> None:
     """Prefill of all but the last 4 tokens, then those one by one, against the separate implementation."""
     reference = np.load(golden / f"{file}.npz")
-    columns = reference["vocab_columns"] if "vocab_columns" in reference else np.load(
-        golden / "dense_and_topk.npz"
-    )["vocab_columns"]  # fmt: skip
+    columns = (
+        reference["vocab_columns"]
+        if "vocab_columns" in reference
+        else np.load(golden / "dense_and_topk.npz")["vocab_columns"]
+    )
     recorder = Recorder(9)
     errors, count_errors, compared = [], [], 0
     for case, params in json.loads((golden / f"{file}.json").read_text()).items():

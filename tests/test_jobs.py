@@ -35,9 +35,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def qa_settings(folder_model: str, **changes) -> QASettings:
     values = {
-        "llama": folder_model, "mode": (0, 1, 3), "k": (16,), "sdc": "exact", "vmc": True, "calib_tac": True,
-        "calib_sample_frac": 1.0, "calib_samples": 3, "num_samples": 5, "num_fewshot": 3, "device": "cpu",
-    }  # fmt: skip
+        "llama": folder_model,
+        "mode": (0, 1, 3),
+        "k": (16,),
+        "sdc": "exact",
+        "vmc": True,
+        "calib_tac": True,
+        "calib_sample_frac": 1.0,
+        "calib_samples": 3,
+        "num_samples": 5,
+        "num_fewshot": 3,
+        "device": "cpu",
+    }
     return QASettings(**(values | changes))
 
 
@@ -169,9 +178,17 @@ def test_generation(folder_model: str, here: Path) -> None:
     from toptheta.generate import run_generation, score_folder
 
     values = {
-        "llama": folder_model, "mode": (0, 3), "k": (40,), "sdc": "exact", "vmc": True, "calib_sample_frac": 1.0,
-        "calib_samples": 2, "num_tasks": 3, "max_seq_len": 230, "device": "cpu",
-    }  # fmt: skip
+        "llama": folder_model,
+        "mode": (0, 3),
+        "k": (40,),
+        "sdc": "exact",
+        "vmc": True,
+        "calib_sample_frac": 1.0,
+        "calib_samples": 2,
+        "num_tasks": 3,
+        "max_seq_len": 230,
+        "device": "cpu",
+    }
     alone = run_generation(GenSettings(**values, output_dir="alone", allow_code_execution=True))
     together = run_generation(GenSettings(**values, output_dir="together", batch_size=3))
     for a in alone:
@@ -203,8 +220,16 @@ def test_generation(folder_model: str, here: Path) -> None:
 def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toptheta import generate
 
-    values = {"llama": folder_model, "mode": (1,), "k": (40,), "num_tasks": 3, "max_seq_len": 220, "device": "cpu",
-              "do_sample": True, "num_samples_per_task": 2}  # fmt: skip
+    values = {
+        "llama": folder_model,
+        "mode": (1,),
+        "k": (40,),
+        "num_tasks": 3,
+        "max_seq_len": 220,
+        "device": "cpu",
+        "do_sample": True,
+        "num_samples_per_task": 2,
+    }
     generate.run_generation(GenSettings(**values, output_dir="straight"))
     once, calls = generate._generate, []
 
@@ -229,7 +254,14 @@ def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
     from toptheta.qa import run_qa
 
     for task in ("arc_easy", "hellaswag", "mmlu"):
-        settings = qa_settings(folder_model, mode=(0,), task=task, num_samples=6, num_fewshot=1, calib_samples=6,
-                               data_dir=str(local_data))  # fmt: skip
+        settings = qa_settings(
+            folder_model,
+            mode=(0,),
+            task=task,
+            num_samples=6,
+            num_fewshot=1,
+            calib_samples=6,
+            data_dir=str(local_data),
+        )
         result = run_qa(settings)[0]
         assert result["metrics"]["acc"]["count"] == 6, task

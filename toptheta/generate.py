@@ -45,20 +45,23 @@ class StopWhenDone(StoppingCriteria):
     """Stops each sequence of a batch on its own once its text says all that is needed; lengths: tokens until
     then."""
 
-    def __init__(self, tokenizer: Any, prompt_length: int, requests: list[Request], chat: bool):
+    def __init__(
+        self, tokenizer: Any, prompt_length: int, requests: list[Request], limits: list[int], chat: bool
+    ):
         self.tokenizer, self.prompt_length, self.requests, self.chat = (
             tokenizer,
             prompt_length,
             requests,
             chat,
         )
+        self.limits = limits  # tokens that each reply may have: prompts of a batch differ in length
         self.lengths: list[int | None] = [None] * len(requests)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         length = input_ids.shape[1] - self.prompt_length
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
         for i, (text, request) in enumerate(zip(texts, self.requests)):
-            if self.lengths[i] is None and self._done(text, request):
+            if self.lengths[i] is None and (length >= self.limits[i] or self._done(text, request)):
                 self.lengths[i] = length
         return torch.tensor([n is not None for n in self.lengths], device=input_ids.device)
 
@@ -240,12 +243,14 @@ def _generate(
         # The same text for the same request, whatever was generated before it: a resumed run must not differ.
         first = f"{batch[0].key}{settings.seed}".encode()
         set_seed(int.from_bytes(first, "big") % (1 << 32))
-    stop = StopWhenDone(tokenizer, prompt_length, batch, settings.apply_chat_template)
+    own_lengths = tokens["attention_mask"].sum(dim=1).tolist()
+    limits = [settings.max_seq_len - length for length in own_lengths]
+    stop = StopWhenDone(tokenizer, prompt_length, batch, limits, settings.apply_chat_template)
     eos = _end_tokens(model, tokenizer)
     out = model.generate(
         input_ids=tokens["input_ids"],
         attention_mask=tokens["attention_mask"],
-        max_length=settings.max_seq_len,
+        max_new_tokens=max(limits),
         do_sample=settings.do_sample,
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
@@ -258,7 +263,7 @@ def _generate(
         ends = [i + 1 for i, token in enumerate(row) if token in eos]
         lengths.append(min([len(row), *ends[:1], *([stopped] if stopped is not None else [])]))
     replies = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(out, lengths)]
-    return replies, tokens["attention_mask"].sum(dim=1).tolist(), lengths
+    return replies, own_lengths, lengths
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

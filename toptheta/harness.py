@@ -31,7 +31,7 @@ class TopThetaLM(HFLM):
         self.cell: Cell | None = None
         self.recorder: Recorder | None = None
         self.description = "Evaluating"
-        self.done: set[str] = set()  # contexts that an interrupted calibration has seen
+        self.done: set[str] | None = None  # while calibrating: the requests that it has seen
         self.after_batch = lambda: None
         self._generated_lengths: list[int] = []
         super().__init__(*args, **kwargs)
@@ -64,7 +64,7 @@ class TopThetaLM(HFLM):
             self.cell.start_clock()
         todo: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
         for key, (_, context, continuation) in zip(keys, requests):
-            if key not in answers and key not in self.done:
+            if key not in answers and key not in (self.done or ()):
                 context, continuation = self._fit(context, continuation)
                 todo.setdefault(tuple(context), {})[key] = tuple(continuation)
         bar = tqdm(
@@ -78,6 +78,7 @@ class TopThetaLM(HFLM):
                 self.cell.add(found, prefill, decode)
             else:
                 answers.update(found)
+            if self.done is not None:
                 self.done.update(found)
             self.after_batch()
             bar.update(len(found))
@@ -167,7 +168,9 @@ class TopThetaLM(HFLM):
         if self.cell is not None:
             answers = self.cell.answers
             self.cell.start_clock()
-        todo = {key: r for key, r in zip(keys, requests) if key not in answers and key not in self.done}
+        todo = {
+            key: r for key, r in zip(keys, requests) if key not in answers and key not in (self.done or ())
+        }
         order = sorted(todo, key=lambda key: (-len(todo[key].args[0]), key))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
         bar = tqdm(
@@ -186,6 +189,7 @@ class TopThetaLM(HFLM):
                 self.cell.add(found, prefill, decode, np.array(self._generated_lengths) - 1)
             else:
                 answers.update(found)
+            if self.done is not None:
                 self.done.update(found)
             self.after_batch()
             bar.update(len(found))

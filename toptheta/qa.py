@@ -87,7 +87,7 @@ def _run_cell(
         )
         size = settings.calib_samples or task_defaults(settings.task).calib_samples
         _evaluate(lm, settings, shots, calibration=True, size=size)
-        lm.done, lm.after_batch = set(), lambda: None
+        lm.done, lm.after_batch = None, lambda: None
 
     lm.stop_recording()
     calibration_seconds = prepare(run, cell, product, lm.model, calibrate)

@@ -122,9 +122,18 @@ def prepare(
     num_layers = model.config.num_hidden_layers
     fields = {
         name: getattr(cell, name)
-        for name in ("mode", "placement", "sdc", "sdc_scale", "vmc", "capk", "calib_tac", "calib_add_sigma",
-                     "calib_sample_frac")
-    }  # fmt: skip
+        for name in (
+            "mode",
+            "placement",
+            "sdc",
+            "sdc_scale",
+            "vmc",
+            "capk",
+            "calib_tac",
+            "calib_add_sigma",
+            "calib_sample_frac",
+        )
+    }
     fields["K"] = settings.layer_ks(cell, num_layers) if cell.sparse else 0
     if not cell.needs_calibration:
         set_params(model, **fields, calibrate=False)

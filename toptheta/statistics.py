@@ -89,6 +89,10 @@ class Recorder:
         if before is None:
             self._open[layer] = _Open(attn.clone(), vrow.int(), full, topk, longest)
             return
+        if kv_len < before.vrow.shape[2] or batch != before.vrow.shape[0]:
+            raise RuntimeError(
+                "a new request began while the last one was open: call drain() after each request"
+            )
         wide = vrow.new_zeros(before.vrow.shape[:2] + (kv_len,), dtype=torch.int32)
         wide[..., : before.vrow.shape[2]] = before.vrow
         self._open[layer] = _Open(

@@ -118,6 +118,7 @@ def begin_calibration(
     sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
     for i, layer in enumerate(layers):
         layer.theta = layer.sdc_table = layer.calibration = None
+        layer.recorder = None  # calibration prompts count in no statistic
         layer.spec = LayerSpec()
         if i not in sparse:
             continue

@@ -157,7 +157,8 @@ def _lines(layers: dict[int, LayerTable], k: dict[int, int] | None):
         suffix = "" if k is None else f" {k[layer]}"
         for head in range(table.values.shape[0]):
             for n in np.flatnonzero(table.samples[head]):
-                yield f"L{layer}_H{head}:{n} {float(table.values[head, n])!r} {table.samples[head, n]}{suffix}\n"
+                value = float(table.values[head, n])
+                yield f"L{layer}_H{head}:{n} {value!r} {table.samples[head, n]}{suffix}\n"
 
 
 def _read_lines(path: Path, has_k: bool) -> tuple[dict[int, LayerTable], dict[int, int], tuple[int, int]]:
@@ -179,7 +180,8 @@ def _read_lines(path: Path, has_k: bool) -> tuple[dict[int, LayerTable], dict[in
         ) from None
     num_heads, length = int(frame["head"].max()) + 1, int(frame["n"].max()) + 1
     layers, ks = {}, {}
-    for layer, rows in ((int(layer), rows) for layer, rows in frame.groupby("layer")):  # type: ignore[arg-type]
+    for layer in sorted(set(frame["layer"].tolist())):
+        rows = frame[frame["layer"] == layer]
         values = np.full((num_heads, length), np.nan)
         samples = np.zeros((num_heads, length), dtype=np.int64)
         where = (rows["head"].to_numpy(), rows["n"].to_numpy())
