@@ -132,6 +132,11 @@ class LayerCalibration:
         n = block.n.expand(x.shape[0], -1)
         assert self._chosen is not None
         chosen = self._chosen[:, block.start : block.start + rows]
+        if self.sample_frac < 1.0:  # ranking is the costly part: spare it for rows that no sequence samples
+            some = chosen.any(dim=0).nonzero()[:, 0]
+            x, n, chosen = x[:, :, some], n[:, some], chosen[:, some]
+            if some.numel() == 0:
+                return
         largest = x.topk(min(max(self.ks) + 1, x.shape[-1]), dim=-1).values
         for k in self.ks:
             if k >= largest.shape[-1]:  # no row of this block is longer than K
