@@ -24,7 +24,7 @@ def test_rows(split: str) -> None:
         assert row["choices"]["label"] == ["A", "B", "C", "D"] and len({t.lower() for t in texts}) == 4, row[
             "id"
         ]
-        assert 5 <= len(row["question"].split()) <= 35 and row["question"][-1] == "?", row["id"]
+        assert 4 <= len(row["question"].split()) <= 35 and row["question"][-1] == "?", row["id"]
         assert not any("of the above" in text.lower() or not text.strip() for text in texts)
         right = texts["ABCD".index(row["answerKey"])]
         longest += all(len(right) > len(text) for text in texts if text != right)
@@ -42,7 +42,8 @@ def test_no_question_twice() -> None:
 def test_prompt_length(small_tokenizer) -> None:
     """25 examples make about 1,000 tokens, so that K = 64 leaves out most keys."""
     shots = [
-        f"Question: {row['question']}\nAnswer: {row['choices']['text']['ABCD'.index(row['answerKey'])]}"
+        f"Question: {row['question']}\nChoices: {'; '.join(row['choices']['text'])}\n"
+        f"Answer: {row['choices']['text']['ABCD'.index(row['answerKey'])]}"
         for row in rows("train")[:25]
     ]
-    assert 700 < len(small_tokenizer("\n\n".join(shots)).input_ids) < 1300
+    assert 850 < len(small_tokenizer("\n\n".join(shots)).input_ids) < 1150

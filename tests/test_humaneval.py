@@ -22,7 +22,15 @@ from toptheta.humaneval import (
 from toptheta.sandbox import Limits, run_program
 
 LIMITS = Limits(wall_s=20.0)  # the machine may be busy
-PROMPT = 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """Sum of xs.\n    >>> total([1])\n    1\n    """\n'
+PROMPT = '''from typing import List
+
+
+def total(xs: List[int]) -> int:
+    """Sum of xs.
+    >>> total([1])
+    1
+    """
+'''
 CHECK = "assert total([1, 2]) == 3 and total([]) == 0"
 WHOLE = "def total(xs):\n    s = 0\n    for x in xs:\n        s += x\n    return s"
 BODY = "    s = 0\n    for x in xs:\n        s += x\n    return s"
@@ -184,7 +192,7 @@ def test_samples_that_repeat_the_prompt_are_scored_alike(problems):
 
 def test_pass_at_k_by_hand():
     # 4 samples with 2 right: pass@1 = 2/4; pass@2 = 1 - C(2,2)/C(4,2) = 5/6; pass@3 = 1, only 2 are wrong.
-    # 4 samples with 1 right: pass@1 = 1/4; pass@2 = 1 - C(3,2)/C(4,2) = 1/2; pass@3 = 1 - C(3,3)/C(4,3) = 3/4.
+    # 4 samples with 1 right: pass@1 = 1/4; pass@2 = 1 - C(3,2)/C(4,2) = 1/2; pass@3 = 1 - C(3,3)/C(4,3).
     passed = [[True, True, False, False], [False, False, True, False], [False] * 4]
     metrics = pass_at_k(passed, [1, 2, 3, 5])
     by_hand = {"pass@1": [1 / 2, 1 / 4, 0], "pass@2": [5 / 6, 1 / 2, 0], "pass@3": [1, 3 / 4, 0]}

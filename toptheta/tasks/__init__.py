@@ -113,7 +113,7 @@ def _bundled() -> dict[str, Any]:
         "output_type": "multiple_choice",
         "training_split": "train",
         "test_split": "test",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_text": "Question: {{question}}\nChoices: {{choices.text | join('; ')}}\nAnswer:",
         "doc_to_target": "{{choices.label.index(answerKey)}}",
         "doc_to_choice": "{{choices.text}}",
         "metric_list": [

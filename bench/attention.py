@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""The attention call alone: milliseconds, and the ratio to torch's scaled_dot_product_attention.
+
+    .venv/bin/python bench/attention.py [--device cpu] [--quick] [--output FILE]
+
+Every repetition runs all methods one after the other on the same tensors, so that a busy machine slows all
+of them; the numbers are medians. Leaves out the rest of the model, the growing of caches and calibration.
+In decode each call reads another copy of K and V, as each layer of a model does, so that they come from
+memory and not from cache.
+
+Queries and keys are random with scores of standard deviation 1.5; thresholds are calibrated on other prompts
+drawn likewise: the mean (K+1)-th largest score or weight of rows of each sampled length. "kept" is what they
+then keep.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from toptheta import kernels
+from toptheta.attention import LayerSpec
+from toptheta.calibration import nearest_lookup
+from toptheta.rows import Rows, rows_of
+
+K = 64
+SCORE_SPREAD = 1.5
+COLD_BYTES = 256 << 20  # of K and V that decode calls take turns with
+MAX_BYTES = 6 << 30  # of K and V of one case
+MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # query heads, KV heads, head_dim
+METHODS = {
+    "dense": LayerSpec(),
+    "Top-k": LayerSpec(1, "pre-softmax", K),
+    "Top-theta pre": LayerSpec(0, "pre-softmax", K, "exact", vmc=True),
+    "Top-theta post": LayerSpec(0, "post-softmax", K, vmc=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    phase: str  # prefill or decode
+    kv_len: int
+    batch: int = 1
+
+    @property
+    def q_len(self) -> int:
+        return self.kv_len if self.phase == "prefill" else 1
+
+    @property
+    def kv_bytes(self) -> int:
+        _, num_kv_heads, head_dim = MODELS[self.model]
+        return 2 * 4 * self.batch * num_kv_heads * head_dim * self.kv_len
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every case; for each model the shorter first, so that they tell how long the next will take."""
+    prefill, decode, batches = [2**i << 10 for i in range(6)], [4096, 7000, 32768, 131072], (1, 4, 16)
+    if quick:
+        prefill, decode, batches = [1024, 4096], [4096, 7000], (1,)
+    found = [Case(m, "prefill", n) for m in MODELS for n in prefill]
+    found += [Case(m, "prefill", 1024, b) for m in MODELS for b in batches[1:]]
+    return found + [Case(m, "decode", n, b) for m in MODELS for b in batches for n in decode]
+
+
+def draw(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """q `[B, H, Q, D]` as a view of `[B, Q, H, D]`, as projections leave it; k and v `[B, H_kv, N, D]`."""
+    num_heads, num_kv_heads, head_dim = MODELS[case.model]
+    q = torch.randn(case.batch, case.q_len, num_heads, head_dim, device=device).transpose(1, 2)
+    k, v = torch.randn(2, case.batch, num_kv_heads, case.kv_len, head_dim, device=device)
+    return q * SCORE_SPREAD, k, v
+
+
+def calibrated(case: Case, placement: str, device: torch.device) -> Tensor:
+    """Thresholds `[H, N + 1]` from rows of up to 48 lengths, a few rows of every head each."""
+    num_heads, num_kv_heads, head_dim = MODELS[case.model]
+    lengths = [case.kv_len]
+    if case.phase == "prefill":
+        lengths = sorted({int(K + 1 + (case.kv_len - K - 1) * (i / 47) ** 2) for i in range(48)})
+    values = np.full((1, case.kv_len + 1), np.nan)
+    for n in lengths:
+        q = torch.randn(num_kv_heads, 16 * num_heads // num_kv_heads, head_dim, device=device) * SCORE_SPREAD
+        k = torch.randn(num_kv_heads, n, head_dim, device=device)
+        x = q @ k.transpose(1, 2) / math.sqrt(head_dim)
+        x = x.softmax(dim=-1) if placement == "post-softmax" else x
+        values[0, n] = float(x.topk(K + 1, dim=-1).values[..., K].mean())
+    theta = torch.from_numpy(nearest_lookup(values, K, -math.inf)).to(device)
+    return theta.expand(num_heads, -1).contiguous()
+
+
+def calls(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """What each method runs, and the share of elements that it keeps."""
+    num_heads, _, head_dim = MODELS[case.model]
+    copies = 1 if case.phase == "prefill" else 1 + COLD_BYTES // case.kv_bytes
+    q, *_ = first = draw(case, device)
+    turn = itertools.cycle([first[1:]] + [draw(case, device)[1:] for _ in range(copies - 1)])
+    rows = rows_of(None, case.q_len, case.kv_len, device)
+    scale = 1 / math.sqrt(head_dim)
+
+    def sdpa() -> Tensor:
+        k, v = next(turn)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=case.phase == "prefill", scale=scale, enable_gqa=True
+        )
+
+    def ours(spec: LayerSpec, theta: Tensor | None) -> Callable[[], object]:
+        return lambda: kernels.attend(q, *next(turn), rows, spec, scale, theta)
+
+    found: dict[str, Callable[[], object]] = {"sdpa": sdpa}
+    kept = {"sdpa": 1.0}
+    for name, spec in METHODS.items():
+        theta = calibrated(case, spec.placement, device) if spec.mode == 0 else None
+        found[name] = ours(spec, theta)
+        kept[name] = kept_share(q, next(turn), rows, spec, scale, theta)
+    return found, kept
+
+
+def kept_share(
+    q: Tensor, kv: tuple[Tensor, Tensor], rows: Rows, spec: LayerSpec, scale: float, theta
+) -> float:
+    _, counts = kernels.attend(q, *kv, rows, spec, scale, theta, count=True)
+    assert counts is not None
+    full = rows.n.expand(q.shape[0], -1).sum() * q.shape[1]
+    return float(counts.attn.sum() / full)
+
+
+def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
+    """Median milliseconds, ratio to sdpa and kept share of every method; some `seconds` of repetitions."""
+    found, kept = calls(case, device)
+    times: dict[str, list[float]] = {name: [] for name in found}
+    start = time.perf_counter()
+    while True:
+        for name, call in found.items():
+            synchronize(device)
+            begun = time.perf_counter()
+            call()
+            synchronize(device)
+            times[name].append(time.perf_counter() - begun)
+        repetitions = len(times["sdpa"])
+        if repetitions >= 200 or repetitions >= 5 and time.perf_counter() - start > seconds:
+            break
+    medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    return {
+        name: {
+            "ms": round(ms, 4),
+            "ratio": round(ms / medians["sdpa"], 3),
+            "kept": round(kept[name], 5),
+            "repetitions": repetitions,
+        }
+        for name, ms in medians.items()
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; on the CPU a call is over when it returns."""
+
+
+def device_name(device: torch.device) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the attention call against torch's sdpa.")
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, one or two minutes")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--max-seconds", type=float, default=60.0, help="cases expected to take longer than this are not run"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default bench/results/attention-<device>.json"
+    )
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    output = args.output or Path(__file__).parent / "results" / f"attention-{args.device}.json"
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    about = {
+        "device": device_name(device),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dtype": "float32",
+        "K": K,
+        "kernel": kernels.FORCED or "chosen",
+    }
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    print("median ms (ratio to sdpa); kept: share of elements that Top-theta pre keeps\n")
+    names = ["sdpa", *METHODS]
+    print(
+        f"{'model':13}{'phase':8}{'batch':>6}{'kv_len':>8}"
+        + "".join(f"{n:>19}" for n in names)
+        + f"{'kept':>9}"
+    )
+    results, spent = [], {}
+    for case in cases(args.quick):
+        label = f"{case.model:13}{case.phase:8}{case.batch:6}{case.kv_len:8}"
+        size = case.batch * case.q_len * case.kv_len
+        before = spent.get((case.model, case.phase))  # size and seconds of the last case of this kind
+        expected = before[1] * size / before[0] if before else 0.0
+        if expected > args.max_seconds or case.kv_bytes > MAX_BYTES:
+            why = f"{expected:.0f} s expected" if case.kv_bytes <= MAX_BYTES else "too large"
+            print(f"{label}   not run ({why})", flush=True)
+            results.append(asdict(case) | {"not run": why})
+            continue
+        start = time.perf_counter()
+        with torch.no_grad():
+            got = measure(case, device, seconds=2.0 if args.quick else 4.0)
+        one_round = sum(cell["ms"] for cell in got.values()) / 1e3
+        spent[case.model, case.phase] = (size, 7 * one_round)  # five repetitions, and the kept shares
+        cells = "".join(f"{got[n]['ms']:11.2f} ({got[n]['ratio']:.2f})".rjust(19) for n in names)
+        print(f"{label}{cells}{got['Top-theta pre']['kept']:9.4f}", flush=True)
+        seconds = round(time.perf_counter() - start, 1)
+        results.append(asdict(case) | {"methods": got, "seconds": seconds})
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"about": about, "cases": results}, indent=1) + "\n")
+    print(f"\nwritten to {output}")
+
+
+if __name__ == "__main__":
+    main()
