@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from toptheta import kernels
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -19,6 +21,7 @@ def tiny_config(**changes) -> LlamaConfig:
         "num_hidden_layers": 3,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
+        "head_dim": 16,  # what the CPU kernel takes
         "max_position_embeddings": 512,
         "initializer_range": 0.3,  # spreads the scores: with the usual 0.02 every attention row is flat
     }
@@ -29,6 +32,13 @@ def tiny_config(**changes) -> LlamaConfig:
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture(params=["reference", "chosen"])
+def path(request, monkeypatch) -> str:
+    """Run a test by plain PyTorch, and by what is chosen without being told (on CPU, the kernel)."""
+    monkeypatch.setattr(kernels, "FORCED", None if request.param == "chosen" else request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

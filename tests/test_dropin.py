@@ -16,6 +16,8 @@ from toptheta.llama import patched_layers
 from toptheta.statistics import Recorder
 from toptheta.steering import record_statistics
 
+pytestmark = pytest.mark.usefixtures("path")
+
 SPARSE = {
     "Top-k": {"mode": 1, "K": 6, "sdc": "exact", "vmc": True},
     "Top-k post": {"mode": 1, "K": 6, "placement": "post-softmax", "vmc": True},
@@ -82,18 +84,21 @@ def test_dense_is_stock_bit_for_bit(implementation: str, recording: bool) -> Non
     stock = LlamaForCausalLM._from_config(tiny_config(), attn_implementation=implementation).eval()
     ours = update_model(copy.deepcopy(stock))
     set_params(ours, mode=3)
-    record_statistics(ours, Recorder(6) if recording else None)
+    recorder = Recorder(6)
+    record_statistics(ours, recorder if recording else None)
     padding = torch.ones(2, 40, dtype=torch.long)
     padding[1, :7] = 0
     for inputs in ({"input_ids": tokens()}, {"input_ids": tokens(2), "attention_mask": padding}):
         a, b = stock(**inputs, use_cache=True), ours(**inputs, use_cache=True)
         assert torch.equal(a.logits, b.logits)
+        recorder.drain()
     step = tokens(length=1, seed=5)
     a, b = stock(tokens(), use_cache=True), ours(tokens(), use_cache=True)
     for _ in range(3):
         a = stock(step, past_key_values=a.past_key_values)
         b = ours(step, past_key_values=b.past_key_values)
         assert torch.equal(a.logits, b.logits)
+    recorder.drain()
     assert torch.equal(stock.generate(tokens(), max_new_tokens=8), ours.generate(tokens(), max_new_tokens=8))
 
 
@@ -162,6 +167,46 @@ def test_generate(name: str, tiny_model: LlamaForCausalLM) -> None:
     beams = tiny_model.generate(a, attention_mask=torch.ones_like(a), num_beams=3, **options)
     again = tiny_model.generate(a, attention_mask=torch.ones_like(a), num_beams=3, use_cache=False, **options)
     assert torch.equal(beams, again)
+
+
+@pytest.mark.parametrize("name", ["Top-k post", "Top-theta"])
+def test_changes_of_the_cache_between_steps(name: str, tiny_model: LlamaForCausalLM) -> None:
+    """A cache that is cut, repeated, reordered, replaced or changed in place: what was summed of it before
+    (for VMC) must not be used."""
+    steer(tiny_model, SPARSE[name])
+    ids, close = tokens(length=40), {"rtol": 1e-4, "atol": 1e-4}
+
+    def step(cache: DynamicCache, at: int, text: torch.Tensor) -> torch.Tensor:
+        return tiny_model(text[:, at : at + 1], past_key_values=cache).logits[:, 0]
+
+    def behind(length: int, text: torch.Tensor) -> DynamicCache:
+        return tiny_model(text[:, :length], use_cache=True).past_key_values
+
+    whole = tiny_model(ids).logits[0]
+    cache = behind(36, ids)
+    for at in (36, 37, 38):
+        torch.testing.assert_close(step(cache, at, ids)[0], whole[at], **close)
+    cache.crop(-2)
+    torch.testing.assert_close(step(cache, 37, ids)[0], whole[37], **close)
+    cache.batch_repeat_interleave(2)
+    torch.testing.assert_close(step(cache, 38, ids.repeat(2, 1))[1], whole[38], **close)
+    other = ids.flip(1)
+    torch.testing.assert_close(
+        step(behind(39, other), 39, other)[0], tiny_model(other).logits[0, 39], **close
+    )
+    both = torch.cat([ids, other])
+    cache = behind(37, both)
+    step(cache, 37, both)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    reordered = step(cache, 38, both.flip(0))
+    torch.testing.assert_close(reordered[1], whole[38], **close)
+    for layer in cache.layers:
+        layer.values.mul_(2.0)
+    changed = step(cache, 39, both.flip(0))
+    fresh = behind(39, both.flip(0))
+    for layer in fresh.layers:
+        layer.values.mul_(2.0)
+    torch.testing.assert_close(changed, step(fresh, 39, both.flip(0)), **close)
 
 
 def test_one_layer_only(tiny_model: LlamaForCausalLM) -> None:

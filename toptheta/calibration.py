@@ -103,7 +103,7 @@ class LayerCalibration:
         self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
         self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self._chosen: Tensor | None = None
+        self.chosen: Tensor | None = None  # `[B, Q]` bool, the rows of this call that are sampled
 
     def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
         """Choose the rows of one attention call that will be sampled. n: `[B or 1, Q]` row lengths."""
@@ -117,21 +117,21 @@ class LayerCalibration:
         if real is not None:
             eligible = eligible & real
         if self.sample_frac >= 1.0:
-            self._chosen = eligible
+            self.chosen = eligible
             return
         if n.shape[1] == 1:  # decode: each row with probability f
             draw = torch.rand(n.shape, generator=self.generator, device=self.device)
-            self._chosen = eligible & (draw < self.sample_frac)
+            self.chosen = eligible & (draw < self.sample_frac)
         else:
-            self._chosen = draw_rows(eligible, self.seen[n], self.sample_frac, self.generator)
-        self.seen.index_add_(0, n.reshape(-1), self._chosen.reshape(-1).long())
+            self.chosen = draw_rows(eligible, self.seen[n], self.sample_frac, self.generator)
+        self.seen.index_add_(0, n.reshape(-1), self.chosen.reshape(-1).long())
 
     def observe(self, block: Block) -> None:
         """Take the samples of one block: its (K+1)-th largest, and R of what would be dropped."""
         x, rows = block.scores, block.scores.shape[2]
         n = block.n.expand(x.shape[0], -1)
-        assert self._chosen is not None
-        chosen = self._chosen[:, block.start : block.start + rows]
+        assert self.chosen is not None
+        chosen = self.chosen[:, block.start : block.start + rows]
         if self.sample_frac < 1.0:  # ranking is the costly part: spare it for rows that no sequence samples
             some = chosen.any(dim=0).nonzero()[:, 0]
             x, n, chosen = x[:, :, some], n[:, some], chosen[:, some]
@@ -147,12 +147,26 @@ class LayerCalibration:
             if self.with_sdc:
                 self.missing[k].add(self._dropped(x, k, n, largest[..., :1]), n, sampled)
 
+    def take(self, samples: Tensor | None, missing: Tensor | None, n: Tensor) -> None:
+        """Take what a kernel has sampled of a whole call: `[len(ks), B, H, Q]` samples of thresholds (None:
+        taken before) and of R (None: not sampled), 0 where not chosen. n: `[B or 1, Q]`."""
+        assert self.chosen is not None
+        n = n.expand(self.chosen.shape[0], -1)
+        for i, k in enumerate(self.ks):
+            sampled = self.chosen & (n > k)
+            if samples is not None and self.mode == TOP_THETA:
+                self.thresholds[k].add(samples[i], n, sampled)
+            if missing is not None:
+                self.missing[k].add(missing[i], n, sampled)
+
+    def running_threshold(self, k: int) -> Tensor:
+        """Thresholds from the samples so far, `[H, L]` float32; NaN where nothing was sampled."""
+        return self.thresholds[k].threshold(self.add_sigma).float()
+
     def _dropped(self, scores: Tensor, k: int, n: Tensor, peak: Tensor) -> Tensor:
         """R of SDC 'exact' for the block's rows, `[B, H, R]`, by the thresholds so far or by Top-k."""
         if self.mode == TOP_THETA:
-            theta = (
-                self.thresholds[k].threshold(self.add_sigma).to(scores.dtype)
-            )  # NaN only where not sampled
+            theta = self.running_threshold(k).to(scores.dtype)
             keep = top_theta_keep(scores, theta[:, n].transpose(0, 1).unsqueeze(-1), peak)
         else:
             keep = top_k_keep(scores, k)

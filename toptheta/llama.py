@@ -7,18 +7,20 @@ transformers under the name 'toptheta', and the stock forward calls them with th
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from toptheta.attention import LayerSpec, sparse_attention
+from toptheta import kernels
+from toptheta.attention import LayerSpec
 from toptheta.calibration import LayerCalibration
 from toptheta.errors import UsageError
 from toptheta.params import AttentionParams
 from toptheta.rows import rows_of, toptheta_mask
 from toptheta.statistics import Recorder
 from toptheta.tables import CalibrationTables
+from toptheta.vsums import VSums
 
 IMPLEMENTATION = "toptheta"
 
@@ -39,6 +41,7 @@ class TopK_LLamaAttention(LlamaAttention):
         self.base_implementation = "sdpa"
         self.calibration: LayerCalibration | None = None
         self.recorder: Recorder | None = None
+        self.v_sums = VSums()
         self.params = AttentionParams()  # the whole model's, as set_params left them
         self.tables: CalibrationTables | None = None  # likewise; the first layer holds them
         self.calls = 0  # of our attention function, to prove that a patched model runs it
@@ -59,6 +62,18 @@ class TopK_LLamaAttention(LlamaAttention):
         new.base_implementation = base_implementation
         object.__setattr__(new, "_original", attention)  # not a submodule: its children are ours already
         return new
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As LlamaAttention's; the cache is looked at before it is updated, see toptheta/vsums.py."""
+        self.v_sums.before_update(past_key_values, self.layer_idx)
+        return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
@@ -107,19 +122,22 @@ def toptheta_attention_forward(
             table is not None and table.device != query.device
         ):  # an offloaded layer computes elsewhere than it rests
             setattr(module, name, table.to(query.device))
+    scale = module.scaling if scaling is None else scaling
     if calibration is not None:
-        calibration.start_call(rows.n, rows.real, batch, kv_len)
-    out, counts = sparse_attention(
+        out = kernels.calibrate(query, key, value, rows, spec, scale, calibration)
+        return out.transpose(1, 2).contiguous(), None
+    v_sum = module.v_sums.at(value, rows) if spec.vmc else None
+    out, counts = kernels.attend(
         query,
         key,
         value,
         rows,
         spec,
-        module.scaling if scaling is None else scaling,
+        scale,
         module.theta,
         module.sdc_table,
-        calibration,
         count=recorder is not None,
+        v_sum=v_sum,
     )
     if recorder is not None:
         recorder.add(module.layer_idx, rows, spec.k, counts, (batch, num_heads, num_kv_heads, kv_len))

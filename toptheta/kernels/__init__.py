@@ -7,9 +7,11 @@ import os
 
 from torch import Tensor
 
-from toptheta.attention import Calibrator, Counts, LayerSpec, sparse_attention
+from toptheta.attention import Counts, LayerSpec, sparse_attention
+from toptheta.calibration import LayerCalibration
 from toptheta.errors import UsageError
 from toptheta.kernels import cpu
+from toptheta.params import TOP_THETA
 from toptheta.rows import Rows
 
 CHOICES = ("reference", "cpu", "triton")
@@ -25,7 +27,6 @@ def attend(
     scale: float,
     theta: Tensor | None = None,
     table: Tensor | None = None,
-    calibrator: Calibrator | None = None,
     count: bool = False,
     v_sum: Tensor | None = None,
 ) -> tuple[Tensor, Counts | None]:
@@ -34,18 +35,39 @@ def attend(
     v_sum: `[B, H_kv, D]` float32, sum of V over the visible keys of the only query row, if known; it spares
     the kernels reading all of V. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
     """
-    if FORCED is None and calibrator is None and cpu.supports(q, k, v, rows, spec):
+    if _takes_cpu_kernel(q, k, v, rows, spec):
         return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum)
-    if FORCED not in (None, "reference"):
-        _check_forced(q, k, v, rows, spec, calibrator)
-        return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum)
-    return sparse_attention(q, k, v, rows, spec, scale, theta, table, calibrator, count)
+    return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count)
 
 
-def _check_forced(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec, calibrator: Calibrator | None
-) -> None:
-    """Raise UsageError unless the kernel that TOPTHETA_KERNEL names can take this call."""
+def calibrate(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec, scale: float, calibration: LayerCalibration
+) -> Tensor:
+    """Attention of `spec` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples."""
+    calibration.start_call(rows.n, rows.real, q.shape[0], k.shape[2])
+    if not _takes_cpu_kernel(q, k, v, rows, spec):
+        return sparse_attention(q, k, v, rows, spec, scale, calibrator=calibration)[0]
+    ks, chosen = calibration.ks, calibration.chosen
+    assert chosen is not None
+    output = spec if spec.sparse else cpu.DENSE_SPEC
+    # Top-k's R is known in the same pass; that of thresholds only once this prompt's samples are in them.
+    topk_missing = calibration.with_sdc and calibration.mode != TOP_THETA
+    got = cpu.calibrate(q, k, v, rows, scale, ks, spec.placement, output, topk_missing, chosen=chosen)
+    calibration.take(got.values, got.missing, rows.n)
+    if calibration.with_sdc and not topk_missing:
+        thetas = [calibration.running_threshold(k_) for k_ in ks]
+        second = cpu.calibrate(q, k, v, rows, scale, ks, spec.placement, None, True, thetas, chosen)
+        calibration.take(None, second.missing, rows.n)
+    assert got.out is not None
+    return got.out
+
+
+def _takes_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> bool:
+    """Whether the CPU kernel computes this call. Raises UsageError when TOPTHETA_KERNEL cannot be obeyed."""
+    if FORCED is None:
+        return cpu.supports(q, k, v, rows, spec)
+    if FORCED == "reference":
+        return False
     if FORCED not in CHOICES:
         raise UsageError(
             f"TOPTHETA_KERNEL={FORCED} is none of {', '.join(CHOICES)}: set one of them, or unset it."
@@ -53,11 +75,10 @@ def _check_forced(
     if FORCED == "triton":
         raise UsageError("TOPTHETA_KERNEL=triton is not there yet: unset it, or set it to reference.")
     why = cpu.unsupported(q, k, v, rows, spec)
-    if why is None and calibrator is not None:
-        why = "a Calibrator wants to see the scores"
     if why is None and isinstance(missing := cpu.load(), str):
         why = missing
     if why is not None:
         raise UsageError(
             f"TOPTHETA_KERNEL=cpu cannot be obeyed, because {why}: unset it, or set it to reference."
         )
+    return True

@@ -1,0 +1,59 @@
+"""The sum of V over the visible keys, carried from one decode step to the next (for V-mean compensation).
+
+With it a step adds one row of V instead of reading all of them. Whether the cache still holds what was summed
+is checked each time: generation may reorder, crop, repeat or replace a cache between two steps.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toptheta.rows import Rows
+
+
+class VSums:
+    """One layer's sum. Holds no reference that keeps a cache alive."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None  # `[B, H_kv, D]` float64: thousands of steps add up
+        self._end = 0  # how many leading keys it covers
+        self._key_real: Tensor | None = None  # which of them are padding
+        self._values: weakref.ref[Tensor] | None = None  # the tensor of the cache that was summed ...
+        self._version = 0  # ... and its count of in-place changes then
+
+    def before_update(self, cache: Any, layer_idx: int) -> None:
+        """Forget the sum unless `cache` still holds the very tensor that it was taken from."""
+        if self._sum is None:
+            return
+        layers = getattr(cache, "layers", ())
+        values: Tensor | None = layers[layer_idx].values if layer_idx < len(layers) else None
+        if values is None or self._values is None or values is not self._values():
+            self._sum = None
+        elif values._version != self._version:  # changed in place
+            self._sum = None
+
+    def at(self, value: Tensor, rows: Rows) -> Tensor | None:
+        """`[B, H_kv, D]` float32, sum of V over the visible keys of the only query row, or None where that is
+        not a leading part of the keys. value: `[B, H_kv, N, D]`, the cache's tensor after this step."""
+        if rows.n.shape[1] != 1 or rows.first is None or value.device.type != "cpu" or value.is_inference():
+            self._sum = None
+            return None
+        end, key_real = rows.first + 1, rows.key_real
+        if self._sum is not None and self._end == end - 1 and self._same_padding(key_real):
+            start, total = end - 1, self._sum
+        else:
+            start, total = 0, torch.zeros((), dtype=torch.float64)
+        new = value[:, :, start:end]
+        if key_real is not None:
+            new = new * key_real[:, None, start:end, None]
+        self._sum = total + new.sum(dim=2, dtype=torch.float64)
+        self._end, self._key_real = end, key_real
+        self._values, self._version = weakref.ref(value), value._version
+        return self._sum.float()
+
+    def _same_padding(self, key_real: Tensor | None) -> bool:
+        if key_real is None or self._key_real is None:
+            return key_real is self._key_real
+        return torch.equal(key_real[:, : self._end], self._key_real[:, : self._end])
