@@ -20,7 +20,7 @@ from toptheta.params import AttentionParams
 from toptheta.rows import rows_of, toptheta_mask
 from toptheta.statistics import Recorder
 from toptheta.tables import CalibrationTables
-from toptheta.vsums import VSums
+from toptheta.vsums import VSum, carried
 
 IMPLEMENTATION = "toptheta"
 
@@ -41,7 +41,7 @@ class TopK_LLamaAttention(LlamaAttention):
         self.base_implementation = "sdpa"
         self.calibration: LayerCalibration | None = None
         self.recorder: Recorder | None = None
-        self.v_sums = VSums()
+        self.v_sum: VSum | None = None  # during a call with a cache
         self.params = AttentionParams()  # the whole model's, as set_params left them
         self.tables: CalibrationTables | None = None  # likewise; the first layer holds them
         self.calls = 0  # of our attention function, to prove that a patched model runs it
@@ -72,8 +72,13 @@ class TopK_LLamaAttention(LlamaAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """As LlamaAttention's; the cache is looked at before it is updated, see toptheta/vsums.py."""
-        self.v_sums.before_update(past_key_values, self.layer_idx)
-        return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        self.v_sum = carried(past_key_values, self.layer_idx) if self.spec.vmc else None
+        try:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        finally:
+            self.v_sum = None  # the cache must not outlive its owner
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
@@ -126,7 +131,7 @@ def toptheta_attention_forward(
     if calibration is not None:
         out = kernels.calibrate(query, key, value, rows, spec, scale, calibration)
         return out.transpose(1, 2).contiguous(), None
-    v_sum = module.v_sums.at(value, rows) if spec.vmc else None
+    v_sum = module.v_sum.at(value, rows) if module.v_sum is not None else None
     out, counts = kernels.attend(
         query,
         key,

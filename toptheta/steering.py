@@ -1,6 +1,7 @@
 """Steering a patched model: parameters, calibration, look-up tables, statistics."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,10 @@ def set_params(model: nn.Module, **params) -> None:
             raise UsageError(f"set_params knows no parameter {name!r}: choose from {', '.join(known)}.")
     layers = patched_layers(model)
     old = get_params(model)
-    new = check(replace(old, **({"calib_load_path": ""} | params)))
+    implied: dict[str, Any] = {"calib_load_path": ""}
+    if params.get("mode", old.mode) != TOP_THETA:
+        implied["calib_tac"] = False  # left over from a calibration; given in this call, it is an error
+    new = check(replace(old, **(implied | params)))
     k_per_layer = new.k_per_layer(len(layers))
     if new.test_layer is not None and not 0 <= new.test_layer < len(layers):
         raise UsageError(f"test_layer is {new.test_layer}, but the model has layers 0 to {len(layers) - 1}.")

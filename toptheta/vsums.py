@@ -1,7 +1,8 @@
-"""The sum of V over the visible keys, carried from one decode step to the next (for V-mean compensation).
+"""The sum of V over the visible keys, carried from one decode step to the next, for V-mean compensation.
 
-With it a step adds one row of V instead of reading all of them. Whether the cache still holds what was summed
-is checked each time: generation may reorder, crop, repeat or replace a cache between two steps.
+With it a step adds one row of V instead of reading all of them. It lives on the layer of the cache; whether
+that still holds what was summed is checked at every step: generation may reorder, crop, repeat or replace a
+cache.
 """
 
 import weakref
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from toptheta.rows import Rows
 
+_V_SUM = "_toptheta_v_sum"  # attribute of a cache layer
 
-class VSums:
-    """One layer's sum. Holds no reference that keeps a cache alive."""
+
+class VSum:
+    """The sum over one layer of one cache."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None  # `[B, H_kv, D]` float64: thousands of steps add up
@@ -23,12 +26,8 @@ class VSums:
         self._values: weakref.ref[Tensor] | None = None  # the tensor of the cache that was summed ...
         self._version = 0  # ... and its count of in-place changes then
 
-    def before_update(self, cache: Any, layer_idx: int) -> None:
-        """Forget the sum unless `cache` still holds the very tensor that it was taken from."""
-        if self._sum is None:
-            return
-        layers = getattr(cache, "layers", ())
-        values: Tensor | None = layers[layer_idx].values if layer_idx < len(layers) else None
+    def check(self, values: Tensor | None) -> None:
+        """Forget the sum unless the cache still holds the very tensor that it was taken from."""
         if values is None or self._values is None or values is not self._values():
             self._sum = None
         elif values._version != self._version:  # changed in place
@@ -41,10 +40,9 @@ class VSums:
             self._sum = None
             return None
         end, key_real = rows.first + 1, rows.key_real
+        start, total = 0, torch.zeros((), dtype=torch.float64)
         if self._sum is not None and self._end == end - 1 and self._same_padding(key_real):
             start, total = end - 1, self._sum
-        else:
-            start, total = 0, torch.zeros((), dtype=torch.float64)
         new = value[:, :, start:end]
         if key_real is not None:
             new = new * key_real[:, None, start:end, None]
@@ -57,3 +55,18 @@ class VSums:
         if key_real is None or self._key_real is None:
             return key_real is self._key_real
         return torch.equal(key_real[:, : self._end], self._key_real[:, : self._end])
+
+
+def carried(cache: Any, layer_idx: int) -> VSum | None:
+    """The sum beside layer `layer_idx` of a cache that is about to be updated, checked; None without a
+    cache."""
+    layers = getattr(cache, "layers", ())
+    if torch.compiler.is_compiling() or layer_idx >= len(layers):
+        return None
+    layer = layers[layer_idx]
+    found = getattr(layer, _V_SUM, None)
+    if found is None:
+        found = VSum()
+        setattr(layer, _V_SUM, found)
+    found.check(layer.values)
+    return found
