@@ -16,6 +16,8 @@ from toptheta.llama import patched_layers
 from toptheta.steering import begin_calibration, calibrated_tables, get_params
 from toptheta.tables import BINARY_NAME, load_tables, save_tables
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 def prompts(count: int = 4, length: int = 30) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
@@ -111,11 +113,11 @@ def test_several_k_in_one_pass(tiny_model: LlamaForCausalLM) -> None:
             tiny_model(ids)
         separate[k] = calibrated_tables(tiny_model)
     set_params(tiny_model, calibrate=False)
-    begin_calibration(tiny_model, get_params(tiny_model), ks=[4, 9])
+    begin_calibration(tiny_model, get_params(tiny_model), [(4, 4, 4)])
     for ids in prompts():
         tiny_model(ids)
     for k in (4, 9):
-        joint = calibrated_tables(tiny_model, k)
+        joint = calibrated_tables(tiny_model, (k, k, k))
         assert joint.k == {0: k, 1: k, 2: k}
         for layer in range(3):
             np.testing.assert_allclose(joint.theta[layer].values, separate[k].theta[layer].values, rtol=1e-6)

@@ -163,6 +163,33 @@ def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPat
     assert (first / "mode0_k16/th.txt").read_text() == (run / "mode0_k16/th.txt").read_text()
 
 
+def test_several_k_are_calibrated_in_one_pass(
+    folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without calib_tac the prompts run once for all K, with the tables of separate runs; with it once for
+    each."""
+    from toptheta import qa, run
+    from toptheta.tables import load_tables
+
+    passes = []
+    begin = run.begin_calibration
+    monkeypatch.setattr(
+        run, "begin_calibration", lambda *args, **more: passes.append(1) or begin(*args, **more)
+    )
+    one_pass = {"mode": (0,), "calib_tac": False, "calibrate_only": True}
+    qa.run_qa(qa_settings(folder_model, **one_pass, k=(16, 32), layerk={1: 24}, output_dir="joint"))
+    assert len(passes) == 1
+    qa.run_qa(qa_settings(folder_model, **one_pass, k=(32,), layerk={1: 24}, output_dir="alone"))
+    qa.run_qa(qa_settings(folder_model, **one_pass | {"calib_tac": True}, k=(16, 32), output_dir="tac"))
+    assert len(passes) == 4
+    joint = load_tables(str(next(here.glob("joint/*/mode0_k32"))), 2, 6)
+    alone = load_tables(str(next(here.glob("alone/*"))), 2, 6)
+    assert joint.k == alone.k == {0: 32, 1: 24}
+    for layer in range(2):
+        np.testing.assert_allclose(joint.theta[layer].values, alone.theta[layer].values, rtol=1e-6)
+        assert (joint.theta[layer].samples == alone.theta[layer].samples).all()
+
+
 def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
     from toptheta.qa import run_qa
 

@@ -18,7 +18,7 @@ from toptheta.llama import patched_layers
 from toptheta.params import TOP_THETA, AttentionParams
 from toptheta.products import CHECKPOINT_SECONDS, Cell, environment, log_line, say, timestamp
 from toptheta.steering import begin_calibration, calibrated_tables, set_params, use_tables
-from toptheta.tables import save_tables
+from toptheta.tables import BINARY_NAME, save_tables
 
 
 @dataclass
@@ -71,12 +71,29 @@ def check_resume(resume: str, script: str) -> dict[str, Any]:
 def cells(run: Run, num_layers: int) -> Iterator[tuple[AttentionParams, Cell]]:
     """Each cell's parameters (K of every layer filled in) and product folder; a single cell uses the run's
     own."""
-    every = run.settings.cells()
-    for cell in every:
-        params = replace(cell, K=run.settings.layer_ks(cell, num_layers)) if cell.sparse else cell
-        folder = run.folder if len(every) == 1 else run.folder / cell_folder(cell)
-        ratio = params.k_per_layer(num_layers) if cell.sparse and cell.mode == TOP_THETA else None
+    for cell in run.settings.cells():
+        folder = product_folder(run, cell)
+        ratio = run.settings.layer_ks(cell, num_layers) if cell.sparse and cell.mode == TOP_THETA else None
         yield cell, Cell(folder, ratio) if cell.sparse else Cell(folder)
+
+
+def product_folder(run: Run, cell: AttentionParams) -> Path:
+    """Where a cell's products go: a single cell has the run's own folder."""
+    return run.folder if len(run.settings.cells()) == 1 else run.folder / cell_folder(cell)
+
+
+def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
+    """The other cells, not calibrated yet, that the calibration of `cell` can serve too: those that differ in
+    K only. With calib_tac each K computes something else while calibrating, so there are none."""
+    if cell.calib_tac:
+        return []
+    return [
+        other
+        for other in run.settings.cells()
+        if other != cell
+        and replace(other, K=cell.K) == cell
+        and not (product_folder(run, other) / BINARY_NAME).is_file()
+    ]
 
 
 def write_config(
@@ -141,14 +158,15 @@ def prepare(
     if settings.calib_load_path:
         set_params(model, **fields, calibrate=False, calib_load_path=settings.calib_load_path)
         return 0.0
-    tables_file = product.path / "calibration.safetensors"
-    if tables_file.is_file():  # an earlier start got this far
+    if (product.path / BINARY_NAME).is_file():  # an earlier start got this far
         set_params(model, **fields, calibrate=False, calib_load_path=str(product.path))
         return 0.0
 
     started = time.monotonic()
     params = AttentionParams(**fields)
-    begin_calibration(model, params, seed=settings.seed)
+    others = same_pass(run, cell)
+    other_ks = [settings.layer_ks(other, num_layers) for other in others]
+    begin_calibration(model, params, other_ks, seed=settings.seed)
     checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
     done = checkpoint.load()
     try:
@@ -157,13 +175,17 @@ def prepare(
         checkpoint.save()
         raise
     tables = calibrated_tables(model)
+    for other, ks in zip(others, other_ks):
+        folder = product_folder(run, other)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tables(calibrated_tables(model, ks), folder)
     product.path.mkdir(parents=True, exist_ok=True)
     save_tables(tables, product.path)
     checkpoint.path.unlink(missing_ok=True)
     use_tables(model, tables)
     set_params(model, **fields, calibrate=False)
     seconds = time.monotonic() - started
-    run.log(f"calibrated {label(cell)} in {seconds:.1f} s")
+    run.log(f"calibrated {', '.join(label(one) for one in [cell, *others])} in {seconds:.1f} s")
     return seconds
 
 

@@ -1,5 +1,6 @@
 """Steering a patched model: parameters, calibration, look-up tables, statistics."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -107,17 +108,17 @@ def _install(
 
 
 def begin_calibration(
-    model: nn.Module, params: AttentionParams, ks: list[int] | None = None, seed: int = 0
+    model: nn.Module, params: AttentionParams, more_k: Sequence[tuple[int, ...]] = (), seed: int = 0
 ) -> None:
-    """Start calibrating what `params` will need. ks: several K to serve in one pass (without calib_tac), else
-    params.K."""
+    """Start calibrating what `params` will need. more_k: K per layer of other cells that the same pass serves
+    (without calib_tac), beside params.K."""
     layers = patched_layers(model)
     k_per_layer = params.k_per_layer(len(layers))
     if not params.needs_calibration:
         raise UsageError(
             "calibrate=True has nothing to calibrate: it serves mode 0 and sdc offline-calibrated."
         )
-    if ks is not None and len(ks) > 1 and params.calib_tac:
+    if more_k and params.calib_tac:
         raise UsageError("calib_tac computes with one K, so it calibrates one K at a time.")
     sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
     for i, layer in enumerate(layers):
@@ -136,7 +137,7 @@ def begin_calibration(
             vmc=params.vmc and tac and params.placement == "post-softmax",
         )
         layer.calibration = LayerCalibration(
-            ks=ks or [k_per_layer[i]],
+            ks=sorted({k_per_layer[i], *(ks[i] for ks in more_k)}),
             num_heads=layer.config.num_attention_heads,
             mode=params.mode,
             with_sdc=params.needs_sdc_table,
@@ -150,13 +151,14 @@ def begin_calibration(
     choose_implementation(layers)
 
 
-def calibrated_tables(model: nn.Module, k: int | None = None) -> CalibrationTables:
-    """Tables from the samples so far. k: which of several K calibrated at once.
+def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = None) -> CalibrationTables:
+    """Tables from the samples so far. k_per_layer: which K, of several calibrated at once; None: params.K.
 
     Raises UsageError when no row was longer than K, with the lengths seen.
     """
     layers = patched_layers(model)
     params = get_params(model)
+    k_per_layer = k_per_layer or params.k_per_layer(len(layers))
     tables = CalibrationTables(len(layers), layers[0].config.num_attention_heads)
     tables.meta = {
         "model": str(getattr(layers[0].config, "_name_or_path", "")),
@@ -171,7 +173,7 @@ def calibrated_tables(model: nn.Module, k: int | None = None) -> CalibrationTabl
         calibration = layer.calibration
         if calibration is None:
             continue
-        layer_k = k if k is not None else calibration.ks[0]
+        layer_k = k_per_layer[i]
         tables.k[i] = layer_k
         kinds = [
             (tables.theta, calibration.thresholds, lambda sums: sums.threshold(params.calib_add_sigma)),
