@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from toptheta.errors import UsageError
+from toptheta.genflags import HUMANEVAL, check_generation
 from toptheta.params import (
     DENSE,
     PLACEMENTS,
@@ -20,7 +21,6 @@ from toptheta.params import (
 )
 from toptheta.tasks import BUNDLED_TASK
 
-HUMANEVAL = "openai_humaneval"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -103,7 +103,8 @@ class QASettings(Settings):
 
 @dataclass(frozen=True)
 class GenSettings(Settings):
-    """Settings of gen_llama.py. max_seq_len: tokens of prompt and completion together."""
+    """Settings of gen_llama.py. max_seq_len: tokens of prompt and reply together. prefill_chunk: tokens of a
+    prompt computed at once; None: all. needle_lengths: tokens, empty: powers of two; needle_depths: %."""
 
     dataset: str = HUMANEVAL
     num_tasks: int | None = None
@@ -113,6 +114,13 @@ class GenSettings(Settings):
     prompt_suffix: str = ""
     do_sample: bool = False
     allow_code_execution: bool = False
+    prefill_chunk: int | None = None
+    data_dir: str | None = None
+    max_new_tokens: int | None = None
+    text: str | None = None
+    needle_lengths: tuple[int, ...] = ()
+    needle_depths: tuple[int, ...] = (0, 25, 50, 75, 100)
+    needle_repeats: int = 1
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -248,9 +256,15 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
     for name in ("batch_size", "seed", "num_samples_per_task", "max_seq_len"):
         if name in raw:
             raw[name] = _number(f"--{name}", raw[name], int)
-    for name in ("num_fewshot", "num_tasks"):
+    for name in ("num_fewshot", "num_tasks", "prefill_chunk", "max_new_tokens"):
         if raw.get(name) is not None:
             raw[name] = _number(f"--{name}", raw[name], int)
+    for name in ("needle_lengths", "needle_depths", "needle_repeats"):  # not given: the class's default
+        if name in raw:
+            text = raw.pop(name)
+            if text is not None:
+                read = _number if name == "needle_repeats" else _numbers
+                raw[name] = read(f"--{name}", text, int)
     for name in ("calib_samples", "num_samples"):
         if raw.get(name) is not None:
             raw[name] = _number(f"--{name}", raw[name], float)
@@ -312,12 +326,7 @@ def check_settings(settings: AnySettings) -> AnySettings:
         if value is not None and (value <= 0 or value > 1 and value != int(value)):
             raise UsageError(f"--{name} is {value}: give a count, or a share between 0 and 1.")
     if isinstance(settings, GenSettings):
-        if settings.num_samples_per_task > 1 and not settings.do_sample:
-            raise UsageError(
-                "--num_samples_per_task above 1 repeats the same greedy answer: add --do_sample."
-            )
-        if settings.dataset != HUMANEVAL:
-            raise UsageError(f"--dataset is {settings.dataset!r}: choose {HUMANEVAL}.")
+        check_generation(settings)
     device = settings.device
     if device not in ("auto", "cpu", "cuda", "mps") and not (
         device.startswith("cuda:") and device[5:].isdigit()
@@ -334,6 +343,7 @@ def settings_from_json(kind: type[AnySettings], saved: dict[str, Any]) -> AnySet
             "k": tuple(saved["k"]),
             "layerk": {int(layer): k for layer, k in saved["layerk"].items()},
         }
+        values |= {name: tuple(saved[name]) for name in ("needle_lengths", "needle_depths") if name in saved}
         return check_settings(kind(**values))
     except (KeyError, TypeError) as error:
         raise UsageError(f"--resume: config.json there does not fit this script ({error}).") from None

@@ -1,5 +1,5 @@
-"""The generation job: calibrate thresholds, complete HumanEval tasks, run the programs, one cell per mode and
-K."""
+"""The generation job, one cell per mode and K: calibrate thresholds, complete HumanEval tasks, run the
+programs. The other data sets go their own way from `long_job` on."""
 
 import itertools
 import json
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import StoppingCriteria, set_seed
 
-from toptheta import humaneval, report
+from toptheta import chunked, humaneval, report
 from toptheta.cli import GenSettings, label, resolve_device
 from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.llama import model_device, update_model
+from toptheta.longjob import end_tokens, long_job, run_long_cell
 from toptheta.models import find_model, load_config, load_model, load_tokenizer
 from toptheta.params import AttentionParams
 from toptheta.products import Cell, append_result, say
@@ -89,7 +90,8 @@ def run_generation(settings: GenSettings, resume: str | None = None) -> list[dic
     if notice:
         say(notice)
 
-    requests = _requests(settings, tokenizer)
+    job = long_job(settings, tokenizer, config)
+    requests = _requests(settings, tokenizer) if job is None else []
     run = open_run(settings, "gen_llama.py", resume)
     say(f"Run folder: {run.folder}")
     results, model = [], None
@@ -103,13 +105,18 @@ def run_generation(settings: GenSettings, resume: str | None = None) -> list[dic
                     "auto" if settings.device == "cuda" and torch.cuda.device_count() > 1 else settings.device
                 )
                 model = update_model(load_model(source, settings.dtype, device))
-            result = _run_cell(run, cell, product, model, tokenizer, requests, source.name)
+            if job is not None:
+                result = run_long_cell(run, cell, product, model, job, source.name)
+            else:
+                result = _run_cell(run, cell, product, model, tokenizer, requests, source.name)
             if result is not None:
                 results.append(result)
     except KeyboardInterrupt:
         interrupted(run)
         raise
-    if results:
+    if results and job is not None:
+        job.finish(run, results, source.name)
+    elif results:
         finish_run(run, results, source.name)
         if not settings.allow_code_execution:
             say(
@@ -246,32 +253,25 @@ def _generate(
     own_lengths = tokens["attention_mask"].sum(dim=1).tolist()
     limits = [settings.max_seq_len - length for length in own_lengths]
     stop = StopWhenDone(tokenizer, prompt_length, batch, limits, settings.apply_chat_template)
-    eos = _end_tokens(model, tokenizer)
-    out = model.generate(
-        input_ids=tokens["input_ids"],
-        attention_mask=tokens["attention_mask"],
+    eos = end_tokens(model, tokenizer)
+    out = chunked.generate(
+        model,
+        tokens,
+        settings.prefill_chunk,
+        stop,
         max_new_tokens=max(limits),
         do_sample=settings.do_sample,
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
         repetition_penalty=1.0,
-        stopping_criteria=StoppingCriteriaList([stop]),
         **(SAMPLING if settings.do_sample else {"temperature": None, "top_p": None, "top_k": None}),
-    )[:, prompt_length:]
+    )
     lengths = []
     for row, stopped in zip(out.tolist(), stop.lengths):
         ends = [i + 1 for i, token in enumerate(row) if token in eos]
         lengths.append(min([len(row), *ends[:1], *([stopped] if stopped is not None else [])]))
     replies = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(out, lengths)]
     return replies, own_lengths, lengths
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a reply: the tokenizer's, the model's, and Llama 3's end of turn."""
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
-    return sorted(token for token in ends | {end_of_turn} if token is not None)
 
 
 def _score(
