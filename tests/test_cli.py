@@ -153,3 +153,23 @@ def test_not_a_llama(tmp_path: Path) -> None:
     command = [sys.executable, "test_llama.py", "--llama", str(tmp_path / "gpt2")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "of type 'gpt2'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_sigterm_is_an_interrupt() -> None:
+    """A cluster's notice before it kills a job: the job saves what it has, as at Ctrl-C."""
+    script = (
+        "import os, signal, time\n"
+        "from toptheta.cli import run_main\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(10)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('saved', flush=True)\n"
+        "        raise\n"
+        "run_main(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130 and done.stdout == "saved\n"

@@ -1,6 +1,7 @@
 """The scripts' flags: one typed, frozen settings object, checked once, before anything is loaded."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -379,7 +380,13 @@ def cell_folder(cell: AttentionParams) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: exit code 2 with one sentence for UsageError, 130 for Ctrl-C."""
+    """Run a script's main: exit code 2 with one sentence for UsageError, 130 for Ctrl-C or SIGTERM (which a
+    cluster sends before it kills: what is finished gets saved)."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         code = main() or 0
     except UsageError as error:
