@@ -9,20 +9,21 @@ from toptheta.errors import UsageError
 from toptheta.genflags import generation_flags
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="gen_llama.py", description=__doc__.splitlines()[0])
     shared_flags(parser)
     generation_flags(parser)
-    arguments = parser.parse_args()
-    score = arguments.score
-    del arguments.score
+    return parser
 
-    if score:
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    if arguments.score:
         if not arguments.allow_code_execution:
             raise UsageError("--score runs generated programs: add --allow_code_execution to agree to that.")
         from toptheta.generate import score_folder
 
-        score_folder(score)
+        score_folder(arguments.score)
         return
     if arguments.resume:
         from toptheta.run import check_resume

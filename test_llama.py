@@ -7,15 +7,16 @@ results-<Model>/.
 from toptheta.cli import Parser, QASettings, parse_settings, run_main, settings_from_json, shared_flags
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="test_llama.py", description=__doc__.splitlines()[0])
     shared_flags(parser)
     task = parser.add_argument_group("task")
     task.add_argument(
         "--task",
         default="everyday_science",
+        metavar="T[,T]",
         help="everyday_science (bundled, default), hellaswag, "
-        "arc_challenge, arc_easy, mmlu, gsm8k, medmcqa, or any task of lm-eval",
+        "arc_challenge, arc_easy, mmlu, gsm8k, medmcqa, or any task of lm-eval; a list runs each",
     )
     task.add_argument(
         "--num_samples", metavar="N", help="questions to evaluate; below 1, a share (default all)"
@@ -26,8 +27,11 @@ def main() -> None:
     task.add_argument(
         "--data_dir", metavar="DIR", help="local data: DIR/<task>/<split>.jsonl with the hub's rows"
     )
-    arguments = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     if arguments.resume:
         from toptheta.run import check_resume
 

@@ -57,6 +57,19 @@ def small_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def folder_model(tmp_path_factory, small_tokenizer) -> str:
+    """A random two-layer model with the real tokenizer, as a folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = tiny_config(
+        vocab_size=len(small_tokenizer), num_hidden_layers=2, max_position_embeddings=2048, eos_token_id=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no reference numbers: the folder ../shared/golden is not there")

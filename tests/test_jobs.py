@@ -7,24 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
-from tests.conftest import tiny_config
 from toptheta.cli import GenSettings, QASettings
 from toptheta.errors import UsageError
-
-
-@pytest.fixture(scope="module")
-def folder_model(tmp_path_factory, small_tokenizer) -> str:
-    """A random two-layer model with the real tokenizer, as a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    config = tiny_config(
-        vocab_size=len(small_tokenizer), num_hidden_layers=2, max_position_embeddings=2048, eos_token_id=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    small_tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The scripts' flags: one typed, frozen settings object, checked once, before anything is loaded."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -248,6 +249,7 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
     raw = dict(vars(namespace))
     raw.pop("timestamps", None)
     raw.pop("resume", None)
+    raw.pop("score", None)
     raw["statistics"] = not raw.pop("no_statistics")
     raw["mode"] = _numbers("--mode", raw["mode"], int)
     raw["k"] = _numbers("--k", raw["k"], int)
@@ -394,6 +396,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # the reader of our output, head for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     sys.exit(code)
 
 

@@ -7,17 +7,20 @@ from typing import Any
 
 from toptheta import report
 from toptheta.cli import QASettings, label, resolve_device
+from toptheta.files import write_json, write_text
 from toptheta.models import find_model, load_config, load_tokenizer, unpacked
 from toptheta.params import AttentionParams
 from toptheta.products import Cell, append_result, say
-from toptheta.run import Run, cells, finish_run, interrupted, open_run, prepare, write_config
-from toptheta.tasks import check_task, task_configs, task_defaults
+from toptheta.run import Run, cells, finish_run, interrupted, open_run, prepare, task_parts, write_config
+from toptheta.tasks import check_task, task_configs, task_defaults, task_names
 
 
 def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, Any]]:
-    """Run the job; returns the cells' results and prints their table. Raises UsageError."""
+    """Run the job; returns the cells' results and prints a table per task. Raises UsageError."""
     source = find_model(settings.llama)
-    check_task(settings.task, settings.data_dir)
+    tasks = task_names(settings.task)
+    for task in tasks:
+        check_task(task, settings.data_dir)
     settings = resolve_device(settings)
     config = load_config(source)
     for cell in settings.cells():
@@ -26,22 +29,30 @@ def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, An
 
     run = open_run(settings, "test_llama.py", resume)
     say(f"Run folder: {run.folder}")
+    parts = task_parts(run)
     results = []
     lm = None
-    try:
-        for cell, product in cells(run, config.num_hidden_layers):
-            if product.finished:
-                results.append(product.results())
-                continue
-            lm = lm or _load_lm(settings, source)
-            result = _run_cell(run, cell, product, lm, source.name)
-            if result is not None:
-                results.append(result)
-    except KeyboardInterrupt:
-        interrupted(run)
-        raise
-    if results:
-        finish_run(run, results, source.name)
+    for part in parts:
+        of_task = []
+        try:
+            for cell, product in cells(part, config.num_hidden_layers):
+                if product.finished:
+                    of_task.append(product.results())
+                    continue
+                lm = lm or _load_lm(settings, source)
+                result = _run_cell(part, cell, product, lm, source.name)
+                if result is not None:
+                    of_task.append(result)
+        except KeyboardInterrupt:
+            interrupted(part)
+            raise
+        if of_task:
+            finish_run(part, of_task, source.name)
+        results += of_task
+    if len(parts) > 1 and results:
+        write_text(run.folder / "summary.md", "\n".join((p.folder / "summary.md").read_text() for p in parts))
+        write_json(run.folder / "summary.json", results)
+        say(f"All tasks: {run.folder / 'summary.md'}")
     return results
 
 
@@ -207,5 +218,5 @@ def _append(
     config = json.loads((product.path / "config.json").read_text())
     placement = cell.placement if cell.sparse else "none"
     name = f"{result['model']}_{result['task']}_mode{cell.mode}_placement{placement}.txt"
-    text = f"{run.folder.name}\n{report.settings_line(config)}\n{make_table(output)}\n"
+    text = f"{run.top.name}\n{report.settings_line(config)}\n{make_table(output)}\n"
     append_result(Path(f"results-{result['model']}"), name, text)

@@ -1,5 +1,7 @@
 """What both jobs do around their own work: run folder, resume, calibration with checkpoints, results."""
 
+import fcntl
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from toptheta import report
-from toptheta.cli import Settings, cell_folder, label
+from toptheta.cli import QASettings, Settings, cell_folder, label, settings_from_json
 from toptheta.errors import UsageError
 from toptheta.files import atomic_path, write_json, write_text
 from toptheta.llama import patched_layers
@@ -24,38 +26,85 @@ from toptheta.tables import BINARY_NAME, save_tables
 @dataclass
 class Run:
     """One start of a script. folder: products/<timestamp>; script: the program's name, for the hint how to
-    resume."""
+    resume; root: the whole run's folder, where this is its part for one of several tasks."""
 
     folder: Path
     settings: Settings
     script: str
+    root: Path | None = None
+    lock: Any = None
+
+    @property
+    def top(self) -> Path:
+        return self.root or self.folder
 
     def log(self, text: str) -> None:
-        log_line(self.folder / "run.log", text)
+        log_line(self.top / "run.log", text)
 
     @property
     def resume_command(self) -> str:
-        return f"python {self.script} --resume {self.folder}"
+        return f"python {self.script} --resume {self.top}"
 
 
 def open_run(settings: Settings, script: str, resume: str | None) -> Run:
-    """A new run folder, or the one to resume."""
+    """A new run folder, or the one to resume. Raises UsageError when another process works on that."""
     folder = Path(resume) if resume else Path(settings.output_dir) / timestamp()
     if not resume:
         folder.mkdir(parents=True)
+    lock = _lock(folder)
+    if lock is None:
+        raise UsageError(f"--resume {folder}: another process works on that run; wait for it or stop it.")
+    if not resume:
         saved = {
             "script": script,
             "settings": settings.to_json(),
             "environment": environment(settings.device),
         }
         write_json(folder / "run.json", saved)
-    return Run(folder, settings, script)
+    return Run(folder, settings, script, lock=lock)
+
+
+def _lock(folder: Path) -> Any:
+    """An open file that marks a run as being worked on, for as long as this process lives; None: it is."""
+    file = open(folder / "run.lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def is_under_way(folder: Path) -> bool:
+    """Whether a process works on the run in `folder` now."""
+    lock = _lock(folder)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def saved_run(folder: Path, kinds: dict[str, type[Settings]]) -> tuple[str, Settings] | None:
+    """Script and settings of the run in `folder`; None when it is damaged, or of no script in `kinds`."""
+    try:
+        saved = json.loads((folder / "run.json").read_text())
+        return saved["script"], settings_from_json(kinds[saved["script"]], saved["settings"])
+    except (OSError, ValueError, KeyError, UsageError):
+        return None
+
+
+def task_parts(run: Run) -> list[Run]:
+    """The run's parts, one for each task of --task, in folders of their own; one task: the run itself."""
+    settings = run.settings
+    if not isinstance(settings, QASettings) or "," not in settings.task:
+        return [run]
+    tasks = [task.strip() for task in settings.task.split(",")]
+    return [
+        Run(run.folder / task, replace(settings, task=task), run.script, root=run.folder) for task in tasks
+    ]
 
 
 def check_resume(resume: str, script: str) -> dict[str, Any]:
     """Settings saved in a run folder. Raises UsageError when it is none, or another script's."""
-    import json
-
     path = Path(resume) / "run.json"
     if not path.is_file():
         raise UsageError(f"--resume {resume}: the folder holds no run.json, so it is no run of {script}.")
@@ -238,7 +287,7 @@ class Checkpoint:
 def interrupted(run: Run) -> None:
     """Tell the person what an interrupted run kept and how to go on."""
     run.log("interrupted")
-    say(f"\nInterrupted. What was finished is kept in {run.folder}; go on with:\n  {run.resume_command}")
+    say(f"\nInterrupted. What was finished is kept in {run.top}; go on with:\n  {run.resume_command}")
 
 
 def finish_run(run: Run, results: list[dict[str, Any]], model_name: str) -> None:

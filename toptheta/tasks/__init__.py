@@ -41,6 +41,14 @@ def task_defaults(name: str) -> TaskDefaults:
     return TASKS.get(name, OTHER)
 
 
+def task_names(tasks: str) -> list[str]:
+    """The names in a comma-separated --task. Raises UsageError when it names none, or one twice."""
+    names = [name.strip() for name in tasks.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise UsageError(f"--task is {tasks!r}: name each task once, joined by commas.")
+    return names
+
+
 def task_configs(name: str, data_dir: str | None, calibration: bool) -> list[dict[str, Any]]:
     """lm-eval configs of a task or of its calibration twin; one, or one per sub-task (mmlu).
 
