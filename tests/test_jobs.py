@@ -277,3 +277,72 @@ def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
         )
         result = run_qa(settings)[0]
         assert result["metrics"]["acc"]["count"] == 6, task
+
+
+def test_several_tasks(
+    folder_model: str, here: Path, local_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Multiple choice and generation in one run: a folder and a table for each, resumed where it stopped."""
+    from toptheta.qa import run_qa
+
+    settings = qa_settings(
+        folder_model,
+        task="medmcqa,gsm8k",
+        data_dir=str(local_data),
+        num_samples=2,
+        num_fewshot=2,
+        mode=(0, 3),
+        calib_samples=2,
+    )
+    results = run_qa(settings)
+    assert [(r["task"], r["method"]) for r in results] == [
+        (task, method) for task in ("medmcqa", "gsm8k") for method in ("Top-theta K=16", "dense")
+    ]
+    assert results[0]["metrics"]["acc"]["count"] == 2
+    assert "exact_match(strict-match)" in results[2]["metrics"]
+    assert (
+        results[2]["kept"]["generative_decoding"]["attn"] < 0.6 < 1.0 == results[3]["kept"]["prefill"]["attn"]
+    )
+    (run,) = here.joinpath("products").iterdir()
+    assert json.loads((run / "summary.json").read_text()) == results
+    assert "medmcqa" in (run / "summary.md").read_text() and "gsm8k" in (run / "summary.md").read_text()
+    assert (run / "gsm8k" / "mode0_k16" / "th.txt").is_file()
+
+    (run / "gsm8k" / "mode3" / "results.json").unlink()
+    capsys.readouterr()
+    again = run_qa(settings, resume=str(run))
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in results]
+    assert "Calibrating" not in capsys.readouterr().err
+
+
+def test_any_other_task_by_name(folder_model: str, here: Path) -> None:
+    """A task of the harness that no table here knows, on rows of its format."""
+    from toptheta.qa import run_qa
+
+    folder = here / "data" / "sciq"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        rows = [
+            {
+                "question": f"What number follows {n} ({split})?",
+                "support": "Numbers follow each other, one by one, without an end. " * 3,
+                "correct_answer": str(n + 1),
+                **{f"distractor{i}": str(n + 1 + i) for i in (1, 2, 3)},
+            }
+            for n in range(4)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result, _) = run_qa(
+        qa_settings(folder_model, task="sciq", data_dir=str(here / "data"), mode=(0, 3), num_samples=None)
+    )
+    assert result["task"] == "sciq" and result["metrics"]["acc"]["count"] == 4
+    assert 0.0 < result["kept"]["prefill"]["attn"] < 1.0
+
+
+@pytest.mark.parametrize("task", ["arc_easy,arc_easy", "arc_easy,", "arc_easyy,hellaswag"])
+def test_wrong_lists_of_tasks(folder_model: str, here: Path, task: str) -> None:
+    from toptheta.qa import run_qa
+
+    with pytest.raises(UsageError, match="--task"):
+        run_qa(qa_settings(folder_model, task=task))
+    assert not here.joinpath("products").exists()
