@@ -114,7 +114,7 @@ def tradeoff_figure(
         # Room for labels; and a span below which differences would look larger than they are.
         room = max(0.12 * (high - low), (MIN_SPAN - (high - low)) / 2)
         if np.isfinite(room):
-            axes.set_xlim(low - room, high + room)
+            axes.set_xlim(max(low - room, 0.0), min(high + room, 101.0))
     task = f" on {tasks[0]}" if tasks != ["None"] else ""
     unit = " (%)" if scale == 100.0 else ""
     all_axes[0].set_ylabel(f"{metric}{task}{unit}", parse_math=False)
