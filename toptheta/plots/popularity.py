@@ -71,8 +71,8 @@ def _figure(
     if title is None:
         words = [str(config[key]) for key in ("model", "method") if key in config]
         title = ", ".join(words) or folder.resolve().name
-    words = f"{title}: layer {layer}, group {group}, text {generation}"
-    figure = new_figure(9.5, 6.2, words)
+    title = f"{title}: layer {layer}, group {group}, text {generation}"
+    figure = new_figure(9.5, 6.2, title)
     top, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, 3.2))
 
     share = 100.0 * (grid > 0).sum(axis=0) / (~np.isnan(grid)).sum(axis=0)

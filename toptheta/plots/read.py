@@ -157,7 +157,15 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     return _read_json(folder, "results.json")
 
 
-def read_result_list(path: Path | str) -> dict[str, list[dict[str, Any]]]:
+def read_task_results(path: Path | str, task: str) -> list[dict[str, Any]]:
+    """One task's results from a file that `read_results_by_task` reads. Raises UsageError when there are none."""
+    tasks = read_results_by_task(path)
+    if task not in tasks:
+        raise UsageError(f"{path} has no results of {task}, but of {', '.join(tasks)}: name another file.")
+    return tasks[task]
+
+
+def read_results_by_task(path: Path | str) -> dict[str, list[dict[str, Any]]]:
     """By task the results in a table's results.json or a run's summary.json. Raises UsageError when the file
     is missing or holds none."""
     path = Path(path)

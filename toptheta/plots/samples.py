@@ -56,20 +56,23 @@ def samples_figure(
         if theta.empty:
             raise UsageError(f"th.txt in {folder} has no threshold of layer {layer}, head {head}.")
         chosen = []
-        for low, high in lengths:
-            inside = (n >= low) & (n <= high)
+        for shortest, longest in lengths:
+            inside = (n >= shortest) & (n <= longest)
             if not inside.any():
                 raise UsageError(
-                    f"layer {layer} has no samples of rows of {low} to {high} tokens: choose lengths from "
-                    f"{n.min()} to {n.max()}."
+                    f"layer {layer} has no samples of rows of {shortest} to {longest} tokens: "
+                    f"choose lengths from {n.min()} to {n.max()}."
                 )
             chosen.append((values[inside, head], theta.reindex(n[inside]).dropna().to_numpy()))
         together = np.concatenate([part for part, _ in chosen])
         # The same bins in a row of panels; a few wild samples must not squeeze all others into one bin.
-        edges = np.linspace(*np.quantile(together, (0.002, 0.998)), BINS + 1)
-        for axes, (part, theta_here), (low, high) in zip(row, chosen, lengths):
+        low, high = np.quantile(together, (0.002, 0.998))
+        edges = np.linspace(low, high, BINS + 1)
+        for axes, (part, theta_here), (shortest, longest) in zip(row, chosen, lengths):
             _panel(axes, part, theta_here, edges)
-            axes.set_title(f"layer {layer}, head {head}, rows of {low:,} to {high:,} tokens", fontsize=8.5)
+            axes.set_title(
+                f"layer {layer}, head {head}, rows of {shortest:,} to {longest:,} tokens", fontsize=8.5
+            )
         row[0].set_ylabel("rows")
     placement = (config.get("settings") or {}).get("placement")
     score = placement == "pre-softmax" or float(thresholds["theta"].min()) < 0
