@@ -129,7 +129,10 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as UsageError: one sentence, no usage dump."""
+    """Errors as UsageError: one sentence, no usage dump. Flags are written out: a typo is no abbreviation."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
         raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")

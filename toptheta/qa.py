@@ -7,6 +7,7 @@ from typing import Any
 
 from toptheta import report
 from toptheta.cli import QASettings, label, resolve_device
+from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.models import find_model, load_config, load_tokenizer, unpacked
 from toptheta.params import AttentionParams
@@ -26,6 +27,10 @@ def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, An
     for cell in settings.cells():
         if cell.sparse:
             settings.layer_ks(cell, config.num_hidden_layers)
+    calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
+    for task in tasks:  # before the model: a data set that cannot be had costs no time
+        for calibration in (False, True) if calibrates else (False,):
+            _load_tasks(task, settings, None, calibration)
 
     run = open_run(settings, "test_llama.py", resume)
     say(f"Run folder: {run.folder}")
@@ -140,15 +145,9 @@ def _evaluate(
     """Run lm-eval on the task or its calibration twin, on a seeded subset of `size` documents (below 1: a
     share)."""
     from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
-    tasks, chosen = [], {}
-    for config in task_configs(settings.task, settings.data_dir, calibration):
-        config = {key: value for key, value in config.items() if key not in ("tag", "group")}
-        task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
-        task.set_fewshot_seed(settings.seed)
-        tasks.append(task)
+    tasks, chosen = _load_tasks(settings.task, settings, shots, calibration), {}
     docs = {task.config.task: len(task.eval_docs) for task in tasks}
     for name, share in _shares(docs, size).items():
         chosen[name] = sorted(random.Random(settings.seed).sample(range(docs[name]), share))
@@ -165,6 +164,31 @@ def _evaluate(
         torch_random_seed=settings.seed,
         fewshot_random_seed=settings.seed,
     )
+
+
+def _load_tasks(name: str, settings: QASettings, shots: int | None, calibration: bool) -> list[Any]:
+    """The harness's task objects with their data, one per sub-task. Raises UsageError for data that cannot be
+    had."""
+    from lm_eval.api.task import ConfigurableTask
+
+    tasks = []
+    for config in task_configs(name, settings.data_dir, calibration):
+        config = {key: value for key, value in config.items() if key not in ("tag", "group")}
+        try:
+            task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
+        except (OSError, ValueError) as error:  # no network; a damaged file; a gated or missing data set
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UsageError(
+                f"--task {name}: its data cannot be loaded ({reason}): "
+                + (
+                    "mend the files in --data_dir."
+                    if settings.data_dir
+                    else "connect to the network, or name a folder of local rows with --data_dir."
+                )
+            ) from None
+        task.set_fewshot_seed(settings.seed)
+        tasks.append(task)
+    return tasks
 
 
 def _shares(docs: dict[str, int], size: float | None) -> dict[str, int]:

@@ -80,7 +80,7 @@ def check_task(name: str, data_dir: str | None) -> None:
                 f"{', '.join(local) or 'none'}."
             )
     if name not in TASKS and name not in _all_tasks():
-        near = get_close_matches(name, [*TASKS, *_all_tasks()], n=4)
+        near = get_close_matches(name, {*TASKS, *_all_tasks()}, n=4)
         raise UsageError(f"--task {name!r} is unknown: near it are {', '.join(near) or ', '.join(TASKS)}.")
 
 
