@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from toptheta import kernels
 from toptheta.attention import LayerSpec
-from toptheta.calibration import nearest_lookup
+from toptheta.lookup import nearest_lookup
 from toptheta.rows import Rows, rows_of
 
 K = 64

@@ -10,9 +10,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from topk_llama import set_params, update_model
-from toptheta.calibration import RunningSums, draw_rows, nearest_lookup, sample_count
+from toptheta.calibration import RunningSums, draw_rows, sample_count
 from toptheta.errors import UsageError
 from toptheta.llama import patched_layers
+from toptheta.lookup import nearest_lookup
 from toptheta.steering import begin_calibration, calibrated_tables, get_params
 from toptheta.tables import BINARY_NAME, load_tables, save_tables
 

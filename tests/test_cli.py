@@ -131,7 +131,7 @@ def test_tasks(tmp_path: Path) -> None:
         ("test_llama.py --task hellaswagg", "near it are hellaswag"),
         ("test_llama.py --resume /nowhere", "no run.json"),
         ("test_llama.py --llama owner/model-that-is-not-here", "cannot be reached|no such model"),
-        ("test_llama.py --task arc_easy", "its data cannot be loaded"),
+        ("test_llama.py --task arc_easy", "data of task arc_easy cannot be loaded"),
         ("test_llama.py --mod 0", "--mod 0"),
         ("gen_llama.py --dataset code", "--dataset is 'code'"),
         ("gen_llama.py --max_seq_len 5", "--max_seq_len is 5"),

@@ -72,13 +72,33 @@ class RunningSums:
         )
 
 
+class KeptSamples:
+    """Every sample of one K, on the CPU: it grows with the samples, unlike RunningSums."""
+
+    def __init__(self, num_heads: int):
+        self.n = [torch.zeros(0, dtype=torch.int32)]
+        self.values = [torch.zeros(0, num_heads)]
+
+    def add(self, samples: Tensor, n: Tensor, sampled: Tensor) -> None:
+        """As of RunningSums."""
+        self.n.append(n[sampled].int().cpu())
+        self.values.append(samples.transpose(1, 2)[sampled].float().cpu())
+
+    def state(self) -> dict[str, Tensor]:
+        self.n, self.values = [torch.cat(self.n)], [torch.cat(self.values)]
+        return {"n": self.n[0], "values": self.values[0]}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.n, self.values = [state["n"]], [state["values"]]
+
+
 class LayerCalibration:
     """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them
     all.
 
     mode, add_sigma: as they will be used, for the SDC samples of Top-theta. with_sdc: also sample R of SDC
     'exact'. sample_frac: share of a prompt's eligible rows that are sampled, drawn with a generator seeded by
-    `seed`.
+    `seed`. keep_samples: keep each sample of thresholds, in the computer's memory.
     """
 
     def __init__(
@@ -91,6 +111,7 @@ class LayerCalibration:
         sample_frac: float = 1.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        keep_samples: bool = False,
     ):
         self.ks = tuple(ks)
         self.mode, self.with_sdc = mode, with_sdc
@@ -100,6 +121,7 @@ class LayerCalibration:
             {k: RunningSums(num_heads, self.device) for k in self.ks} if mode == TOP_THETA else {}
         )
         self.missing = {k: RunningSums(num_heads, self.device) for k in self.ks} if with_sdc else {}
+        self.kept = {k: KeptSamples(num_heads) for k in self.thresholds} if keep_samples else {}
         self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
         self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -143,7 +165,7 @@ class LayerCalibration:
                 continue
             sampled = chosen & (n > k)
             if self.mode == TOP_THETA:
-                self.thresholds[k].add(largest[..., k], n, sampled)
+                self._add(k, largest[..., k], n, sampled)
             if self.with_sdc:
                 self.missing[k].add(self._dropped(x, k, n, largest[..., :1]), n, sampled)
 
@@ -155,9 +177,19 @@ class LayerCalibration:
         for i, k in enumerate(self.ks):
             sampled = self.chosen & (n > k)
             if samples is not None and self.mode == TOP_THETA:
-                self.thresholds[k].add(samples[i], n, sampled)
+                self._add(k, samples[i], n, sampled)
             if missing is not None:
                 self.missing[k].add(missing[i], n, sampled)
+
+    def _add(self, k: int, samples: Tensor, n: Tensor, sampled: Tensor) -> None:
+        self.thresholds[k].add(samples, n, sampled)
+        if self.kept:
+            self.kept[k].add(samples, n, sampled)
+
+    def kept_samples(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row lengths int32 `[S]` and values float32 `[S, H]` of every sample, with keep_samples only."""
+        state = self.kept[k].state()
+        return state["n"].numpy(), state["values"].numpy()
 
     def running_threshold(self, k: int) -> Tensor:
         """Thresholds from the samples so far, `[H, L]` float32; NaN where nothing was sampled."""
@@ -183,6 +215,8 @@ class LayerCalibration:
         for kind, sums_by_k in (("theta", self.thresholds), ("sdc", self.missing)):
             for k, sums in sums_by_k.items():
                 state.update({f"{kind}.{k}.{name}": value for name, value in sums.state().items()})
+        for k, kept in self.kept.items():
+            state.update({f"kept.{k}.{name}": value for name, value in kept.state().items()})
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -191,6 +225,8 @@ class LayerCalibration:
         for kind, sums_by_k in (("theta", self.thresholds), ("sdc", self.missing)):
             for k, sums in sums_by_k.items():
                 sums.load_state({name: state[f"{kind}.{k}.{name}"] for name in ("count", "total", "squares")})
+        for k, kept in self.kept.items():
+            kept.load_state({name: state[f"kept.{k}.{name}"] for name in ("n", "values")})
 
 
 def draw_rows(eligible: Tensor, seen: Tensor, frac: float, generator: torch.Generator) -> Tensor:
@@ -212,25 +248,3 @@ def draw_rows(eligible: Tensor, seen: Tensor, frac: float, generator: torch.Gene
 def sample_count(eligible: int, frac: float) -> int:
     """How many of `eligible` rows `draw_rows` samples."""
     return ceil(frac * eligible - 1e-9)
-
-
-def nearest_lookup(values: np.ndarray, k: int, below: float) -> np.ndarray:
-    """Fill a `[H, L]` table, NaN where not calibrated: each length takes the nearest calibrated one (ties:
-    the smaller).
-
-    Lengths up to K, whose rows stay dense, get `below`. Returns float32 `[H, L]`; lengths of L and above are
-    to be looked up at L - 1. Raises ValueError for a head with no calibrated length.
-    """
-    num_heads, length = values.shape
-    wanted = np.arange(length)
-    out = np.empty((num_heads, length), dtype=np.float32)
-    for head in range(num_heads):
-        known = np.flatnonzero(~np.isnan(values[head]))
-        if known.size == 0:
-            raise ValueError(f"head {head} has no calibrated row length")
-        right = np.searchsorted(known, wanted).clip(max=known.size - 1)
-        left = (right - 1).clip(min=0)
-        nearer_left = np.abs(wanted - known[left]) <= np.abs(known[right] - wanted)
-        out[head] = values[head, np.where(nearer_left, known[left], known[right])]
-    out[:, : k + 1] = below
-    return out

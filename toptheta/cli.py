@@ -45,6 +45,9 @@ class Settings:
     calib_sample_frac: float = 0.1
     calib_load_path: str = ""
     calib_samples: float | None = None
+    calib_interp: str = "nearest"
+    calib_smooth: int = 0
+    calib_dump_samples: bool = False
     calibrate_only: bool = False
     device: str = "auto"
     dtype: str = "auto"
@@ -76,7 +79,14 @@ class Settings:
             calib_tac=self.calib_tac and mode == TOP_THETA,
             calib_add_sigma=self.calib_add_sigma,
             calib_sample_frac=self.calib_sample_frac,
+            calib_interp=self.calib_interp,
+            calib_smooth=self.calib_smooth,
         )
+
+    @property
+    def calibration_task(self) -> str:
+        """The task that calibration prompts come from; known to each script's own settings."""
+        return ""
 
     def layer_ks(self, cell: AttentionParams, num_layers: int) -> tuple[int, ...]:
         """K of every layer in a cell. Raises UsageError for a --layerk layer that the model does not have."""
@@ -95,12 +105,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class QASettings(Settings):
-    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all."""
+    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all.
+    calib_task: None: the evaluated one."""
 
     task: str = BUNDLED_TASK
     num_samples: float | None = None
     num_fewshot: int | None = None
     data_dir: str | None = None
+    calib_task: str | None = None
+
+    @property
+    def calibration_task(self) -> str:
+        return self.calib_task or self.task
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,10 @@ class GenSettings(Settings):
     needle_lengths: tuple[int, ...] = ()
     needle_depths: tuple[int, ...] = (0, 25, 50, 75, 100)
     needle_repeats: int = 1
+
+    @property
+    def calibration_task(self) -> str:
+        return self.dataset
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -206,6 +226,26 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--calib_samples", default=None, metavar="N", help="calibration examples; below 1, a share of them")
     add(
+        "--calib_interp",
+        default="nearest",
+        metavar="HOW",
+        help="row lengths that calibration never saw: nearest (default), linear (between calibrated ones) or "
+        "fit (a smooth curve per head instead of the table; also beyond the longest)",
+    )
+    add(
+        "--calib_smooth",
+        default="0",
+        metavar="W",
+        help="average calibrated values over row lengths up to W tokens apart (default 0; the files keep "
+        "them as they are)",
+    )
+    add(
+        "--calib_dump_samples",
+        action="store_true",
+        help="also write every sample of a threshold (calib_samples.safetensors); all of them are held in "
+        "memory: 4 bytes for each layer, head and sampled row of each K",
+    )
+    add(
         "--calib_load_path",
         default="",
         metavar="DIR",
@@ -259,7 +299,7 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
     raw["layerk"] = _layerk(raw["layerk"])
     for name in ("sdc_scale", "calib_add_sigma", "calib_sample_frac"):
         raw[name] = _number(f"--{name}", raw[name], float)
-    for name in ("batch_size", "seed", "num_samples_per_task", "max_seq_len"):
+    for name in ("batch_size", "seed", "num_samples_per_task", "max_seq_len", "calib_smooth"):
         if name in raw:
             raw[name] = _number(f"--{name}", raw[name], int)
     for name in ("num_fewshot", "num_tasks", "prefill_chunk", "max_new_tokens"):
@@ -307,6 +347,7 @@ def check_settings(settings: AnySettings) -> AnySettings:
             )
         if not Path(settings.calib_load_path).is_dir():
             raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
+    _check_calibration(settings, needing)
     if settings.calibrate_only and (not needing or settings.calib_load_path):
         raise UsageError(
             "--calibrate_only needs something to calibrate: --mode 0 or --sdc offline-calibrated, "
@@ -339,6 +380,25 @@ def check_settings(settings: AnySettings) -> AnySettings:
     ):
         raise UsageError(f"--device is {device!r}: choose auto, cpu, cuda, cuda:N or mps.")
     return settings
+
+
+def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> None:
+    """Flags that shape calibrated tables need a cell that uses some. Raises UsageError."""
+    defaults = type(settings)()
+    for name in ("calib_interp", "calib_smooth", "calib_task", "calib_dump_samples"):
+        value = getattr(settings, name, None)
+        if value == getattr(defaults, name, None):
+            continue
+        shapes_use = name in ("calib_interp", "calib_smooth")
+        given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
+        if not needing:
+            raise UsageError(
+                f"{given} has no effect without calibration: add --mode 0 or --sdc offline-calibrated."
+            )
+        if not shapes_use and settings.calib_load_path:
+            raise UsageError(f"{given} has no effect with --calib_load_path, which calibrates nothing.")
+        if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
+            raise UsageError(f"{given} keeps samples of thresholds: use it with --mode 0.")
 
 
 def settings_from_json(kind: type[AnySettings], saved: dict[str, Any]) -> AnySettings:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from toptheta.errors import UsageError
+from toptheta.lookup import INTERPOLATIONS
 
 TOP_THETA, TOP_K, DENSE = 0, 1, 3
 PLACEMENTS = ("pre-softmax", "post-softmax", "none")
@@ -32,6 +33,8 @@ class AttentionParams:
     calib_add_sigma: float = 0.0
     calib_sample_frac: float = 0.1
     calib_load_path: str = ""
+    calib_interp: str = "nearest"  # of lengths that calibration never saw; both act when tables are used,
+    calib_smooth: int = 0  # in tokens to either side; the tables themselves stay as calibrated
     calibration_requests: int | None = (
         None  # accepted for the published project's users; calibration ends explicitly
     )
@@ -104,6 +107,15 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
         raise UsageError(
             f"{flag('calib_sample_frac')} is {params.calib_sample_frac}: give a share of rows above 0 "
             "and up to 1."
+        )
+    if params.calib_interp not in INTERPOLATIONS:
+        raise UsageError(
+            f"{flag('calib_interp')} is {params.calib_interp!r}: choose one of {', '.join(INTERPOLATIONS)}."
+        )
+    smooth = params.calib_smooth
+    if isinstance(smooth, bool) or not isinstance(smooth, int) or smooth < 0:
+        raise UsageError(
+            f"{flag('calib_smooth')} is {smooth!r}: give a whole number of tokens, 0 for no smoothing."
         )
     for k in params.K.values() if isinstance(params.K, Mapping) else [params.K]:
         for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:

@@ -22,15 +22,20 @@ def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, An
     tasks = task_names(settings.task)
     for task in tasks:
         check_task(task, settings.data_dir)
+    if settings.calib_task is not None:
+        check_task(settings.calib_task, settings.data_dir, "--calib_task")
+        task_configs(settings.calib_task, settings.data_dir, True, "--calib_task")
     settings = resolve_device(settings)
     config = load_config(source)
     for cell in settings.cells():
         if cell.sparse:
             settings.layer_ks(cell, config.num_hidden_layers)
     calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
-    for task in tasks:  # before the model: a data set that cannot be had costs no time
-        for calibration in (False, True) if calibrates else (False,):
-            _load_tasks(task, settings, None, calibration)
+    for task in tasks:  # before the model: data that cannot be had costs no time
+        _load_tasks(task_configs(task, settings.data_dir, False), settings, None)
+        if calibrates:
+            calib_task = settings.calib_task or task
+            _load_tasks(task_configs(calib_task, settings.data_dir, True), settings, None)
 
     run = open_run(settings, "test_llama.py", resume)
     say(f"Run folder: {run.folder}")
@@ -92,7 +97,12 @@ def _run_cell(
     shots = (
         settings.num_fewshot if settings.num_fewshot is not None else task_defaults(settings.task).num_fewshot
     )
-    write_config(run, cell, product, lm.model, model_name, {"task": settings.task, "num_fewshot": shots})
+    calib_task = settings.calibration_task
+    calib_shots = shots if calib_task == settings.task else task_defaults(calib_task).num_fewshot
+    facts = {"task": settings.task, "num_fewshot": shots}
+    if cell.needs_calibration and not settings.calib_load_path:
+        facts |= {"calib_task": calib_task, "calib_num_fewshot": calib_shots}
+    write_config(run, cell, product, lm.model, model_name, facts)
 
     def calibrate(after_batch, done: set[str]) -> None:
         lm.cell, lm.done, lm.after_batch, lm.description = (
@@ -101,8 +111,8 @@ def _run_cell(
             after_batch,
             f"Calibrating {label(cell)}",
         )
-        size = settings.calib_samples or task_defaults(settings.task).calib_samples
-        _evaluate(lm, settings, shots, calibration=True, size=size)
+        size = settings.calib_samples or task_defaults(calib_task).calib_samples
+        _evaluate(lm, settings, task_configs(calib_task, settings.data_dir, True), calib_shots, size)
         lm.done, lm.after_batch = None, lambda: None
 
     lm.stop_recording()
@@ -114,7 +124,8 @@ def _run_cell(
         lm.start_recording(settings.vrow_popularity)
     lm.cell, lm.description = product, f"Evaluating {label(cell)}"
     try:
-        output = _evaluate(lm, settings, shots, calibration=False, size=settings.num_samples)
+        configs = task_configs(settings.task, settings.data_dir, False)
+        output = _evaluate(lm, settings, configs, shots, settings.num_samples)
         product.checkpoint()
     except KeyboardInterrupt:
         product.checkpoint()
@@ -140,14 +151,13 @@ def _run_cell(
 
 
 def _evaluate(
-    lm: Any, settings: QASettings, shots: int | None, calibration: bool, size: float | None
+    lm: Any, settings: QASettings, configs: list[dict[str, Any]], shots: int | None, size: float | None
 ) -> dict[str, Any]:
-    """Run lm-eval on the task or its calibration twin, on a seeded subset of `size` documents (below 1: a
-    share)."""
+    """Run lm-eval on tasks of these configs, on a seeded subset of `size` documents (below 1: a share)."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    tasks, chosen = _load_tasks(settings.task, settings, shots, calibration), {}
+    tasks, chosen = _load_tasks(configs, settings, shots), {}
     docs = {task.config.task: len(task.eval_docs) for task in tasks}
     for name, share in _shares(docs, size).items():
         chosen[name] = sorted(random.Random(settings.seed).sample(range(docs[name]), share))
@@ -166,20 +176,19 @@ def _evaluate(
     )
 
 
-def _load_tasks(name: str, settings: QASettings, shots: int | None, calibration: bool) -> list[Any]:
-    """The harness's task objects with their data, one per sub-task. Raises UsageError for data that cannot be
-    had."""
+def _load_tasks(configs: list[dict[str, Any]], settings: QASettings, shots: int | None) -> list[Any]:
+    """The harness's task objects, with their data. Raises UsageError for data that cannot be had."""
     from lm_eval.api.task import ConfigurableTask
 
     tasks = []
-    for config in task_configs(name, settings.data_dir, calibration):
+    for config in configs:
         config = {key: value for key, value in config.items() if key not in ("tag", "group")}
         try:
             task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
         except (OSError, ValueError) as error:  # no network; a damaged file; a gated or missing data set
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UsageError(
-                f"--task {name}: its data cannot be loaded ({reason}): "
+                f"the data of task {config['task']} cannot be loaded ({reason}): "
                 + (
                     "mend the files in --data_dir."
                     if settings.data_dir

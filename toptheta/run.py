@@ -13,13 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from toptheta import report
+from toptheta.calib_samples import write_calibration_samples
 from toptheta.cli import QASettings, Settings, cell_folder, label, settings_from_json
 from toptheta.errors import UsageError
 from toptheta.files import atomic_path, write_json, write_text
 from toptheta.llama import patched_layers
 from toptheta.params import TOP_THETA, AttentionParams
 from toptheta.products import CHECKPOINT_SECONDS, Cell, environment, log_line, say, timestamp
-from toptheta.steering import begin_calibration, calibrated_tables, set_params, use_tables
+from toptheta.steering import (
+    begin_calibration,
+    calibrated_tables,
+    calibration_samples,
+    set_params,
+    use_tables,
+)
 from toptheta.tables import BINARY_NAME, save_tables
 
 
@@ -198,6 +205,8 @@ def prepare(
             "calib_tac",
             "calib_add_sigma",
             "calib_sample_frac",
+            "calib_interp",
+            "calib_smooth",
         )
     }
     fields["K"] = settings.layer_ks(cell, num_layers) if cell.sparse else 0
@@ -215,7 +224,8 @@ def prepare(
     params = AttentionParams(**fields)
     others = same_pass(run, cell)
     other_ks = [settings.layer_ks(other, num_layers) for other in others]
-    begin_calibration(model, params, other_ks, seed=settings.seed)
+    dump = settings.calib_dump_samples and cell.needs_thresholds
+    begin_calibration(model, params, other_ks, seed=settings.seed, keep_samples=dump)
     checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
     done = checkpoint.load()
     try:
@@ -223,13 +233,17 @@ def prepare(
     except KeyboardInterrupt:
         checkpoint.save()
         raise
-    tables = calibrated_tables(model)
-    for other, ks in zip(others, other_ks):
-        folder = product_folder(run, other)
+    own_ks = settings.layer_ks(cell, num_layers)
+    for folder, ks in [
+        *((product_folder(run, other), ks) for other, ks in zip(others, other_ks)),
+        (product.path, own_ks),
+    ]:
         folder.mkdir(parents=True, exist_ok=True)
-        save_tables(calibrated_tables(model, ks), folder)
-    product.path.mkdir(parents=True, exist_ok=True)
-    save_tables(tables, product.path)
+        tables = calibrated_tables(model, ks)
+        tables.meta["task"] = settings.calibration_task
+        if dump:  # before the tables: where these are, a later start takes the calibration for done
+            write_calibration_samples(folder, calibration_samples(model, ks))
+        save_tables(tables, folder)
     checkpoint.path.unlink(missing_ok=True)
     use_tables(model, tables)
     set_params(model, **fields, calibrate=False)

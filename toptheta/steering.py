@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toptheta.attention import NEG_INF, LayerSpec
-from toptheta.calibration import LayerCalibration, nearest_lookup
+from toptheta.calibration import LayerCalibration
 from toptheta.errors import UsageError
 from toptheta.llama import TopK_LLamaAttention, choose_implementation, patched_layers
+from toptheta.lookup import lookup_table
 from toptheta.params import TOP_K, TOP_THETA, AttentionParams, check
 from toptheta.statistics import Recorder
 from toptheta.tables import CalibrationTables, LayerTable, check_fit, load_tables
@@ -98,20 +100,44 @@ def _install(
             vmc=params.vmc,
             capk=params.capk,
         )
-        device = _execution_device(layer)
         if tables is not None and params.needs_thresholds:
-            lookup = nearest_lookup(tables.theta[i].values, k_per_layer[i], NEG_INF)
-            layer.theta = torch.from_numpy(lookup).to(device)
+            within = (0.0, 1.0) if params.placement == "post-softmax" else (-np.inf, np.inf)
+            layer.theta = _lookup(layer, tables.theta[i], params, NEG_INF, within)
         if tables is not None and params.needs_sdc_table:
-            lookup = nearest_lookup(tables.sdc[i].values, k_per_layer[i], 0.0)
-            layer.sdc_table = torch.from_numpy(lookup).to(device)
+            layer.sdc_table = _lookup(layer, tables.sdc[i], params, 0.0, (0.0, np.inf))
+
+
+def _lookup(
+    layer: TopK_LLamaAttention,
+    table: LayerTable,
+    params: AttentionParams,
+    below: float,
+    within: tuple[float, float],
+) -> Tensor:
+    """`[H, L]` float32 by row length, where the layer computes."""
+    table_of_all = lookup_table(
+        table.values,
+        table.samples,
+        layer.spec.k,
+        below,
+        params.calib_interp,
+        params.calib_smooth,
+        layer.config.max_position_embeddings,
+        within,
+    )
+    return torch.from_numpy(table_of_all).to(_execution_device(layer))
 
 
 def begin_calibration(
-    model: nn.Module, params: AttentionParams, more_k: Sequence[tuple[int, ...]] = (), seed: int = 0
+    model: nn.Module,
+    params: AttentionParams,
+    more_k: Sequence[tuple[int, ...]] = (),
+    seed: int = 0,
+    keep_samples: bool = False,
 ) -> None:
     """Start calibrating what `params` will need. more_k: K per layer of other cells that the same pass serves
-    (without calib_tac), beside params.K."""
+    (without calib_tac), beside params.K. keep_samples: keep every sample of thresholds too, see
+    `calibration_samples`."""
     layers = patched_layers(model)
     k_per_layer = params.k_per_layer(len(layers))
     if not params.needs_calibration:
@@ -145,6 +171,7 @@ def begin_calibration(
             sample_frac=params.calib_sample_frac,
             seed=seed,
             device=_execution_device(layer),
+            keep_samples=keep_samples,
         )
     for layer in layers:
         layer.params = replace(params, calibrate=True)
@@ -192,6 +219,20 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
                 )
             target[i] = LayerTable(value(sums).cpu().numpy(), samples)
     return tables
+
+
+def calibration_samples(
+    model: nn.Module, k_per_layer: tuple[int, ...] | None = None
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """The samples of thresholds that a calibration with keep_samples has kept so far, by layer: row lengths
+    int32 `[S]` and values float32 `[S, H]`. k_per_layer: as in `calibrated_tables`."""
+    layers = patched_layers(model)
+    k_per_layer = k_per_layer or get_params(model).k_per_layer(len(layers))
+    return {
+        i: layer.calibration.kept_samples(k_per_layer[i])
+        for i, layer in enumerate(layers)
+        if layer.calibration is not None
+    }
 
 
 def use_tables(model: nn.Module, tables: CalibrationTables) -> None:

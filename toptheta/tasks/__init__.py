@@ -49,22 +49,23 @@ def task_names(tasks: str) -> list[str]:
     return names
 
 
-def task_configs(name: str, data_dir: str | None, calibration: bool) -> list[dict[str, Any]]:
+def task_configs(
+    name: str, data_dir: str | None, calibration: bool, flag: str = "--task"
+) -> list[dict[str, Any]]:
     """lm-eval configs of a task or of its calibration twin; one, or one per sub-task (mmlu).
 
     data_dir: folder with `<task>/<split>.jsonl` files of the hub's row format; None: the hub. Raises
-    UsageError for an unknown task or missing data.
+    UsageError for an unknown task or missing data; `flag` is what named the task.
     """
-    if name == BUNDLED_TASK:
-        config = _bundled()
-        return [_twin(config) if calibration else config]
-    configs = _stock_configs(name)
-    if data_dir is not None:
-        configs = _with_local_data(name, configs, Path(data_dir))
-    return [_twin(config) for config in configs] if calibration else configs
+    configs = [_bundled()] if name == BUNDLED_TASK else _stock_configs(name, flag)
+    if calibration:
+        configs = [_twin(config, flag) for config in configs]
+    if data_dir is not None and name != BUNDLED_TASK:
+        configs = _with_local_data(name, configs, Path(data_dir), flag)
+    return configs
 
 
-def check_task(name: str, data_dir: str | None) -> None:
+def check_task(name: str, data_dir: str | None, flag: str = "--task") -> None:
     """Raise UsageError, before anything is loaded, for a task that is plainly unknown or whose local data is
     missing."""
     if name == BUNDLED_TASK:
@@ -76,12 +77,12 @@ def check_task(name: str, data_dir: str | None) -> None:
         local = sorted(p.name for p in folder.iterdir() if p.is_dir())
         if name not in local:
             raise UsageError(
-                f"--data_dir {data_dir} has no folder {name!r} for --task {name}: it holds "
+                f"--data_dir {data_dir} has no folder {name!r} for {flag} {name}: it holds "
                 f"{', '.join(local) or 'none'}."
             )
     if name not in TASKS and name not in _all_tasks():
         near = get_close_matches(name, {*TASKS, *_all_tasks()}, n=4)
-        raise UsageError(f"--task {name!r} is unknown: near it are {', '.join(near) or ', '.join(TASKS)}.")
+        raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near) or ', '.join(TASKS)}.")
 
 
 _index: dict[str, Any] = {}
@@ -96,7 +97,7 @@ def _all_tasks() -> dict[str, Any]:
     return _index
 
 
-def _stock_configs(name: str) -> list[dict[str, Any]]:
+def _stock_configs(name: str, flag: str) -> list[dict[str, Any]]:
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -106,7 +107,7 @@ def _stock_configs(name: str) -> list[dict[str, Any]]:
         return [load_yaml(file) for file in files]
     entry = _all_tasks()[name]
     if entry.yaml_path is None or entry.kind.name != "TASK":
-        raise UsageError(f"--task {name} is a {entry.kind.name.lower()} of tasks: name one of its tasks.")
+        raise UsageError(f"{flag} {name} is a {entry.kind.name.lower()} of tasks: name one of its tasks.")
     return [load_yaml(entry.yaml_path)]
 
 
@@ -132,7 +133,9 @@ def _bundled() -> dict[str, Any]:
     }
 
 
-def _with_local_data(name: str, configs: list[dict[str, Any]], data_dir: Path) -> list[dict[str, Any]]:
+def _with_local_data(
+    name: str, configs: list[dict[str, Any]], data_dir: Path, flag: str
+) -> list[dict[str, Any]]:
     local = []
     for config in configs:
         folder = data_dir / name
@@ -147,7 +150,7 @@ def _with_local_data(name: str, configs: list[dict[str, Any]], data_dir: Path) -
         }
         for split in sorted(map(str, needed)):
             if split not in files:
-                raise UsageError(f"--data_dir: {folder} holds no {split}.jsonl, which --task {name} needs.")
+                raise UsageError(f"--data_dir: {folder} holds no {split}.jsonl, which {flag} {name} needs.")
         local.append(
             config
             | {
@@ -164,7 +167,7 @@ def _with_local_data(name: str, configs: list[dict[str, Any]], data_dir: Path) -
     return local
 
 
-def _twin(config: dict[str, Any]) -> dict[str, Any]:
+def _twin(config: dict[str, Any], flag: str) -> dict[str, Any]:
     """The calibration twin: another split of the same task, never the one that is evaluated."""
     test = config.get("test_split") or config.get("validation_split")
     split = config.get("training_split") or config.get("validation_split")
@@ -172,6 +175,6 @@ def _twin(config: dict[str, Any]) -> dict[str, Any]:
         split = "validation"  # the stock config leaves it out, but the data has it
     if split is None or split == test:
         raise UsageError(
-            f"--task {config['task']} has no split to calibrate on beside the one that it evaluates."
+            f"{flag} {config['task']} has no split to calibrate on beside the one that it evaluates."
         )
     return config | {"task": f"{config['task']}_calibration", "test_split": split, "tag": None}
