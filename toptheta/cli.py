@@ -29,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass(frozen=True)
 class Settings:
     """What both jobs share. mode, k: every pair of them is one cell of the table. layerk: K of single
-    layers."""
+    layers. calib_task: the Q&A task to calibrate on; None: what is evaluated."""
 
     llama: str = "smollm2"
     mode: tuple[int, ...] = (DENSE,)
@@ -45,6 +45,7 @@ class Settings:
     calib_sample_frac: float = 0.1
     calib_load_path: str = ""
     calib_samples: float | None = None
+    calib_task: str | None = None
     calib_interp: str = "nearest"
     calib_smooth: int = 0
     calib_dump_samples: bool = False
@@ -105,14 +106,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class QASettings(Settings):
-    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all.
-    calib_task: None: the evaluated one."""
+    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all."""
 
     task: str = BUNDLED_TASK
     num_samples: float | None = None
     num_fewshot: int | None = None
     data_dir: str | None = None
-    calib_task: str | None = None
 
     @property
     def calibration_task(self) -> str:
@@ -142,7 +141,7 @@ class GenSettings(Settings):
 
     @property
     def calibration_task(self) -> str:
-        return self.dataset
+        return self.calib_task or self.dataset
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -225,6 +224,12 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
         help="share of a prompt's rows to sample (default 0.1)",
     )
     add("--calib_samples", default=None, metavar="N", help="calibration examples; below 1, a share of them")
+    add(
+        "--calib_task",
+        metavar="TASK",
+        help="calibrate on the calibration split of this Q&A task, with its usual shots and size (default: "
+        "on what is evaluated)",
+    )
     add(
         "--calib_interp",
         default="nearest",
