@@ -95,7 +95,7 @@ def _run_cell(
         say(f"Tables of {label(cell)}: {product.path}")
         return None
     if settings.statistics:
-        lm.start_recording(settings.vrow_popularity)
+        lm.start_recording(settings.vrow_popularity, product.effective_k)
     lm.cell, lm.description = product, f"Evaluating {label(cell)}"
     try:
         output = _evaluate(lm, settings, shots, calibration=False, size=settings.num_samples)
