@@ -261,7 +261,16 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
         )  # fmt: skip
 
     monkeypatch.chdir(tmp_path)
-    straight = run_qa(settings("straight"))
+    drain, counted = Recorder.drain, []
+
+    def draining(self):
+        prefill, decode = drain(self)
+        counted.append(sum(int(record.histogram[:, :-1].sum()) for record in prefill.values()))
+        return prefill, decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "drain", draining)
+        straight = run_qa(settings("straight"))
     score, calls = harness.TopThetaLM._score, []
 
     def scoring(self, batch):
@@ -280,6 +289,8 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
     resumed = run_qa(settings("stopped"), resume=str(stopped))
     one = next(tmp_path.joinpath("straight").iterdir())
     assert (one / "effective_k.csv").read_text() == (stopped / "effective_k.csv").read_text()
+    assert len(counted) == 5 and min(counted) > 0
+    assert sum(row["rows"] for row in rows_of_csv(one)) == sum(counted)
     assert resumed[0]["effective_k"] == straight[0]["effective_k"] and len(rows_of_csv(one)) > 4
     assert {row["phase"] for row in rows_of_csv(one)} == {PREFILL}
 
