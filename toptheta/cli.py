@@ -58,6 +58,7 @@ class Settings:
     apply_chat_template: bool = False
     statistics: bool = True
     vrow_popularity: bool = False
+    effective_k: bool = False
 
     def cells(self) -> list[AttentionParams]:
         """The settings of each cell: every mode with every K; dense has no K and comes once."""
@@ -282,6 +283,7 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default="products", metavar="DIR", help="where product folders go (default products)")
     add("--no_statistics", action="store_true", help="do not count kept elements and V rows")
     add("--vrow_popularity", action="store_true", help="also dump how often each V row is kept (large)")
+    add("--effective_k", action="store_true", help="Top-theta: report what single rows keep, against K")
     add(
         "--timestamps",
         action="store_true",
@@ -362,6 +364,13 @@ def check_settings(settings: AnySettings) -> AnySettings:
         raise UsageError(f"--dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}.")
     if settings.vrow_popularity and not settings.statistics:
         raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
+    if settings.effective_k:
+        if not any(cell.sparse and cell.mode == TOP_THETA for cell in cells):
+            raise UsageError("--effective_k judges thresholds: use it with --mode 0 and a --placement.")
+        if not settings.statistics:
+            raise UsageError("--effective_k needs statistics: leave out --no_statistics.")
+        if settings.calibrate_only:
+            raise UsageError("--effective_k needs an evaluation: leave out --calibrate_only.")
     limits: Sequence[tuple[str, float]] = (
         ("batch_size", 1),
         ("num_tasks", 1),

@@ -143,6 +143,7 @@ def toptheta_attention_forward(
         module.sdc_table,
         count=recorder is not None,
         v_sum=v_sum,
+        count_rows=recorder is not None and recorder.effective_k and q_len > 1,
     )
     if recorder is not None:
         recorder.add(module.layer_idx, rows, spec.k, counts, (batch, num_heads, num_kv_heads, kv_len))

@@ -215,7 +215,9 @@ def run_long_cell(
         say(f"Tables of {label(cell)}: {product.path}")
         return None
     recorder = (
-        Recorder(model.config.num_attention_heads, settings.vrow_popularity) if settings.statistics else None
+        Recorder(model.config.num_attention_heads, settings.vrow_popularity, product.effective_k)
+        if settings.statistics
+        else None
     )
     record_statistics(model, recorder)
     product.start_clock()

@@ -151,7 +151,7 @@ def _run_cell(
         say(f"Tables of {label(cell)}: {product.path}")
         return None
     if settings.statistics:
-        lm.start_recording(settings.vrow_popularity)
+        lm.start_recording(settings.vrow_popularity, product.effective_k)
     lm.cell, lm.description = product, f"Evaluating {label(cell)}"
     try:
         configs = task_configs(settings.task, settings.data_dir, False)

@@ -29,6 +29,7 @@ def attend(
     table: Tensor | None = None,
     count: bool = False,
     v_sum: Tensor | None = None,
+    count_rows: bool = False,
 ) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of toptheta/attention.py by the path that fits: the same arguments and results.
 
@@ -36,8 +37,8 @@ def attend(
     the kernels reading all of V. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
     """
     if _takes_cpu_kernel(q, k, v, rows, spec):
-        return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum)
-    return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count)
+        return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, count_rows)
+    return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count, count_rows=count_rows)
 
 
 def calibrate(
