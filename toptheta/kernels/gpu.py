@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toptheta.attention import Counts, LayerSpec, mean_of_visible
+from toptheta.kernels.two_tier import Int8Keys
 from toptheta.params import TOP_K, TOP_THETA
 from toptheta.rows import Rows
 
@@ -62,12 +63,14 @@ def attend(
     table: Tensor | None = None,
     count: bool = False,
     v_sum: Tensor | None = None,
+    int8: Int8Keys | None = None,
 ) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of toptheta/attention.py, computed by the kernels; the same arguments and results.
 
     The output is a view of a `[B, Q, H, D]` tensor. v_sum: `[B, H_kv, D]` float32, sum of V over the visible
     keys of the only query row (Q = 1), if the caller has it: with VMC, V is then read only where it is kept.
-    Raises ValueError where shapes do not fit.
+    int8: the copy of k (see two_tier.py), used for one row and thresholds on scores, else ignored. Raises
+    ValueError where shapes do not fit.
     """
     num_heads, q_len = q.shape[1], q.shape[2]
     if v.shape != k.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or num_heads % k.shape[1]:
@@ -93,10 +96,16 @@ def attend(
         if not vmc:
             v_sum = None
         elif v_sum is None:
-            v_sum = mean_of_visible(v, rows)[:, :, 0] * rows.n[..., None]
+            seen = v if rows.mask is None else torch.where(rows.mask[:, :, 0, :, None], v, 0.0)
+            v_sum = seen.sum(dim=2, dtype=torch.float32)
         mask = None if rows.mask is None else rows.mask[:, 0, 0].contiguous()
         v_sum = None if v_sum is None else v_sum.float().contiguous()
-        out, keep = _decode(q, k, v, rows.n, mask, theta, table, v_sum, *settings)
+        tiers: tuple[Tensor | None, ...] = (None, None, None, None)
+        if int8 is not None and spec.sparse and (spec.mode, spec.placement) == (TOP_THETA, "pre-softmax"):
+            if int8.codes.shape != k.shape:
+                raise ValueError(f"the int8 copy {tuple(int8.codes.shape)} is not of k {tuple(k.shape)}")
+            tiers = (int8.codes, int8.steps, int8.slacks, int8.mean)
+        out, keep = _decode(q, k, v, rows.n, mask, theta, table, v_sum, *tiers, *settings)
         return out, _counts(keep, rows.real, k.shape[1]) if count else None
     first, mask = rows.first, None
     if first is None and rows.mask is None:
@@ -136,6 +145,10 @@ def _decode(
     theta: Tensor,
     table: Tensor | None,
     v_sum: Tensor | None,
+    codes: Tensor | None,
+    steps: Tensor | None,
+    slacks: Tensor | None,
+    k_mean: Tensor | None,
     scale: float,
     mode: int,
     placement: str,
@@ -148,12 +161,19 @@ def _decode(
     from toptheta.kernels import triton_decode  # Triton may be missing, which is no error before this
 
     spec = _spec(mode, placement, k_keep, sdc, sdc_scale)
-    out, keep = triton_decode.decode(q, k, v, n, mask, theta, table, v_sum, spec, scale, count)
+    int8 = None
+    if codes is not None:
+        assert steps is not None and slacks is not None and k_mean is not None
+        int8 = Int8Keys(codes, steps, slacks, k_mean)
+    out, keep = triton_decode.decode(q, k, v, n, mask, theta, table, v_sum, spec, scale, count, int8)
     return out, q.new_empty(0, dtype=torch.bool) if keep is None else keep
 
 
 @_decode.register_fake
-def _(q, k, v, n, mask, theta, table, v_sum, scale, mode, placement, k_keep, sdc, sdc_scale, count):
+def _(
+    q, k, v, n, mask, theta, table, v_sum, codes, steps, slacks, k_mean,
+    scale, mode, placement, k_keep, sdc, sdc_scale, count,
+):  # fmt: skip
     shape = (q.shape[0], q.shape[1], k.shape[2]) if count else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.bool)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from toptheta.attention import LayerSpec, per_row, top_theta_keep
 from toptheta.kernels.triton_online import LOWEST, final_denominator, fold, lookup
+from toptheta.kernels.two_tier import Int8Keys
 from toptheta.params import SDC_METHODS, TOP_K
 
 BLOCK_N = 64  # keys of one tile
@@ -23,18 +24,32 @@ ROUNDS = 2  # programs per processor that the splits aim at
 VARYING = ["kv_len", "per_split", "theta_len", "table_len", "splits"]  # one build serves every length
 
 
+@triton.jit
+def mean_and_reach(q_tile, mean, scale):
+    """For rows of q `[G, D]`: q times the mean of K, and how far a slack of 1 may move a score."""
+    q_tile = q_tile.to(tl.float32)
+    norm = tl.sqrt(tl.sum(q_tile * q_tile, axis=1)) + 2e-18  # squares below 1e-38 are lost
+    return tl.sum(q_tile * mean[None, :], axis=1), norm * tl.abs(scale)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def split_kernel(
     q, k, v, mask, n, theta, scores, part_peak, part_total, part_taken, part_count, part_acc,
     scale, kv_len, per_split, splits, num_kv_heads, theta_len, theta_stride, n_stride, mask_stride,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    codes, steps, slacks, k_mean, codes_batch, codes_head, steps_batch, steps_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr, WITH_V: tl.constexpr, STORE_SCORES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr, WITH_V: tl.constexpr,
+    STORE_SCORES: tl.constexpr, TWO_TIER: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
     """The state of `fold` over one split's keys, and the sum of exp times V over what it takes.
 
     part_*: `[B, H, S]`, part_acc `[B, H, S, D]`. A negative count says that the split took its largest
     provisionally. Without WITH_V only peak and total; STORE_SCORES writes scores `[B, H, N]`.
+
+    TWO_TIER: K is read only where its int8 copy (`two_tier.py`) leaves it open whether a head takes the key.
+    That cannot find the largest score of a row that passes its threshold nowhere, so a second launch, RESCUE,
+    computes the groups with such a row again from all of K; the others are done.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
@@ -52,6 +67,18 @@ def split_kernel(
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     row = batch * (num_kv_heads * GROUP) + head  # of [B, H]
+    if RESCUE:
+        i = tl.arange(0, BLOCK_S)
+        known = in_group[:, None] & (i < splits)[None, :]
+        counts = tl.load(part_count + row[:, None] * splits + i[None, :], mask=known, other=0)
+        # Other programs of the group may be writing counts here: of such a row, never a positive one.
+        if tl.min(tl.where(in_group, tl.max(counts, axis=1), 1), axis=0) > 0:
+            return
+    if TWO_TIER:
+        codes += batch * codes_batch + kv_head * codes_head
+        at_mean = k_mean + (batch * num_kv_heads + kv_head) * HEAD_DIM + d
+        mean = tl.load(at_mean, mask=in_dim, other=0.0)
+        q_mean, reach = mean_and_reach(q_tile, mean, scale)
 
     peak = tl.full((BLOCK_G,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
@@ -66,13 +93,30 @@ def split_kernel(
         visible = key < stop
         if HAS_MASK:
             visible = visible & (tl.load(mask + batch * mask_stride + key, mask=visible, other=0) != 0)
+        wanted = visible
+        if TWO_TIER:
+            code_tile = tl.load(
+                codes + key[None, :].to(tl.int64) * HEAD_DIM + d[:, None],
+                mask=visible[None, :] & in_dim[:, None],
+                other=0,
+            )
+            at_key = batch * steps_batch + kv_head * steps_head + key
+            step = tl.load(steps + at_key, mask=visible, other=0.0)
+            slack = tl.load(slacks + at_key, mask=visible, other=0.0)
+            about = tl.dot(q_tile, code_tile.to(q_tile.dtype), input_precision="ieee") * step[None, :]
+            about = (about + q_mean[:, None]) * scale
+            open_ = (about + reach[:, None] * slack[None, :] > row_theta[:, None]) & in_group[:, None]
+            wanted = visible & (tl.max(open_.to(tl.int32), axis=0) > 0)
         k_tile = tl.load(
             k + key[None, :].to(tl.int64) * k_row + d[:, None],
-            mask=visible[None, :] & in_dim[:, None],
+            mask=wanted[None, :] & in_dim[:, None],
             other=0.0,
         )
         s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
-        s = tl.where(visible[None, :], s, float("-inf"))
+        s = tl.where(wanted[None, :], s, float("-inf"))
+        whole = s
+        if TWO_TIER:
+            whole = tl.where(visible[None, :] & ~wanted[None, :], about, s)
         if STORE_SCORES:
             tl.store(
                 scores + row[:, None] * kv_len + key[None, :],
@@ -81,13 +125,13 @@ def split_kernel(
             )
         if WITH_V:
             peak, total, taken, count, passed, exps, take, factor = fold(
-                s, row_theta, peak, total, taken, count, passed
+                s, whole, row_theta, peak, total, taken, count, passed
             )
             take = take & in_group[:, None]  # the rows that fill up the tile ask for nothing
-            wanted = tl.max(take.to(tl.int32), axis=0) > 0
+            some = tl.max(take.to(tl.int32), axis=0) > 0
             v_tile = tl.load(
                 v + key[:, None].to(tl.int64) * v_row + d[None, :],
-                mask=wanted[:, None] & in_dim[None, :],
+                mask=some[:, None] & in_dim[None, :],
                 other=0.0,
             )
             acc = acc * factor[:, None] + tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
@@ -156,10 +200,10 @@ def gather_kernel(
             if STORE_KEEP:
                 tl.store(keep + element, take.to(tl.int8), mask=here)
         exps = tl.where(take, exps, 0.0)
-        wanted = tl.max(take.to(tl.int32), axis=0) > 0
+        some = tl.max(take.to(tl.int32), axis=0) > 0
         v_tile = tl.load(
             v + key[:, None].to(tl.int64) * v_row + d[None, :],
-            mask=wanted[:, None] & in_dim[None, :],
+            mask=some[:, None] & in_dim[None, :],
             other=0.0,
         )
         taken += tl.sum(exps, axis=1)
@@ -261,12 +305,13 @@ def decode(
     spec: LayerSpec,
     scale: float,
     count: bool,
+    int8: Int8Keys | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one row per sequence, `[B, H, 1, D]`, and what was kept, `[B, H, N]` bool, if `count`.
 
     n: `[B or 1, 1]`; mask: `[B or 1, N]` bool, True = visible, or None; theta, table: `[H or 1, L]` (one row
-    serves all heads); v_sum: `[B, H_kv, D]`, needed by VMC. The last dimension of q, k, v, theta, table and
-    v_sum is contiguous.
+    serves all heads); v_sum: `[B, H_kv, D]`, needed by VMC; int8: the copy of k, for thresholds on scores
+    only. The last dimension of q, k, v, theta, table and v_sum is contiguous.
     """
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -290,13 +335,20 @@ def decode(
     }  # fmt: skip
     parts = (part_peak, part_total, part_taken, part_count, part_acc)
     grid = (batch * num_kv_heads, splits)
-    split_kernel[grid](
-        q, k, v, q if mask is None else mask, n, theta, scores, *parts,
-        scale, kv_len, per_split, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride,
-        0 if mask is None else row_stride(mask),
-        q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
-        **tile, HAS_MASK=mask is not None, WITH_V=not two_stages, STORE_SCORES=keep_scores,
-    )  # fmt: skip
+    # What a build does not use still needs some address: q's or theta's.
+    tiers: tuple[Tensor | int, ...] = (q, theta, theta, theta, 0, 0, 0, 0)
+    if int8 is not None:
+        codes, steps = int8.codes, int8.steps
+        tiers = (codes, steps, int8.slacks, int8.mean, *codes.stride()[:2], *steps.stride()[:2])
+    for two_tier, rescue in ((False, False),) if int8 is None else ((True, False), (False, True)):
+        split_kernel[grid](
+            q, k, v, q if mask is None else mask, n, theta, scores, *parts,
+            scale, kv_len, per_split, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride,
+            0 if mask is None else row_stride(mask),
+            q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *tiers,
+            **tile, BLOCK_S=block_s, HAS_MASK=mask is not None, WITH_V=not two_stages,
+            STORE_SCORES=keep_scores, TWO_TIER=two_tier, RESCUE=rescue,
+        )  # fmt: skip
     keep = None
     if two_stages:
         if spec.mode == TOP_K:

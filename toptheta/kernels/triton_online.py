@@ -20,15 +20,16 @@ def lookup(table, heads, n, stride, length, mask):
 
 
 @triton.jit
-def fold(s, theta, peak, total, taken, count, passed):
-    """One tile of scores `s` `[M, N]` (-inf: not visible), folded into the state of its M rows.
+def fold(s, whole, theta, peak, total, taken, count, passed):
+    """One tile of scores `[M, N]` (-inf: not visible), folded into the state of its M rows.
 
-    theta: `[M]`. State, all `[M]`: peak, the largest score; total and taken, the sums of exp(score - peak)
-    over all and over the taken keys; count, how many are taken; passed, 1 once a score was above theta.
-    Returns the new state, then the exps of the taken keys (0 elsewhere), which keys are taken, and the factor
-    for what was accumulated before.
+    s: what is compared with theta `[M]`; whole: what enters total, the same unless a score is only estimated
+    (`two_tier.py`), which is then -inf in s. State, all `[M]`: peak, the largest score; total and taken, the
+    sums of exp(score - peak) over all and over the taken keys; count, how many are taken; passed, 1 once a
+    score was above theta. Returns the new state, then the exps of the taken keys (0 elsewhere), which keys
+    are taken, and the factor for what was accumulated before.
     """
-    new_peak = tl.maximum(peak, tl.max(s, axis=1))
+    new_peak = tl.maximum(peak, tl.max(whole, axis=1))
     above = s > theta[:, None]
     some = tl.max(above.to(tl.int32), axis=1)
     now = tl.maximum(passed, some)
@@ -36,7 +37,7 @@ def fold(s, theta, peak, total, taken, count, passed):
     drop = (passed == 0) & ((some > 0) | (new_peak > peak))
     shrink = tl.exp(peak - new_peak)
     factor = tl.where(drop, 0.0, shrink)
-    exps = tl.exp(s - new_peak[:, None])
+    exps = tl.exp(whole - new_peak[:, None])
     total = total * shrink + tl.sum(exps, axis=1)
     exps = tl.where(take, exps, 0.0)
     taken = taken * factor + tl.sum(exps, axis=1)

@@ -109,7 +109,7 @@ def prefill_kernel(
             peak = new_peak
         else:
             peak, total, taken, count, passed, exps, take, factor = fold(
-                s, row_theta, peak, total, taken, count, passed
+                s, s, row_theta, peak, total, taken, count, passed
             )
             acc = acc * factor[:, None]
             if tl.max(tl.max(take.to(tl.int32), axis=1), axis=0) > 0:
