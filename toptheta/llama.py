@@ -107,7 +107,8 @@ def toptheta_attention_forward(
     query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`. Returns `[B, Q, H, D]` and no weights (the dense
     layers of an 'eager' model return theirs).
     """
-    module.calls += 1
+    if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
+        module.calls += 1
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     spec, calibration, recorder = module.spec, module.calibration, module.recorder
