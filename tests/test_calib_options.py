@@ -354,7 +354,30 @@ def test_calibration_on_another_task(folder_model: str, here: Path) -> None:
     assert config["settings"]["calib_task"] == "arc_easy" and config["settings"]["calib_interp"] == "fit"
 
 
+@pytest.mark.parametrize("dataset", ["openai_humaneval", "perplexity"])
+def test_generation_calibrates_on_a_task(folder_model: str, here: Path, dataset: str) -> None:
+    """gen_llama.py's tables of --calib_task are those of test_llama.py."""
+    from toptheta.generate import run_generation
+    from toptheta.qa import run_qa
+
+    arc_rows(here / "data" / "arc_easy", "train", 30)
+    local = {"data_dir": str(here / "data"), "calibrate_only": True}
+    run_qa(qa_settings(folder_model, task="arc_easy", num_fewshot=25, output_dir="own", **local))
+    shared = {"llama": folder_model, "mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3}
+    (here / "text").write_text("One sentence follows the other, and all are alike. " * 200)
+    text = {"text": str(here / "text"), "max_seq_len": 256} if dataset == "perplexity" else {}
+    run_generation(
+        GenSettings(**shared, **local, **text, dataset=dataset, device="cpu", calib_task="arc_easy")
+    )
+    (run,), (own,) = (here.glob(f"{name}/*") for name in ("products", "own"))
+    assert (run / "th.txt").read_text() == (own / "th.txt").read_text()
+    assert load_tables(run, 2, 6).meta["task"] == "arc_easy"
+    config = json.loads((run / "config.json").read_text())
+    assert config["task"] == dataset and config["calib_task"] == "arc_easy"
+
+
 def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
+    from toptheta.generate import run_generation
     from toptheta.qa import run_qa
 
     arc_rows(here / "data" / "arc_challenge", "test", 3)
@@ -365,5 +388,7 @@ def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             run_qa(qa_settings(folder_model, **changes))
+    with pytest.raises(UsageError, match="--calib_task arc_challenge"):
+        run_generation(GenSettings(llama=folder_model, calib_task="arc_challenge", data_dir="data"))
     assert not here.joinpath("products").exists()
     assert GenSettings().calibration_task == "openai_humaneval"

@@ -3,7 +3,7 @@ programs. The other data sets go their own way from `long_job` on."""
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,10 @@ def run_generation(settings: GenSettings, resume: str | None = None) -> list[dic
         say(notice)
 
     check_calib_task(settings)
-    job = long_job(settings, tokenizer, config)
+    # With --calib_task, --calib_samples counts that task's prompts: what a data set holds back for
+    # calibration, and so what it evaluates, stays the same whatever calibrates.
+    own = replace(settings, calib_samples=None) if settings.calib_task else settings
+    job = long_job(own, tokenizer, config)
     requests = _requests(settings, tokenizer) if job is None else []
     run = open_run(settings, "gen_llama.py", resume)
     say(f"Run folder: {run.folder}")

@@ -201,7 +201,8 @@ def run_long_cell(
     def calibrate(after_batch, done: set[str]) -> None:
         description = f"Calibrating {label(cell)}"
         if settings.calib_task:
-            calibrate_on_task(model, job.tokenizer, settings, description, after_batch, done)
+            assert isinstance(run.settings, GenSettings)
+            calibrate_on_task(model, job.tokenizer, run.settings, description, after_batch, done)
             return
         todo = [item for item in job.calibration if item.key not in done]
         for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):

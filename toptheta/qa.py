@@ -32,7 +32,8 @@ def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, An
             settings.layer_ks(cell, config.num_hidden_layers)
     calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
     for task in tasks:  # before the model: data that cannot be had costs no time
-        _load_tasks(task_configs(task, settings.data_dir, False), settings, None)
+        if not settings.calibrate_only:
+            _load_tasks(task_configs(task, settings.data_dir, False), settings, None)
         if calibrates and not settings.calib_task:
             _load_tasks(task_configs(task, settings.data_dir, True), settings, None)
 
