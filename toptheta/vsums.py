@@ -20,10 +20,11 @@ _SAME = "_toptheta_same_padding"  # attribute of a step's `key_real`
 class VSum:
     """The sum over one layer of one cache."""
 
+    int8 = None  # see toptheta/cache.py
+
     def __init__(self) -> None:
-        self._sum: Tensor | None = (
-            None  # `[B, H_kv, D]` float64, whatever V's type: thousands of steps add up
-        )
+        # `[B, H_kv, D]` float64, whatever V's type: thousands of steps add up
+        self._sum: Tensor | None = None
         self._end = 0  # how many leading keys it covers
         self._key_real: Tensor | None = None  # which of them are padding
         self._values: weakref.ref[Tensor] | None = None  # the tensor of the cache that was summed ...

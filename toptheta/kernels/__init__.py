@@ -11,6 +11,7 @@ from toptheta.attention import Counts, LayerSpec, sparse_attention
 from toptheta.calibration import LayerCalibration
 from toptheta.errors import UsageError
 from toptheta.kernels import cpu, gpu
+from toptheta.kernels.two_tier import Int8Keys
 from toptheta.params import TOP_THETA
 from toptheta.rows import Rows
 
@@ -29,18 +30,20 @@ def attend(
     table: Tensor | None = None,
     count: bool = False,
     v_sum: Tensor | None = None,
+    int8: Int8Keys | None = None,
     count_rows: bool = False,
 ) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of toptheta/attention.py by the path that fits: the same arguments and results.
 
     v_sum: `[B, H_kv, D]` float32, sum of V over the visible keys of the only query row, if known; it spares
-    the kernels reading all of V. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
+    the kernels reading all of V. int8: the copy of k, which spares the Triton kernels reading all of K; the
+    others have no use for it. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
     """
     path = _path(q, k, v, rows, spec)
     if path == "cpu":
         return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, count_rows)
     if path == "triton" and not count_rows:  # the Triton kernels count no single rows
-        return gpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum)
+        return gpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, int8)
     return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count, count_rows=count_rows)
 
 
