@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, StaticCache
 
+from bench.decode import METHODS, Bench
 from tests.conftest import tiny_config
 from tests.test_dropin import SPARSE, steer, tokens
 from tests.test_kernels_cpu import SCALE, K, tables
@@ -190,6 +191,16 @@ def test_two_tiers_keep_the_same(monkeypatch):
         torch.testing.assert_close(got[kind][0], got["static"][0], rtol=2e-3, atol=2e-3)
         for ours, theirs in zip(got[kind][1], got["static"][1]):
             assert (ours.attn == theirs.attn).all() and (ours.vrow == theirs.vrow).all()
+
+
+@here
+def test_decode_benchmark_runs(monkeypatch):
+    """All its methods, two tiers too, on a toy; the shared K and V make them agree on what they read."""
+    monkeypatch.setattr(kernels, "FORCED", "triton")
+    row = Bench("tiny", DEVICE, k=16, steps=1, blocks=1, eager=True).measure(1, 100)
+    assert list(row["methods"]) == list(METHODS)
+    assert all(cell["ms"] > 0 for cell in row["methods"].values())
+    assert 0.05 < row["kept"]["elements"] < 0.5 and row["kept"]["elements"] < row["kept"]["V rows"] < 1
 
 
 @here
