@@ -21,6 +21,7 @@ from toptheta.files import write_json, write_text
 from toptheta.genflags import read_text
 from toptheta.llama import model_device
 from toptheta.longjob import CALIBRATION_ITEMS, Item, LongJob, split_off
+from toptheta.plots.perplexity import draw_perplexity
 from toptheta.plots.tradeoff import draw_tradeoff
 from toptheta.products import say
 from toptheta.run import Run
@@ -124,6 +125,9 @@ class PerplexityJob(LongJob):
             for left_out in draw_tradeoff(results, picture, title):
                 say(left_out)
             print(f"Picture: {picture}")
+        picture = run.folder / "perplexity.png"
+        draw_perplexity(results, picture, title)
+        print(f"Picture: {picture}")
         print(f"Products: {run.folder}")
 
 

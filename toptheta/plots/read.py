@@ -106,6 +106,27 @@ def read_effective_k(folder: Path) -> pd.DataFrame | None:
     return _read(folder, "effective_k.csv", form)
 
 
+def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np.ndarray]] | None:
+    """layer{i}_kept_vrow_popularities_{phase}.txt: by group its lines in file order, each with how many (row,
+    head) pairs keep each V row, `[n]`."""
+    path = find_file(folder, f"layer{layer}_kept_vrow_popularities_{phase}.txt")
+    if path is None:
+        return None
+    groups: dict[int, list[np.ndarray]] = {}
+    for number, line in enumerate(_content(path).decode("latin-1").splitlines(), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(rf"{layer},({_INT}),({_INT}),\[([\d., ]*)\]", line.strip())
+        try:
+            counts = np.array(match[3].split(","), dtype=float) if match else np.empty(0)
+        except ValueError:
+            counts = np.empty(0)
+        if match is None or len(counts) != int(match[2]):
+            raise _damaged(path, number, line, f"{layer},0,4,[3, 0, 1, 3]")
+        groups.setdefault(int(match[1]), []).append(counts)
+    return groups or None
+
+
 def read_sequence_lengths(folder: Path) -> pd.DataFrame | None:
     """sequence_lengths_per_example.csv: n (tokens), one row for an evaluated sequence."""
     return _read(folder, "sequence_lengths_per_example.csv", _LENGTHS)
@@ -151,6 +172,35 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_results(folder: Path) -> dict[str, Any] | None:
     """results.json, as `tradeoff.draw_tradeoff` takes it."""
     return _read_json(folder, "results.json")
+
+
+def read_task_results(path: Path | str, task: str) -> list[dict[str, Any]]:
+    """One task's results from a file that `read_results_by_task` reads. Raises UsageError if none are."""
+    tasks = read_results_by_task(path)
+    if task not in tasks:
+        raise UsageError(f"{path} has no results of {task}, but of {', '.join(tasks)}: name another file.")
+    return tasks[task]
+
+
+def read_results_by_task(path: Path | str) -> dict[str, list[dict[str, Any]]]:
+    """By task the results in a table's results.json or a run's summary.json. Raises UsageError when the file
+    is missing or holds none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: finish the run, or name another file.")
+    value = _json(path)
+    if (
+        not isinstance(value, list)
+        or not all(isinstance(r, dict) and "method" in r for r in value)
+        or not value
+    ):
+        raise UsageError(
+            f"{path} must hold a list of results: name a table's results.json or a summary.json."
+        )
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for result in value:
+        tasks.setdefault(str(result.get("task")), []).append(result)
+    return tasks
 
 
 def named_layers(folder: Path) -> list[int]:
@@ -233,12 +283,16 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     path = find_file(folder, name)
     if path is None:
         return None
+    value = _json(path)
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}, line 1: it must hold a JSON object {{...}}: mend it, or remove the file.")
+    return value
+
+
+def _json(path: Path) -> Any:
     try:
-        value = json.loads(_content(path).decode())
+        return json.loads(_content(path).decode())
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}, line {error.lineno}: {error.msg}: mend it, or remove the file.") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text: mend it, or remove the file.") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}, line 1: it must hold a JSON object {{...}}: mend it, or remove the file.")
-    return value
