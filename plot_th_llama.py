@@ -1,8 +1,8 @@
 """Draw a run's calibrated thresholds and what its attention kept, from its folder products/<timestamp>.
 
 Figures: th (thresholds by row length), size (kept elements relative to Top-k), kept_attn (attention elements
-and V rows kept, by layer), sequence_lengths. What has no file is named and left out. Lengths of generated
-answers: plot_gen_llama.py.
+and V rows kept, by layer), effective_k (what single rows keep against K; of runs with --effective_k),
+sequence_lengths. What has no file is named and left out. Lengths of generated answers: plot_gen_llama.py.
 """
 
 import sys

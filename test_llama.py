@@ -27,11 +27,6 @@ def make_parser() -> Parser:
     task.add_argument(
         "--data_dir", metavar="DIR", help="local data: DIR/<task>/<split>.jsonl with the hub's rows"
     )
-    task.add_argument(
-        "--calib_task",
-        metavar="TASK",
-        help="calibrate on this task's calibration split, with its usual shots and size (default: --task's)",
-    )
     return parser
 
 

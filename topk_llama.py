@@ -8,7 +8,8 @@ mode 0 is Top-theta, mode 1 Top-k, anything else dense. The code is in toptheta/
 toptheta/attention.py (what is computed).
 """
 
+from toptheta.cache import TopThetaCache
 from toptheta.llama import TopK_LLamaAttention, restore_model, update_model
 from toptheta.steering import set_params
 
-__all__ = ["TopK_LLamaAttention", "restore_model", "set_params", "update_model"]
+__all__ = ["TopK_LLamaAttention", "TopThetaCache", "restore_model", "set_params", "update_model"]

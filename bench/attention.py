@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The attention call alone: milliseconds, and the ratio to torch's scaled_dot_product_attention.
 
-    .venv/bin/python bench/attention.py [--device cpu] [--quick] [--output FILE]
+    .venv/bin/python bench/attention.py [--device cpu|cuda] [--quick] [--output FILE]
 
-Every repetition runs all methods one after the other on the same tensors, so that a busy machine slows all
-of them; the numbers are medians. Leaves out the rest of the model, the growing of caches and calibration.
-In decode each call reads another copy of K and V, as each layer of a model does, so that they come from
-memory and not from cache.
+On a GPU see attention_gpu.py; the rest is about the CPU. Every repetition runs all methods one after the
+other on the same tensors, so that a busy machine slows all of them; the numbers are medians. Leaves out the
+rest of the model, the growing of caches and calibration. In decode each call reads another copy of K and V,
+as each layer of a model does, so that they come from memory and not from cache.
 
 Queries and keys are random with scores of standard deviation 1.5; thresholds are calibrated on other prompts
 drawn likewise: the mean (K+1)-th largest score or weight of rows of each sampled length. "kept" is what they
@@ -84,20 +84,21 @@ def draw(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return q * SCORE_SPREAD, k, v
 
 
-def calibrated(case: Case, placement: str, device: torch.device) -> Tensor:
+def calibrated(case: Case, placement: str, device: torch.device, k_keep: int = K) -> Tensor:
     """Thresholds `[H, N + 1]` from rows of up to 48 lengths, a few rows of every head each."""
     num_heads, num_kv_heads, head_dim = MODELS[case.model]
     lengths = [case.kv_len]
     if case.phase == "prefill":
-        lengths = sorted({int(K + 1 + (case.kv_len - K - 1) * (i / 47) ** 2) for i in range(48)})
+        first = k_keep + 1
+        lengths = sorted({int(first + (case.kv_len - first) * (i / 47) ** 2) for i in range(48)})
     values = np.full((1, case.kv_len + 1), np.nan)
     for n in lengths:
         q = torch.randn(num_kv_heads, 16 * num_heads // num_kv_heads, head_dim, device=device) * SCORE_SPREAD
         k = torch.randn(num_kv_heads, n, head_dim, device=device)
         x = q @ k.transpose(1, 2) / math.sqrt(head_dim)
         x = x.softmax(dim=-1) if placement == "post-softmax" else x
-        values[0, n] = float(x.topk(K + 1, dim=-1).values[..., K].mean())
-    theta = torch.from_numpy(nearest_lookup(values, K, -math.inf)).to(device)
+        values[0, n] = float(x.topk(k_keep + 1, dim=-1).values[..., k_keep].mean())
+    theta = torch.from_numpy(nearest_lookup(values, k_keep, -math.inf)).to(device)
     return theta.expand(num_heads, -1).contiguous()
 
 
@@ -178,7 +179,7 @@ def device_name(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the attention call against torch's sdpa.")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="a few shapes, one or two minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -192,6 +193,13 @@ def main() -> None:
     output = args.output or Path(__file__).parent / "results" / f"attention-{args.device}.json"
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.device == "cuda":
+        from bench.attention_gpu import table  # which itself takes a few things from here
+
+        about, rows = table(args.quick, device)
+        about |= {"torch": torch.__version__, "python": platform.python_version()}
+        write(output, about, rows)
+        return
 
     about = {
         "device": device_name(device),
@@ -231,6 +239,10 @@ def main() -> None:
         seconds = round(time.perf_counter() - start, 1)
         results.append(asdict(case) | {"methods": got, "seconds": seconds})
 
+    write(output, about, results)
+
+
+def write(output: Path, about: dict, results: list[dict]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"about": about, "cases": results}, indent=1) + "\n")
     print(f"\nwritten to {output}")

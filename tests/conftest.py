@@ -10,6 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from toptheta import kernels
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 

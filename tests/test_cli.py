@@ -1,6 +1,8 @@
 """Bad input: one sentence and exit code 2, before anything is loaded where that can be known before."""
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,18 +131,24 @@ def test_tasks(tmp_path: Path) -> None:
         ("test_llama.py --task hellaswagg", "near it are hellaswag"),
         ("test_llama.py --resume /nowhere", "no run.json"),
         ("test_llama.py --llama owner/model-that-is-not-here", "cannot be reached|no such model"),
+        ("test_llama.py --task arc_easy", "data of task arc_easy cannot be loaded"),
+        ("test_llama.py --mod 0", "--mod 0"),
         ("gen_llama.py --dataset code", "--dataset is 'code'"),
         ("gen_llama.py --max_seq_len 5", "--max_seq_len is 5"),
         ("gen_llama.py --score /nowhere", "add --allow_code_execution"),
         ("gen_llama.py --score /nowhere --allow_code_execution", "no samples.jsonl"),
     ],
 )
-def test_scripts_exit_with_2(command: str, message: str) -> None:
+def test_scripts_exit_with_2(command: str, message: str, tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # No network, and nothing downloaded before.
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )
-    import re
-
     assert result.returncode == 2, result.stderr
     assert re.search(message, result.stderr), result.stderr
     assert "Traceback" not in result.stderr and result.stderr.count("error: ") == 1

@@ -346,3 +346,27 @@ def test_wrong_lists_of_tasks(folder_model: str, here: Path, task: str) -> None:
     with pytest.raises(UsageError, match="--task"):
         run_qa(qa_settings(folder_model, task=task))
     assert not here.joinpath("products").exists()
+
+
+def test_generation_calibrated_on_a_qa_task(folder_model: str, here: Path) -> None:
+    """Thresholds of another task's prompts: the same as test_llama.py --calibrate_only finds on them."""
+    from toptheta.generate import run_generation
+    from toptheta.qa import run_qa
+    from toptheta.tables import load_tables
+
+    shared = {"mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3, "device": "cpu"}
+    settings = GenSettings(
+        **shared, llama=folder_model, calib_task="everyday_science", num_tasks=1, max_seq_len=256
+    )
+    (result,) = run_generation(settings)
+    config = json.loads((Path(result["folder"]) / "config.json").read_text())
+    assert config["calib_task"] == "everyday_science" and config["task"] == "openai_humaneval"
+    run_qa(QASettings(**shared, llama=folder_model, calibrate_only=True, output_dir="tables"))
+    ours = load_tables(result["folder"], 2, 6)
+    theirs = load_tables(next(here.joinpath("tables").iterdir()), 2, 6)
+    assert ours.meta["task"] == theirs.meta["task"] == "everyday_science"
+    for layer in range(2):
+        np.testing.assert_array_equal(ours.theta[layer].samples, theirs.theta[layer].samples)
+        np.testing.assert_allclose(ours.theta[layer].values, theirs.theta[layer].values, rtol=1e-5)
+    with pytest.raises(UsageError, match="--calib_task 'nothing' is unknown"):
+        run_generation(GenSettings(**shared, llama=folder_model, calib_task="nothing"))

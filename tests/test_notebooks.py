@@ -1,4 +1,4 @@
-"""The notebooks run as they are, and on folders of the published project; their figures tell what is wrong."""
+"""The notebooks run as they are, and on folders of the published project; figures tell what they lack."""
 
 import base64
 import gzip

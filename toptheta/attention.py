@@ -49,10 +49,12 @@ class Calibrator(Protocol):
 @dataclass
 class Counts:
     """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep
-    a V row. Rows that are padding count nowhere."""
+    a V row. row: `[B, H, Q]` int32 kept elements of each row, or None (not asked for). Rows that are padding
+    count nowhere, and have 0 in `row`."""
 
     attn: Tensor
     vrow: Tensor
+    row: Tensor | None = None
 
 
 @dataclass
@@ -198,8 +200,9 @@ def sparse_attention(
     table: Tensor | None = None,
     calibrator: Calibrator | None = None,
     count: bool = False,
+    count_rows: bool = False,
 ) -> tuple[Tensor, Counts | None]:
-    """Attention of `spec`, and what it kept if `count`.
+    """Attention of `spec`, and what it kept if `count`; by row too if also `count_rows`.
 
     q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`; theta, table: `[H, L]` by row length, looked up at min(n, L -
     1), with -inf and 0 for lengths up to K. Returns `[B, H, Q, D]` in q's type. A row that sees no key gives
@@ -218,6 +221,8 @@ def sparse_attention(
             attn=torch.zeros(batch, num_heads, dtype=torch.int64, device=q.device),
             vrow=torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32, device=q.device),
         )
+        if count_rows:
+            counts.row = torch.empty(batch, num_heads, q_len, dtype=torch.int32, device=q.device)
 
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
     for start in range(0, q_len, step):
@@ -245,12 +250,12 @@ def sparse_attention(
             block_out = block_out.float() + lost.unsqueeze(-1) * mean
         out[:, :, start:stop] = block_out
         if counts is not None:
-            add_counts(counts, keep, real)
+            add_counts(counts, keep, real, start)
     return out, counts
 
 
-def add_counts(counts: Counts, keep: Tensor, real: Tensor | None) -> None:
-    """Add one block's kept elements; rows where `real` is False count nowhere."""
+def add_counts(counts: Counts, keep: Tensor, real: Tensor | None, start: int) -> None:
+    """Add the kept elements of the block from row `start` on; rows where `real` is False count nowhere."""
     if real is not None:
         keep = keep & real[:, None, :, None]
     batch, num_heads, _, end = keep.shape
@@ -258,6 +263,8 @@ def add_counts(counts: Counts, keep: Tensor, real: Tensor | None) -> None:
     per_key = keep.sum(dim=2, dtype=torch.int32)
     counts.attn += per_key.sum(dim=-1)
     counts.vrow[:, :, :end] += per_key.view(batch, num_kv_heads, -1, end).sum(dim=2)
+    if counts.row is not None:
+        counts.row[:, :, start : start + keep.shape[2]] = keep.sum(dim=-1)
 
 
 def per_row(table: Tensor, n: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass(frozen=True)
 class Settings:
     """What both jobs share. mode, k: every pair of them is one cell of the table. layerk: K of single
-    layers."""
+    layers. calib_task: the Q&A task to calibrate on; None: what is evaluated."""
 
     llama: str = "smollm2"
     mode: tuple[int, ...] = (DENSE,)
@@ -45,6 +45,7 @@ class Settings:
     calib_sample_frac: float = 0.1
     calib_load_path: str = ""
     calib_samples: float | None = None
+    calib_task: str | None = None
     calib_interp: str = "nearest"
     calib_smooth: int = 0
     calib_dump_samples: bool = False
@@ -57,6 +58,7 @@ class Settings:
     apply_chat_template: bool = False
     statistics: bool = True
     vrow_popularity: bool = False
+    effective_k: bool = False
 
     def cells(self) -> list[AttentionParams]:
         """The settings of each cell: every mode with every K; dense has no K and comes once."""
@@ -105,14 +107,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class QASettings(Settings):
-    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all.
-    calib_task: None: the evaluated one."""
+    """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all."""
 
     task: str = BUNDLED_TASK
     num_samples: float | None = None
     num_fewshot: int | None = None
     data_dir: str | None = None
-    calib_task: str | None = None
 
     @property
     def calibration_task(self) -> str:
@@ -142,14 +142,17 @@ class GenSettings(Settings):
 
     @property
     def calibration_task(self) -> str:
-        return self.dataset
+        return self.calib_task or self.dataset
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as UsageError: one sentence, no usage dump."""
+    """Errors as UsageError: one sentence, no usage dump. Flags are written out: a typo is no abbreviation."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
         raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
@@ -223,6 +226,12 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--calib_samples", default=None, metavar="N", help="calibration examples; below 1, a share of them")
     add(
+        "--calib_task",
+        metavar="TASK",
+        help="calibrate on the calibration split of this Q&A task, with its usual shots and size (default: "
+        "on what is evaluated)",
+    )
+    add(
         "--calib_interp",
         default="nearest",
         metavar="HOW",
@@ -274,6 +283,7 @@ def shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default="products", metavar="DIR", help="where product folders go (default products)")
     add("--no_statistics", action="store_true", help="do not count kept elements and V rows")
     add("--vrow_popularity", action="store_true", help="also dump how often each V row is kept (large)")
+    add("--effective_k", action="store_true", help="Top-theta: report what single rows keep, against K")
     add(
         "--timestamps",
         action="store_true",
@@ -354,6 +364,13 @@ def check_settings(settings: AnySettings) -> AnySettings:
         raise UsageError(f"--dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}.")
     if settings.vrow_popularity and not settings.statistics:
         raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
+    if settings.effective_k:
+        if not any(cell.sparse and cell.mode == TOP_THETA for cell in cells):
+            raise UsageError("--effective_k judges thresholds: use it with --mode 0 and a --placement.")
+        if not settings.statistics:
+            raise UsageError("--effective_k needs statistics: leave out --no_statistics.")
+        if settings.calibrate_only:
+            raise UsageError("--effective_k needs an evaluation: leave out --calibrate_only.")
     limits: Sequence[tuple[str, float]] = (
         ("batch_size", 1),
         ("num_tasks", 1),

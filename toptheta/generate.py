@@ -3,7 +3,7 @@ programs. The other data sets go their own way from `long_job` on."""
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from toptheta.cli import GenSettings, label, resolve_device
 from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.llama import model_device, update_model
-from toptheta.longjob import end_tokens, long_job, run_long_cell
+from toptheta.longjob import calibration_facts, end_tokens, long_job, run_long_cell
 from toptheta.models import find_model, load_config, load_model, load_tokenizer
 from toptheta.params import AttentionParams
 from toptheta.products import Cell, append_result, say
+from toptheta.qa import calibrate_on_task, check_calib_task
 from toptheta.run import Run, cells, finish_run, interrupted, open_run, prepare, write_config
 from toptheta.sandbox import isolation_notice
 from toptheta.statistics import Recorder
@@ -90,7 +91,11 @@ def run_generation(settings: GenSettings, resume: str | None = None) -> list[dic
     if notice:
         say(notice)
 
-    job = long_job(settings, tokenizer, config)
+    check_calib_task(settings)
+    # With --calib_task, --calib_samples counts that task's prompts: what a data set holds back for
+    # calibration, and so what it evaluates, stays the same whatever calibrates.
+    own = replace(settings, calib_samples=None) if settings.calib_task else settings
+    job = long_job(own, tokenizer, config)
     requests = _requests(settings, tokenizer) if job is None else []
     run = open_run(settings, "gen_llama.py", resume)
     say(f"Run folder: {run.folder}")
@@ -155,9 +160,12 @@ def _run_cell(
     assert isinstance(settings, GenSettings)
     say(f"\n{label(cell)}")
     product.path.mkdir(parents=True, exist_ok=True)
-    write_config(run, cell, product, model, name, {"task": settings.dataset})
+    write_config(run, cell, product, model, name, calibration_facts(cell, settings))
 
     def calibrate(after_batch, done: set[str]) -> None:
+        if settings.calib_task:
+            calibrate_on_task(model, tokenizer, settings, f"Calibrating {label(cell)}", after_batch, done)
+            return
         size = settings.calib_samples or CALIBRATION_PROMPTS
         count = max(1, round(size * len(requests))) if size < 1 else int(size)
         todo = [request for request in requests[:count] if request.key not in done]
@@ -174,7 +182,9 @@ def _run_cell(
         say(f"Tables of {label(cell)}: {product.path}")
         return None
     recorder = (
-        Recorder(model.config.num_attention_heads, settings.vrow_popularity) if settings.statistics else None
+        Recorder(model.config.num_attention_heads, settings.vrow_popularity, product.effective_k)
+        if settings.statistics
+        else None
     )
     record_statistics(model, recorder)
     product.start_clock()

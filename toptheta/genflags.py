@@ -46,7 +46,7 @@ def generation_flags(parser: argparse.ArgumentParser) -> None:
     add("--allow_code_execution", action="store_true", help="run the generated programs, in a sandbox")
     add("--score", metavar="DIR", help="generate nothing: score the completions saved in DIR")
     add = parser.add_argument_group("long context").add_argument
-    add("--data_dir", metavar="DIR", help="longbench_*: folder with the rows (default: the hub)")
+    add("--data_dir", metavar="DIR", help="longbench_*, --calib_task: folder of rows (default: the hub)")
     add("--max_new_tokens", metavar="N", help="longbench_*: tokens of a reply (default LongBench's own, 512)")
     add("--text", metavar="FILE", help="perplexity: the text; needle: the haystack (default: made up)")
     add("--needle_lengths", metavar="N[,N]", help="needle: context lengths (default 512, 1024, ... )")
@@ -63,6 +63,8 @@ def check_generation(settings: Any) -> None:
         raise UsageError(f"--dataset is {dataset!r}: choose one of {', '.join(DATASETS)}{hint}.")
     defaults = type(settings)()
     for flag, served in SERVES.items():
+        if flag == "data_dir" and settings.calib_task:
+            continue  # the rows of that task
         if dataset not in served and getattr(settings, flag) != getattr(defaults, flag):
             raise UsageError(
                 f"--{flag} has no effect on --dataset {dataset}: leave it out, or choose "

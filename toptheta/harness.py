@@ -40,9 +40,9 @@ class TopThetaLM(HFLM):
         super()._create_model(*args, **kwargs)
         update_model(self._model)
 
-    def start_recording(self, keep_popularity: bool) -> None:
+    def start_recording(self, keep_popularity: bool, effective_k: bool = False) -> None:
         """Count kept elements and V rows from now on."""
-        self.recorder = Recorder(self.config.num_attention_heads, keep_popularity)
+        self.recorder = Recorder(self.config.num_attention_heads, keep_popularity, effective_k)
         record_statistics(self.model, self.recorder)
 
     def stop_recording(self) -> None:

@@ -14,13 +14,14 @@ from transformers.models.llama.modeling_llama import LlamaAttention, eager_atten
 
 from toptheta import kernels
 from toptheta.attention import LayerSpec
+from toptheta.cache import TopThetaLayer, beside
 from toptheta.calibration import LayerCalibration
 from toptheta.errors import UsageError
 from toptheta.params import AttentionParams
 from toptheta.rows import rows_of, toptheta_mask
 from toptheta.statistics import Recorder
 from toptheta.tables import CalibrationTables
-from toptheta.vsums import VSum, carried
+from toptheta.vsums import VSum
 
 IMPLEMENTATION = "toptheta"
 
@@ -41,7 +42,7 @@ class TopK_LLamaAttention(LlamaAttention):
         self.base_implementation = "sdpa"
         self.calibration: LayerCalibration | None = None
         self.recorder: Recorder | None = None
-        self.v_sum: VSum | None = None  # during a call with a cache
+        self.beside: VSum | TopThetaLayer | None = None  # what the cache keeps beside K and V; during a call
         self.params = AttentionParams()  # the whole model's, as set_params left them
         self.tables: CalibrationTables | None = None  # likewise; the first layer holds them
         self.calls = 0  # of our attention function, to prove that a patched model runs it
@@ -72,13 +73,14 @@ class TopK_LLamaAttention(LlamaAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """As LlamaAttention's; the cache is looked at before it is updated, see toptheta/vsums.py."""
-        self.v_sum = carried(past_key_values, self.layer_idx) if self.spec.vmc else None
+        vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
+        self.beside = beside(past_key_values, self.layer_idx, vmc)
         try:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
         finally:
-            self.v_sum = None  # the cache must not outlive its owner
+            self.beside = None  # the cache must not outlive its owner
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
@@ -107,7 +109,8 @@ def toptheta_attention_forward(
     query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`. Returns `[B, Q, H, D]` and no weights (the dense
     layers of an 'eager' model return theirs).
     """
-    module.calls += 1
+    if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
+        module.calls += 1
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     spec, calibration, recorder = module.spec, module.calibration, module.recorder
@@ -131,7 +134,8 @@ def toptheta_attention_forward(
     if calibration is not None:
         out = kernels.calibrate(query, key, value, rows, spec, scale, calibration)
         return out.transpose(1, 2).contiguous(), None
-    v_sum = module.v_sum.at(value, rows) if module.v_sum is not None else None
+    kept_beside = module.beside
+    v_sum = kept_beside.at(value, rows) if kept_beside is not None and spec.vmc else None
     out, counts = kernels.attend(
         query,
         key,
@@ -143,6 +147,8 @@ def toptheta_attention_forward(
         module.sdc_table,
         count=recorder is not None,
         v_sum=v_sum,
+        int8=None if kept_beside is None else kept_beside.int8,
+        count_rows=recorder is not None and recorder.effective_k and q_len > 1,
     )
     if recorder is not None:
         recorder.add(module.layer_idx, rows, spec.k, counts, (batch, num_heads, num_kv_heads, kv_len))

@@ -17,6 +17,7 @@ from toptheta.genflags import HUMANEVAL, LONGBENCH, PERPLEXITY
 from toptheta.llama import model_device
 from toptheta.params import AttentionParams
 from toptheta.products import Cell, append_result, say
+from toptheta.qa import calibrate_on_task
 from toptheta.run import Run, finish_run, prepare, write_config
 from toptheta.statistics import Recorder
 from toptheta.steering import record_statistics
@@ -180,6 +181,14 @@ def long_job(settings: GenSettings, tokenizer: Any, config: Any) -> LongJob | No
     return NeedleJob(settings, tokenizer)
 
 
+def calibration_facts(cell: AttentionParams, settings: GenSettings) -> dict[str, Any]:
+    """What config.json says of the data beside the settings."""
+    facts = {"task": settings.dataset}
+    if cell.needs_calibration and not settings.calib_load_path:
+        facts["calib_task"] = settings.calibration_task
+    return facts
+
+
 def run_long_cell(
     run: Run, cell: AttentionParams, product: Cell, model: Any, job: LongJob, name: str
 ) -> dict[str, Any] | None:
@@ -187,11 +196,15 @@ def run_long_cell(
     settings = job.settings
     say(f"\n{label(cell)}")
     product.path.mkdir(parents=True, exist_ok=True)
-    write_config(run, cell, product, model, name, {"task": settings.dataset})
+    write_config(run, cell, product, model, name, calibration_facts(cell, settings))
 
     def calibrate(after_batch, done: set[str]) -> None:
-        todo = [item for item in job.calibration if item.key not in done]
         description = f"Calibrating {label(cell)}"
+        if settings.calib_task:
+            assert isinstance(run.settings, GenSettings)
+            calibrate_on_task(model, job.tokenizer, run.settings, description, after_batch, done)
+            return
+        todo = [item for item in job.calibration if item.key not in done]
         for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):
             job.run(model, batch)
             done.update(item.key for item in batch)
@@ -203,7 +216,9 @@ def run_long_cell(
         say(f"Tables of {label(cell)}: {product.path}")
         return None
     recorder = (
-        Recorder(model.config.num_attention_heads, settings.vrow_popularity) if settings.statistics else None
+        Recorder(model.config.num_attention_heads, settings.vrow_popularity, product.effective_k)
+        if settings.statistics
+        else None
     )
     record_statistics(model, recorder)
     product.start_clock()

@@ -115,6 +115,8 @@ class PerplexityJob(LongJob):
             lengths = [f"{row['ppl']:.2f}" for row in result["by_length"]]
             rows.append([result["method"], *lengths, _with_error(result["metrics"]["ppl"]), kept, *seconds])
         text = report.table(rows, header)
+        if run.settings.effective_k:
+            text += "\n\n" + report.effective_k(results)
         print(f"\n{title}, by context length in tokens\n\n{text}\n")
         write_text(run.folder / "summary.md", f"# {title}, by context length in tokens\n\n{text}\n")
         write_json(run.folder / "summary.json", results)

@@ -5,7 +5,9 @@ a cell is under way, what is finished lies in `partial/NNNNN/` folders, each wri
 them. A cell without `results.json` is unfinished.
 """
 
+import csv
 import gzip
+import io
 import json
 import platform
 import shutil
@@ -17,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from toptheta.files import atomic_path, write_json
+from toptheta import effective
+from toptheta.files import atomic_path, write_json, write_text
 from toptheta.statistics import DECODE, PREFILL, LayerRecord
 
 CHECKPOINT_SECONDS = 20.0
+HISTOGRAMS = "effective_k.npz"  # of a partial folder: arrays {phase}/{layer}
 EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0}
 
 
@@ -72,17 +77,20 @@ def _cpu_name() -> str:
 
 
 class Cell:
-    """One setting's product folder. answers: what is done so far, by request key; kept: totals by phase."""
+    """One setting's product folder. answers: what is done so far, by request key; kept: totals by phase;
+    effective_k: whether single rows are counted, which is Top-theta's alone too."""
 
-    def __init__(self, path: Path, ratio_to_k: tuple[int, ...] | None = None):
+    def __init__(self, path: Path, ratio_to_k: tuple[int, ...] | None = None, effective_k: bool = False):
         self.path = path
         self.ratio_to_k = ratio_to_k  # K per layer for layer{i}.txt, which is Top-theta's alone
+        self.effective_k = effective_k and ratio_to_k is not None
         self.answers: dict[str, Any] = {}
         self.kept: dict[str, dict[str, int]] = {}
         self.seconds = 0.0
         self._lines: dict[str, list[str]] = {}
         self._new_answers: dict[str, Any] = {}
         self._new_kept: dict[str, dict[str, int]] = {}
+        self._new_histograms: dict[str, np.ndarray] = {}
         self._since = time.monotonic()
         for chunk in self._chunks():
             saved = json.loads((chunk / "answers.json").read_text())
@@ -114,14 +122,19 @@ class Cell:
         self._new_answers.update(answers)
         for layer, record in prefill.items():
             self._take(layer, PREFILL, record, record.n > 0)
+            if self.effective_k and record.histogram is not None:
+                _add_histograms(self._new_histograms, {f"{PREFILL}/{layer}": record.histogram})
             if layer == min(prefill):
                 self.add_lines("sequence_lengths_per_example.csv", [f"{n}\n" for n in record.n if n > 0])
         for layer, steps in decode.items():
+            n = np.stack([record.n for record in steps])  # [steps, B]
+            live = n > 0
+            if decode_steps is not None:
+                live &= np.arange(len(steps))[:, None] < decode_steps
             for step, record in enumerate(steps):
-                live = record.n > 0
-                if decode_steps is not None:
-                    live = live & (step < decode_steps)
-                self._take(layer, DECODE, record, live)
+                self._take(layer, DECODE, record, live[step])
+            if self.effective_k:
+                self._count_steps(layer, steps, n, live)
         if time.monotonic() - self._since > CHECKPOINT_SECONDS:
             self.checkpoint()
 
@@ -155,6 +168,16 @@ class Cell:
         if popularity:
             self.add_lines(f"layer{layer}_kept_vrow_popularities_{phase}.txt.gz", popularity)
 
+    def _count_steps(self, layer: int, steps: list[LayerRecord], n: np.ndarray, live: np.ndarray) -> None:
+        """Add decode rows to the histogram of a layer, unless it is left dense."""
+        assert self.ratio_to_k is not None
+        k = self.ratio_to_k[layer]
+        if k > 0:
+            histogram = effective.empty_histogram()
+            kept = torch.from_numpy(np.stack([record.attn for record in steps])).transpose(1, 2)
+            effective.count_rows(histogram, kept, torch.from_numpy(n), torch.from_numpy(live & (n > k)))
+            _add_histograms(self._new_histograms, {f"{DECODE}/{layer}": histogram.numpy()})
+
     def checkpoint(self) -> None:
         """Write what came since the last checkpoint as one more partial folder, whole or not at all."""
         now = time.monotonic()
@@ -170,26 +193,58 @@ class Cell:
                 (temporary / name).write_bytes(
                     gzip.compress(data, 3, mtime=0) if name.endswith(".gz") else data
                 )
+            if self._new_histograms:
+                np.savez_compressed(temporary / HISTOGRAMS, **self._new_histograms)  # type: ignore[arg-type]
             saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": now - self._since}
             (temporary / "answers.json").write_text(json.dumps(saved))
             temporary.rename(partial / f"{number:05d}")
             self.seconds += now - self._since
             _add_kept(self.kept, self._new_kept)
-            self._lines, self._new_answers, self._new_kept = {}, {}, {}
+            self._lines, self._new_answers, self._new_kept, self._new_histograms = {}, {}, {}, {}
         self._since = now
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Join the partial folders into the product files and write results.json, last."""
+        """Join the partial folders into the product files and write results.json, last.
+
+        With effective_k, results also get that: what effective.overall says of each phase.
+        """
         self.checkpoint()
         chunks = self._chunks()
-        names = sorted({file.name for chunk in chunks for file in chunk.iterdir()} - {"answers.json"})
+        names = sorted(
+            {file.name for chunk in chunks for file in chunk.iterdir()} - {"answers.json", HISTOGRAMS}
+        )
         for name in names:
             with atomic_path(self.path / name) as temporary, open(temporary, "wb") as joined:
                 for chunk in chunks:
                     if (chunk / name).is_file():  # gzip members may simply follow each other
                         joined.write((chunk / name).read_bytes())
+        if self.effective_k:
+            results["effective_k"] = self._write_effective_k(chunks)
         write_json(self.path / "results.json", results)
         shutil.rmtree(self.path / "partial", ignore_errors=True)
+
+    def _write_effective_k(self, chunks: list[Path]) -> list[dict[str, Any]]:
+        """Write effective_k.csv from the histograms of all partial folders; returns what is to be told."""
+        assert self.ratio_to_k is not None
+        ks, totals = self.ratio_to_k, dict[str, np.ndarray]()
+        for chunk in chunks:
+            if (chunk / HISTOGRAMS).is_file():
+                with np.load(chunk / HISTOGRAMS) as saved:
+                    _add_histograms(totals, dict(saved))
+        rows, told = list[dict[str, Any]](), list[dict[str, Any]]()
+        for phase in (PREFILL, DECODE):
+            found = {
+                layer: totals[f"{phase}/{layer}"] for layer in range(len(ks)) if f"{phase}/{layer}" in totals
+            }
+            for layer, histogram in found.items():
+                rows += effective.by_length(histogram, layer, phase, ks[layer])
+            told += effective.overall(found, phase, ks)
+        text = io.StringIO()
+        table = csv.DictWriter(text, effective.COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(self.path / "effective_k.csv", text.getvalue())
+        return told
 
     def kept_fractions(self) -> dict[str, dict[str, float] | None]:
         """Share of elements and V rows kept, by phase; None for a phase that did not occur. Call after
@@ -215,6 +270,11 @@ def _add_kept(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]
         into = totals.setdefault(phase, dict(EMPTY_KEPT))
         for name, value in values.items():
             into[name] += value
+
+
+def _add_histograms(totals: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> None:
+    for name, histogram in more.items():
+        totals[name] = totals[name] + histogram if name in totals else histogram
 
 
 def append_result(results_dir: Path, name: str, text: str) -> Path:

@@ -2,11 +2,14 @@
 
 import logging
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from toptheta import report
-from toptheta.cli import QASettings, label, resolve_device
+from toptheta.cli import GenSettings, QASettings, Settings, label, resolve_device
+from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.models import find_model, load_config, load_tokenizer, unpacked
 from toptheta.params import AttentionParams
@@ -21,14 +24,18 @@ def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, An
     tasks = task_names(settings.task)
     for task in tasks:
         check_task(task, settings.data_dir)
-    if settings.calib_task is not None:
-        check_task(settings.calib_task, settings.data_dir, "--calib_task")
-        task_configs(settings.calib_task, settings.data_dir, True, "--calib_task")
+    check_calib_task(settings)
     settings = resolve_device(settings)
     config = load_config(source)
     for cell in settings.cells():
         if cell.sparse:
             settings.layer_ks(cell, config.num_hidden_layers)
+    calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
+    for task in tasks:  # before the model: data that cannot be had costs no time
+        if not settings.calibrate_only:
+            _load_tasks(task_configs(task, settings.data_dir, False), settings, None)
+        if calibrates and not settings.calib_task:
+            _load_tasks(task_configs(task, settings.data_dir, True), settings, None)
 
     run = open_run(settings, "test_llama.py", resume)
     say(f"Run folder: {run.folder}")
@@ -57,6 +64,37 @@ def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, An
         write_json(run.folder / "summary.json", results)
         say(f"All tasks: {run.folder / 'summary.md'}")
     return results
+
+
+def check_calib_task(settings: QASettings | GenSettings) -> None:
+    """Raise UsageError unless --calib_task, if given, is known and its data can be had."""
+    if settings.calib_task is not None:
+        check_task(settings.calib_task, settings.data_dir, "--calib_task")
+        configs = task_configs(settings.calib_task, settings.data_dir, True, "--calib_task")
+        _load_tasks(configs, settings, None)
+
+
+def calibrate_on_task(
+    model: Any,
+    tokenizer: Any,
+    settings: GenSettings,
+    description: str,
+    after_batch: Callable[[], None],
+    done: set[str],
+) -> None:
+    """Run the prompts of --calib_task, in the task's own format, through a patched model."""
+    from lm_eval.api.registry import get_model
+
+    import toptheta.harness  # noqa: F401  (registers the model class)
+
+    assert settings.calib_task is not None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = get_model("toptheta")(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
+    lm.done, lm.after_batch, lm.description = done, after_batch, description
+    defaults = task_defaults(settings.calib_task)
+    configs = task_configs(settings.calib_task, settings.data_dir, True)
+    size = settings.calib_samples or defaults.calib_samples
+    _evaluate(lm, replace(settings, apply_chat_template=False), configs, defaults.num_fewshot, size)
 
 
 def _load_lm(settings: QASettings, source: Any) -> Any:
@@ -114,7 +152,7 @@ def _run_cell(
         say(f"Tables of {label(cell)}: {product.path}")
         return None
     if settings.statistics:
-        lm.start_recording(settings.vrow_popularity)
+        lm.start_recording(settings.vrow_popularity, product.effective_k)
     lm.cell, lm.description = product, f"Evaluating {label(cell)}"
     try:
         configs = task_configs(settings.task, settings.data_dir, False)
@@ -144,19 +182,13 @@ def _run_cell(
 
 
 def _evaluate(
-    lm: Any, settings: QASettings, configs: list[dict[str, Any]], shots: int | None, size: float | None
+    lm: Any, settings: Settings, configs: list[dict[str, Any]], shots: int | None, size: float | None
 ) -> dict[str, Any]:
     """Run lm-eval on tasks of these configs, on a seeded subset of `size` documents (below 1: a share)."""
     from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
-    tasks, chosen = [], {}
-    for config in configs:
-        config = {key: value for key, value in config.items() if key not in ("tag", "group")}
-        task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
-        task.set_fewshot_seed(settings.seed)
-        tasks.append(task)
+    tasks, chosen = _load_tasks(configs, settings, shots), {}
     docs = {task.config.task: len(task.eval_docs) for task in tasks}
     for name, share in _shares(docs, size).items():
         chosen[name] = sorted(random.Random(settings.seed).sample(range(docs[name]), share))
@@ -173,6 +205,30 @@ def _evaluate(
         torch_random_seed=settings.seed,
         fewshot_random_seed=settings.seed,
     )
+
+
+def _load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | None) -> list[Any]:
+    """The harness's task objects, with their data. Raises UsageError for data that cannot be had."""
+    from lm_eval.api.task import ConfigurableTask
+
+    tasks = []
+    for config in configs:
+        config = {key: value for key, value in config.items() if key not in ("tag", "group")}
+        try:
+            task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
+        except (OSError, ValueError) as error:  # no network; a damaged file; a gated or missing data set
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UsageError(
+                f"the data of task {config['task']} cannot be loaded ({reason}): "
+                + (
+                    "mend the files in --data_dir."
+                    if getattr(settings, "data_dir", None)
+                    else "connect to the network, or name a folder of local rows with --data_dir."
+                )
+            ) from None
+        task.set_fewshot_seed(settings.seed)
+        tasks.append(task)
+    return tasks
 
 
 def _shares(docs: dict[str, int], size: float | None) -> dict[str, int]:

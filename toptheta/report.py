@@ -4,6 +4,7 @@ from typing import Any
 
 from toptheta.statistics import DECODE, PREFILL
 
+WORST_LAYERS = 3
 MAIN_METRICS = ("acc_norm", "acc", "pass@1")
 
 
@@ -61,6 +62,28 @@ def results_table(results: list[dict[str, Any]]) -> str:
         seconds = result["seconds"]
         row += [f"{seconds['calibration']:.0f}", f"{seconds['evaluation']:.0f}"]
         rows.append(row)
+    return table(rows, header)
+
+
+def effective_k(results: list[dict[str, Any]]) -> str:
+    """What single rows keep against K: a row per cell, phase and K. Layers are ranked by how far their 5th or
+    95th percentile is from K, as a factor."""
+    short = {PREFILL: "prefill", DECODE: "decode"}
+    header = ["effective K", "phase", "K", "rows", "mean", "p5", "p95", "farthest layers: mean (p5 to p95)"]
+    rows = []
+    for result in results:
+        for one in result.get("effective_k") or []:
+            k = one["k"]
+
+            def distance(layer: dict[str, Any], k: int = k) -> float:
+                return max(k / max(layer["p5"], 1.0), layer["p95"] / k)
+
+            worst = sorted(one["layers"], key=distance, reverse=True)[:WORST_LAYERS]
+            layers = [f"{x['layer']}: {x['mean']:.0f} ({x['p5']:.0f} to {x['p95']:.0f})" for x in worst]
+            numbers = [f"{one[name]:.1f}" for name in ("mean", "p5", "p95")]
+            rows.append([result["method"], short[one["phase"]], k, one["rows"], *numbers, ", ".join(layers)])
+    if not rows:
+        return "Effective K: no evaluated row was longer than K."
     return table(rows, header)
 
 

@@ -21,7 +21,7 @@ class Rows:
     a sequence rather than to padding (None: all). mask: `[B, 1, Q, KV]` bool, True = visible, or None for
     plain causal (row i sees keys 0..i; a single row sees every key). first: position of the first query among
     the keys if the pattern is causal plus padding, else None. key_real: `[B, KV]` bool, keys that are not
-    padding (None: all).
+    padding (None: all). causal: the pattern is known to be causal plus padding, even if first is not.
     """
 
     n: Tensor
@@ -29,6 +29,7 @@ class Rows:
     mask: Tensor | None = None
     first: int | None = None
     key_real: Tensor | None = None
+    causal: bool = False
 
     def end(self, stop: int, kv_len: int) -> int:
         """Number of leading keys that rows before `stop` can see at most."""
@@ -56,8 +57,8 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     """
     if mask is None:
         if q_len == 1:
-            return Rows(n=torch.full((1, 1), kv_len, device=device), first=kv_len - 1)
-        return Rows(n=torch.arange(1, q_len + 1, device=device)[None], first=0)
+            return Rows(n=torch.full((1, 1), kv_len, device=device), first=kv_len - 1, causal=True)
+        return Rows(n=torch.arange(1, q_len + 1, device=device)[None], first=0, causal=True)
     known = getattr(mask, _ROWS, None)
     if known is not None:
         return known
@@ -118,21 +119,20 @@ def toptheta_mask(
         allow_is_causal_skip=allow_is_causal_skip and same,
         **kwargs,
     )
-    if (
-        mask is None
-        or mask_function is not causal_mask_function
-        or not offset_known
-        or torch.compiler.is_compiling()
-    ):
+    if mask is None or mask_function is not causal_mask_function or torch.compiler.is_compiling():
         return mask
-    assert isinstance(q_offset, int)
-    first = q_offset - kv_offset
-    rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, first=first)
-    if attention_mask is not None:
-        key_real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-        if key_real.shape[1] < kv_length:  # a static cache's unused tail
-            key_real = torch.nn.functional.pad(key_real, (0, kv_length - key_real.shape[1]))
-        rows.key_real = key_real
-        rows.real = key_real[:, first : first + q_length]
+    rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=True)
+    if isinstance(q_offset, int):
+        first = rows.first = q_offset - kv_offset
+        if attention_mask is not None:
+            key_real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+            if key_real.shape[1] < kv_length:  # a static cache's unused tail
+                key_real = torch.nn.functional.pad(key_real, (0, kv_length - key_real.shape[1]))
+            rows.key_real = key_real
+            rows.real = key_real[:, first : first + q_length]
+    else:
+        at = torch.arange(q_length, device=mask.device) + (q_offset - kv_offset)
+        at = at[None, :, None].expand(mask.shape[0], -1, 1)
+        rows.real = mask[:, 0].gather(-1, at)[..., 0]  # a row of a sequence sees itself
     setattr(mask, _ROWS, rows)
     return mask

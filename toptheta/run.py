@@ -130,7 +130,7 @@ def cells(run: Run, num_layers: int) -> Iterator[tuple[AttentionParams, Cell]]:
     for cell in run.settings.cells():
         folder = product_folder(run, cell)
         ratio = run.settings.layer_ks(cell, num_layers) if cell.sparse and cell.mode == TOP_THETA else None
-        yield cell, Cell(folder, ratio) if cell.sparse else Cell(folder)
+        yield cell, Cell(folder, ratio, run.settings.effective_k)
 
 
 def product_folder(run: Run, cell: AttentionParams) -> Path:
@@ -310,6 +310,8 @@ def finish_run(run: Run, results: list[dict[str, Any]], model_name: str) -> None
 
     text = report.results_table(results)
     title = f"{model_name}, {results[0]['task']}"
+    if run.settings.effective_k:
+        text += "\n\n" + report.effective_k(results)
     print(f"\n{title}\n\n{text}\n")
     write_text(run.folder / "summary.md", f"# {title}\n\n{text}\n")
     write_json(run.folder / "summary.json", results)

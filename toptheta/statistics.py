@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toptheta.attention import Counts
+from toptheta.effective import count_rows, empty_histogram
 from toptheta.rows import Rows
 
 PREFILL, DECODE = "prefill", "generative_decoding"
@@ -24,6 +25,8 @@ class LayerRecord:
     attn: `[B, H]` kept elements; vrow: `[B, H_kv]` V rows kept by any row; full: `[B]` elements dense
     attention would use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a
     sequence had no real row. popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
+    histogram: of the rows of a prefill longer than K, see toptheta/effective.py, or None; a decode step is a
+    single row, which attn and n already tell.
     """
 
     attn: np.ndarray
@@ -32,6 +35,7 @@ class LayerRecord:
     topk: np.ndarray
     n: np.ndarray
     popularity: np.ndarray | None = None
+    histogram: np.ndarray | None = None
 
 
 @dataclass
@@ -49,12 +53,14 @@ class Recorder:
     """Collects counts while a model runs. One request is one prefill and its decode steps; `drain` ends it.
 
     phase: set it to PREFILL or DECODE to say what calls are; None judges by shape (one new row behind others:
-    decode). Nothing here reads a value back from the device before `drain`.
+    decode). Nothing here reads a value back from the device before `drain`. effective_k: also count the
+    single rows of sparse layers; those of a prompt that several answers share count once, as computed.
     """
 
-    def __init__(self, num_heads: int, keep_popularity: bool = False):
-        self.num_heads, self.keep_popularity = num_heads, keep_popularity
+    def __init__(self, num_heads: int, keep_popularity: bool = False, effective_k: bool = False):
+        self.num_heads, self.keep_popularity, self.effective_k = num_heads, keep_popularity, effective_k
         self.phase: str | None = None
+        self._histograms: dict[int, Tensor] = {}
         self._open: dict[int, _Open] = {}
         self._steps: dict[int, list[Tensor]] = {}
         self._step_popularity: dict[int, list[Tensor]] = {}
@@ -85,6 +91,12 @@ class Recorder:
             if self.keep_popularity:
                 self._step_popularity.setdefault(layer, []).append(vrow.int())
             return
+        if self.effective_k and counts is not None:
+            if layer not in self._histograms:
+                self._histograms[layer] = empty_histogram(n.device)
+            # Of a single row attn says it already.
+            kept = counts.attn[..., None] if counts.row is None else counts.row
+            count_rows(self._histograms[layer], kept, n, n > k)
         before = self._open.get(layer)
         if before is None:
             self._open[layer] = _Open(attn.clone(), vrow.int(), full, topk, longest)
@@ -127,6 +139,7 @@ class Recorder:
                 topk=o.topk.cpu().numpy(),
                 n=o.n.cpu().numpy(),
                 popularity=o.vrow.cpu().numpy() if self.keep_popularity else None,
+                histogram=self._histograms[layer].cpu().numpy() if layer in self._histograms else None,
             )
             for layer, o in self._open.items()
         }
@@ -138,5 +151,5 @@ class Recorder:
             ]
             for record, vrow in zip(decode[layer], self._step_popularity.get(layer, [])):
                 record.popularity = vrow.cpu().numpy()
-        self._open, self._steps, self._step_popularity = {}, {}, {}
+        self._open, self._steps, self._step_popularity, self._histograms = {}, {}, {}, {}
         return prefill, decode

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from toptheta.cli import GenSettings, Parser, QASettings, Settings, parse_settings, resolve_device
 from toptheta.errors import UsageError
-from toptheta.params import AttentionParams
+from toptheta.params import TOP_THETA, AttentionParams
 from toptheta.products import say, timestamp
 from toptheta.run import Run, is_under_way, product_folder, saved_run, task_parts
 from toptheta.sweep_table import write_table
@@ -174,6 +174,10 @@ def _plan(
                 flags = table.get("flags", {}) | part.get("flags", {})
                 flags |= _choose(method, methods, "reproduce.json: method")
                 flags[TASK_FLAG[script]] = task
+                if flags["mode"] != TOP_THETA and flags.get("sdc") != "offline-calibrated":
+                    flags.pop(
+                        "calib_task", None
+                    )  # a table's own, which the scripts refuse where it does nothing
                 if options.samples is not None:
                     flags[SAMPLES_FLAG[script]] = options.samples
                 if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):

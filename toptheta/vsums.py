@@ -14,13 +14,17 @@ from torch import Tensor
 from toptheta.rows import Rows
 
 _V_SUM = "_toptheta_v_sum"  # attribute of a cache layer
+_SAME = "_toptheta_same_padding"  # attribute of a step's `key_real`
 
 
 class VSum:
     """The sum over one layer of one cache."""
 
+    int8 = None  # see toptheta/cache.py
+
     def __init__(self) -> None:
-        self._sum: Tensor | None = None  # `[B, H_kv, D]` float64: thousands of steps add up
+        # `[B, H_kv, D]` float64, whatever V's type: thousands of steps add up
+        self._sum: Tensor | None = None
         self._end = 0  # how many leading keys it covers
         self._key_real: Tensor | None = None  # which of them are padding
         self._values: weakref.ref[Tensor] | None = None  # the tensor of the cache that was summed ...
@@ -36,9 +40,11 @@ class VSum:
     def at(self, value: Tensor, rows: Rows) -> Tensor | None:
         """`[B, H_kv, D]` float32, sum of V over the visible keys of the only query row, or None where that is
         not a leading part of the keys. value: `[B, H_kv, N, D]`, the cache's tensor after this step."""
-        if rows.n.shape[1] != 1 or rows.first is None or value.device.type != "cpu" or value.is_inference():
+        known = rows.n.shape[1] == 1 and rows.first is not None and not value.is_inference()
+        if not known or value.device.type not in ("cpu", "cuda"):
             self._sum = None
             return None
+        assert rows.first is not None
         end, key_real = rows.first + 1, rows.key_real
         start, total = 0, torch.zeros((), dtype=torch.float64)
         if self._sum is not None and self._end == end - 1 and self._same_padding(key_real):
@@ -52,9 +58,17 @@ class VSum:
         return self._sum.float()
 
     def _same_padding(self, key_real: Tensor | None) -> bool:
-        if key_real is None or self._key_real is None:
-            return key_real is self._key_real
-        return torch.equal(key_real[:, : self._end], self._key_real[:, : self._end])
+        """Whether `key_real` goes on from the one summed before. All layers of a step share both: they are
+        compared once, for on a GPU that waits for the device."""
+        before = self._key_real
+        if key_real is None or before is None:
+            return key_real is before
+        known = getattr(key_real, _SAME, None)
+        if known is None or known[0]() is not before or known[1] != self._end:
+            same = torch.equal(key_real[:, : self._end], before[:, : self._end])
+            known = (weakref.ref(before), self._end, same)
+            setattr(key_real, _SAME, known)
+        return known[2]
 
 
 def carried(cache: Any, layer_idx: int) -> VSum | None:

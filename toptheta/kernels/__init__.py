@@ -10,7 +10,8 @@ from torch import Tensor
 from toptheta.attention import Counts, LayerSpec, sparse_attention
 from toptheta.calibration import LayerCalibration
 from toptheta.errors import UsageError
-from toptheta.kernels import cpu
+from toptheta.kernels import cpu, gpu
+from toptheta.kernels.two_tier import Int8Keys
 from toptheta.params import TOP_THETA
 from toptheta.rows import Rows
 
@@ -29,23 +30,32 @@ def attend(
     table: Tensor | None = None,
     count: bool = False,
     v_sum: Tensor | None = None,
+    int8: Int8Keys | None = None,
+    count_rows: bool = False,
 ) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of toptheta/attention.py by the path that fits: the same arguments and results.
 
     v_sum: `[B, H_kv, D]` float32, sum of V over the visible keys of the only query row, if known; it spares
-    the kernels reading all of V. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
+    the kernels reading all of V. int8: the copy of k, which spares the Triton kernels reading all of K; the
+    others have no use for it. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
     """
-    if _takes_cpu_kernel(q, k, v, rows, spec):
-        return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum)
-    return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count)
+    path = _path(q, k, v, rows, spec)
+    if path == "cpu":
+        return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, count_rows)
+    if path == "triton" and not count_rows:  # the Triton kernels count no single rows
+        return gpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, int8)
+    return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count, count_rows=count_rows)
 
 
 def calibrate(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec, scale: float, calibration: LayerCalibration
 ) -> Tensor:
-    """Attention of `spec` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples."""
+    """Attention of `spec` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples.
+
+    The Triton kernels rank no row for its sample: on a GPU this is plain PyTorch, whatever TOPTHETA_KERNEL
+    says."""
     calibration.start_call(rows.n, rows.real, q.shape[0], k.shape[2])
-    if not _takes_cpu_kernel(q, k, v, rows, spec):
+    if FORCED == "triton" or _path(q, k, v, rows, spec) != "cpu":
         return sparse_attention(q, k, v, rows, spec, scale, calibrator=calibration)[0]
     ks, chosen = calibration.ks, calibration.chosen
     assert chosen is not None
@@ -62,23 +72,25 @@ def calibrate(
     return got.out
 
 
-def _takes_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> bool:
-    """Whether the CPU kernel computes this call. Raises UsageError when TOPTHETA_KERNEL cannot be obeyed."""
+def _path(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> str:
+    """Which of CHOICES computes this call. Raises UsageError when TOPTHETA_KERNEL cannot be obeyed."""
     if FORCED is None:
-        return cpu.supports(q, k, v, rows, spec)
-    if FORCED == "reference":
-        return False
+        if q.is_cuda:
+            return "triton" if gpu.supports(q, k, v, rows, spec) else "reference"
+        return "cpu" if cpu.supports(q, k, v, rows, spec) else "reference"
     if FORCED not in CHOICES:
         raise UsageError(
             f"TOPTHETA_KERNEL={FORCED} is none of {', '.join(CHOICES)}: set one of them, or unset it."
         )
+    why = None
     if FORCED == "triton":
-        raise UsageError("TOPTHETA_KERNEL=triton is not there yet: unset it, or set it to reference.")
-    why = cpu.unsupported(q, k, v, rows, spec)
-    if why is None and isinstance(missing := cpu.load(), str):
-        why = missing
+        why = gpu.unsupported(q, k, v, rows, spec)
+    elif FORCED == "cpu":
+        why = cpu.unsupported(q, k, v, rows, spec)
+        if why is None and isinstance(missing := cpu.load(), str):
+            why = missing
     if why is not None:
         raise UsageError(
-            f"TOPTHETA_KERNEL=cpu cannot be obeyed, because {why}: unset it, or set it to reference."
+            f"TOPTHETA_KERNEL={FORCED} cannot be obeyed, because {why}: unset it, or set it to reference."
         )
-    return True
+    return FORCED

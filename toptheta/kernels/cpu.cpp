@@ -69,6 +69,7 @@ struct Call {
   int64_t out_batch, out_head, out_row;
   int64_t* attn;   // [B, H]
   int32_t* vrow;   // [B, H_kv, N]
+  int32_t* row;    // [B, H, Q]
   const int64_t* ks;  // calibration: [num_ks], ascending
   int64_t num_ks;
   float *samples, *missing;        // [num_ks, B, H, Q]
@@ -464,6 +465,7 @@ float weigh(const Call& c, int64_t head, int64_t n, float peak, bool sparse, Kep
 void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own) {
   if (c.attn == nullptr || (c.real != nullptr && !c.real[row.b * c.real_batch + row.i])) return;
   __atomic_fetch_add(c.attn + row.b * c.num_heads + row.h, kept.count, __ATOMIC_RELAXED);
+  if (c.row != nullptr) c.row[(row.b * c.num_heads + row.h) * c.q_len + row.i] = int32_t(kept.count);
   int32_t* shared = c.vrow + (row.b * c.num_kv_heads + row.g) * c.kv_len;
   for (int64_t j = 0; j < kept.count; j++) {
     if (own != nullptr) own[kept.indices[j]]++;

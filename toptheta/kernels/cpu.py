@@ -55,7 +55,7 @@ class Call(ctypes.Structure):
         *_fields(_INT, "theta_len table_len"),
         *_fields(_AT, "v_sum out"),
         *_fields(_INT, "out_batch out_head out_row"),
-        *_fields(_AT, "attn vrow ks"),
+        *_fields(_AT, "attn vrow row ks"),
         *_fields(_INT, "num_ks"),
         *_fields(_AT, "samples missing missing_theta"),
         *_fields(_INT, "missing_len"),
@@ -192,6 +192,7 @@ def attend(
     table: Tensor | None = None,
     count: bool = False,
     v_sum: Tensor | None = None,
+    count_rows: bool = False,
 ) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of toptheta/attention.py, computed by the kernel; the same arguments and results.
 
@@ -209,6 +210,9 @@ def attend(
             vrow=torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32),
         )
         call.args.attn, call.args.vrow = counts.attn.data_ptr(), counts.vrow.data_ptr()
+        if count_rows:
+            counts.row = torch.zeros(batch, num_heads, q.shape[2], dtype=torch.int32)
+            call.args.row = counts.row.data_ptr()
     call.run()
     return out, counts
 

@@ -132,7 +132,7 @@ def draw_size_by_layer(run: Run) -> Drawing:
         axes.set_ylim(bottom=0.0)
         axes.set_ylabel(SIZE_LABEL)
         axes.set_title(f"{PHASE_NAMES[phase]}, {run.head_words}")
-    _layer_axis(all_axes[-1], layers)
+    layer_axis(all_axes[-1], layers)
     handles = [
         Line2D([], [], color="black", lw=1.0, ls="--", label="Top-k"),
         Line2D([], [], color="black", lw=1.4, label="median"),
@@ -171,7 +171,7 @@ def draw_kept(run: Run) -> Drawing:
         axes.set_title(f"{what}, {'all groups' if kind == 'vrow' else run.head_words}")
         axes.set_ylabel(f"kept {what}\n(% of dense)")
         axes.set_ylim(0.0, None if table["high"].max() < 60 else 104.0)
-    _layer_axis(all_axes[-1], layers)
+    layer_axis(all_axes[-1], layers)
     handles: list[Artist] = [
         Line2D([], [], color=PHASE_COLOURS[p], marker=PHASE_MARKERS[p], ms=4, lw=1.4, label=PHASE_NAMES[p])
         for p in PHASES
@@ -275,7 +275,7 @@ def _map(
             edges, np.arange(len(layers) + 1) - 0.5, grid, norm=norm, cmap=cmap, rasterized=True
         )
         axes.grid(False)
-        _layer_axis(axes, layers, "y")
+        layer_axis(axes, layers, "y")
         axes.set_ylabel("layer" if phase == phases[0] else "")
     coarse, fine = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5)
     ticks = [tick for tick in (coarse if most > 2.5 else fine) if 0.999 / most <= tick <= 1.001 * most]
@@ -287,7 +287,7 @@ def _map(
     return [Patch(color=NO_DATA, label="no rows of these lengths")] if empty else []
 
 
-def _layer_axis(axes: Axes, layers: Sequence[int], which: str = "x") -> None:
+def layer_axis(axes: Axes, layers: Sequence[int], which: str = "x") -> None:
     """Layers at equal steps, whichever are drawn, with as many numbers as there is room for."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     if len(layers) <= 12:

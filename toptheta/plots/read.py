@@ -89,6 +89,23 @@ def read_kept(folder: Path, layer: int, kind: str, phase: str) -> pd.DataFrame |
     return _read(folder, f"layer{layer}_kept_{kind}_{phase}.csv", form, layer)
 
 
+def read_effective_k(folder: Path) -> pd.DataFrame | None:
+    """effective_k.csv: layer, phase, n_low, n_high (tokens, both included), k, rows (counted rows of these
+    lengths), and the mean and percentiles of the elements that they keep."""
+    columns = dict.fromkeys(("layer", "phase", "n_low", "n_high", "k", "rows"), "int64")
+    columns |= {"phase": "category"} | dict.fromkeys(("mean", "p5", "p50", "p95"), "float64")
+    header = ",".join(columns)
+    sizes = ",".join([_SIZE] * 4)
+    form = _Format(
+        columns,
+        rf"{header}|{_INT},(?:{'|'.join(PHASES)}),{_INT},{_INT},{_INT},{_INT},{sizes}",
+        "3,prefill,91,107,64,1530,66.2,31.0,65.0,113.0",
+        separator=",",
+        replace=((header.encode(), b""),),
+    )
+    return _read(folder, "effective_k.csv", form)
+
+
 def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np.ndarray]] | None:
     """layer{i}_kept_vrow_popularities_{phase}.txt: by group its lines in file order, each with how many (row,
     head) pairs keep each V row, `[n]`."""
@@ -158,7 +175,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def read_task_results(path: Path | str, task: str) -> list[dict[str, Any]]:
-    """One task's results from a file that `read_results_by_task` reads. Raises UsageError when there are none."""
+    """One task's results from a file that `read_results_by_task` reads. Raises UsageError if none are."""
     tasks = read_results_by_task(path)
     if task not in tasks:
         raise UsageError(f"{path} has no results of {task}, but of {', '.join(tasks)}: name another file.")
@@ -200,11 +217,11 @@ def _read(folder: Path, name: str, form: _Format, layer: int | None = None) -> p
     if path is None:
         return None
     content = _content(path)
-    if not content.strip():
-        return None
     plain = content
     for old, new in form.replace:
         plain = plain.replace(old, new)
+    if not plain.strip():
+        return None
     try:
         # The extra column takes what a line has too much, so that pandas cannot turn a first field into an
         # index.

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from toptheta.plots.effective import draw_effective_k
 from toptheta.plots.generation import histogram
 from toptheta.plots.kept import draw_kept, draw_size_by_length
 from toptheta.plots.read import read_sequence_lengths, read_thresholds
@@ -19,7 +20,8 @@ from toptheta.plots.report import Drawing, Run, missing_files, spread
 from toptheta.plots.style import GREY, new_figure, series_colours, series_key
 
 INPUTS = (
-    "th.txt, layer<i>.txt, layer<i>_kept_attn_<phase>.csv, sequence_lengths_per_example.csv, plain or .gz"
+    "th.txt, layer<i>.txt, layer<i>_kept_attn_<phase>.csv, effective_k.csv, "
+    "sequence_lengths_per_example.csv, plain or .gz"
 )
 WINDOW = 15  # row lengths in a running mean
 
@@ -68,7 +70,7 @@ def draw_sequence_lengths(run: Run) -> Drawing:
     return drawing
 
 
-FIGURES = (draw_thresholds, draw_size_by_length, draw_kept, draw_sequence_lengths)
+FIGURES = (draw_thresholds, draw_size_by_length, draw_kept, draw_effective_k, draw_sequence_lengths)
 
 
 def _figure(run: Run, frame: pd.DataFrame, layers: list[int], heads: tuple[int, ...], meaning: str) -> Figure:

@@ -81,7 +81,7 @@ def check_task(name: str, data_dir: str | None, flag: str = "--task") -> None:
                 f"{', '.join(local) or 'none'}."
             )
     if name not in TASKS and name not in _all_tasks():
-        near = get_close_matches(name, [*TASKS, *_all_tasks()], n=4)
+        near = get_close_matches(name, {*TASKS, *_all_tasks()}, n=4)
         raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near) or ', '.join(TASKS)}.")
 
 

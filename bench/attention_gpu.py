@@ -1,0 +1,278 @@
+"""The attention call on a GPU, for `bench/attention.py --device cuda`: decode and prefill in bfloat16.
+
+Every method is captured as a CUDA graph, so that launching costs what it costs in a graph; the graphs are
+replayed one after the other, many times, and the numbers are medians. Keys and values come from memory: a
+graph goes over as many copies of them as fill several times the L2 cache. The best dense is the fastest of
+torch's scaled_dot_product_attention, FlashAttention and FlashInfer where they are installed, and our kernel
+without thresholds. Leaves out the rest of the model and the growing of caches.
+
+Scores are normal with standard deviation 1.5; the query heads of a group share SHARED of their variance, as
+heads of a model do (the table says how many V rows a group keeps). Thresholds are calibrated for K=512 on
+other draws or, in the sweep, set to keep a fraction f. Bytes are what an ideal kernel moves: K or its int8
+copy, the K rows in question, the V rows kept; their share of the bandwidth of a plain copy is beside them.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.attention import MODELS, SCORE_SPREAD, Case, calibrated
+from toptheta.attention import LayerSpec
+from toptheta.kernels import gpu
+from toptheta.kernels.two_tier import Int8Keys, quantized, wanted_keys
+from toptheta.rows import rows_of
+
+K = 512
+MODEL = "Llama-3-8B"
+SHARED = 0.8
+DTYPE = torch.bfloat16
+COLD_BYTES = 400 << 20  # several times the L2 cache of any GPU so far
+THETA = LayerSpec(0, "pre-softmax", K, "exact")
+POST = LayerSpec(0, "post-softmax", K)
+TOPK = LayerSpec(1, "pre-softmax", K)
+FRACTIONS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+Call = Callable[[], Any]
+
+
+def gpu_cases(quick: bool) -> list[tuple[Case, float | None]]:
+    """Cases, each with the fraction to keep or None for calibrated thresholds."""
+    lengths, batches, prefills = (4096, 8192, 32768, 131072), (1, 4, 16), (8192, 16384, 32768)
+    if quick:
+        lengths, batches, prefills = (4096, 32768), (1, 4), (8192,)
+    found: list[tuple[Case, float | None]] = [
+        (Case(MODEL, "decode", n, b), None) for b in batches for n in lengths
+    ]
+    found += [(Case(MODEL, "decode", lengths[-1], 4), f) for f in FRACTIONS]
+    found += [(Case(MODEL, "prefill", n), None) for n in prefills]
+    return found + [(Case(MODEL, "prefill", prefills[0]), f) for f in FRACTIONS]
+
+
+def draw_queries(case: Case, device: torch.device) -> Tensor:
+    """q `[B, H, Q, D]`; the heads of a group are correlated."""
+    num_heads, num_kv_heads, head_dim = MODELS[case.model]
+    shape = (case.batch, case.q_len, num_kv_heads)
+    own = torch.randn(*shape, num_heads // num_kv_heads, head_dim, device=device, dtype=DTYPE)
+    group = torch.randn(*shape, 1, head_dim, device=device, dtype=DTYPE)
+    q = SCORE_SPREAD * (math.sqrt(SHARED) * group + math.sqrt(1 - SHARED) * own)
+    return q.flatten(2, 3).transpose(1, 2)
+
+
+def int8_copy(k: Tensor) -> Int8Keys:
+    """Of `k` `[B, H_kv, N, D]`, a sequence at a time, which spares memory."""
+    parts = [quantized(one) for one in k.split(1)]
+    fields = ("codes", "steps", "slacks", "mean")
+    return Int8Keys(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+
+
+class Problem:
+    """The tensors of one case, and the methods to run on them."""
+
+    def __init__(self, case: Case, fraction: float | None, device: torch.device):
+        _, num_kv_heads, head_dim = MODELS[case.model]
+        self.case, self.device, self.scale = case, device, 1 / math.sqrt(head_dim)
+        self.bytes_k = 2 * case.batch * num_kv_heads * case.kv_len * head_dim
+        copies = 1 if case.phase == "prefill" else 1 + COLD_BYTES // (2 * self.bytes_k)
+        shape = (copies, case.batch, num_kv_heads, case.kv_len, head_dim)
+        self.k, self.v = (torch.randn(shape, device=device, dtype=DTYPE) for _ in range(2))
+        self.q = draw_queries(case, device)
+        self.rows = rows_of(None, case.q_len, case.kv_len, device)
+        self.theta = calibrated(case, "pre-softmax", device, K)
+        self.theta_post = calibrated(case, "post-softmax", device, K)
+        if fraction is not None:
+            quantile = torch.distributions.Normal(0.0, SCORE_SPREAD).icdf(torch.tensor(1.0 - fraction))
+            self.theta[:, K + 1 :] = float(quantile)
+        self.int8: list[Int8Keys] = []
+
+    def over_copies(self, one: Callable[[Tensor, Tensor, int], Tensor]) -> Call:
+        return lambda: [one(k, v, i) for i, (k, v) in enumerate(zip(self.k, self.v))]
+
+    def ours(self, spec: LayerSpec, two_tier: bool = False) -> Call:
+        theta = self.theta_post if spec is POST else self.theta
+        if two_tier and not self.int8:
+            self.int8 = [int8_copy(k) for k in self.k]
+        return self.over_copies(
+            lambda k, v, i: gpu.attend(
+                self.q, k, v, self.rows, spec, self.scale, theta, int8=self.int8[i] if two_tier else None
+            )[0]
+        )
+
+    def sdpa(self) -> Call:
+        causal = self.case.phase == "prefill"
+        return self.over_copies(
+            lambda k, v, _: torch.nn.functional.scaled_dot_product_attention(
+                self.q, k, v, is_causal=causal, scale=self.scale, enable_gqa=True
+            )
+        )
+
+    def flash_attention(self) -> Call:
+        """Its own layout, `[B, N, H, D]`. Raises ImportError where it is not installed."""
+        from flash_attn import flash_attn_func, flash_attn_with_kvcache
+
+        k, v = (x.transpose(2, 3).contiguous() for x in (self.k, self.v))
+        q = self.q.transpose(1, 2)
+        if self.case.phase == "prefill":
+            return lambda: [
+                flash_attn_func(q, a, b, softmax_scale=self.scale, causal=True) for a, b in zip(k, v)
+            ]
+        return lambda: [flash_attn_with_kvcache(q, a, b, softmax_scale=self.scale) for a, b in zip(k, v)]
+
+    def flash_infer(self) -> Call:
+        """Its decode over pages, planned beforehand. Raises ImportError where it is not installed."""
+        import flashinfer
+
+        if self.case.phase == "prefill":
+            raise ImportError("decode only")
+        num_heads, num_kv_heads, head_dim = MODELS[self.case.model]
+        batch, page = self.case.batch, 16
+        pages = self.case.kv_len // page
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        counts = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * pages
+        indices = torch.arange(batch * pages, dtype=torch.int32, device=self.device)
+        last = torch.full((batch,), page, dtype=torch.int32, device=self.device)
+        wrapper.plan(
+            counts, indices, last, num_heads, num_kv_heads, head_dim, page,
+            q_data_type=DTYPE, kv_data_type=DTYPE, sm_scale=self.scale,
+        )  # fmt: skip
+        k, v = (
+            x.transpose(2, 3).reshape(len(x), batch * pages, page, num_kv_heads, head_dim)
+            for x in (self.k, self.v)
+        )
+        q = self.q[:, :, 0].contiguous()
+        return lambda: [wrapper.run(q, (a, b)) for a, b in zip(k, v)]
+
+    def methods(self) -> dict[str, Callable[[], Call]]:
+        found: dict[str, Callable[[], Call]] = {
+            "sdpa": self.sdpa,
+            "flash-attn": self.flash_attention,
+            "flashinfer": self.flash_infer,
+            "dense, ours": lambda: self.ours(LayerSpec()),
+            "Top-theta": lambda: self.ours(THETA),
+            "Top-theta post": lambda: self.ours(POST),
+        }
+        if self.case.phase == "decode":
+            found["Top-theta int8 K"] = lambda: self.ours(THETA, two_tier=True)
+            found["Top-k"] = lambda: self.ours(TOPK)
+        return found
+
+    def shares(self) -> dict[str, float]:
+        """f of elements, and of V rows that some head of a group keeps; in decode also of K rows that the
+        int8 copy leaves in question."""
+        arguments = (self.q, self.k[0], self.v[0], self.rows, THETA, self.scale, self.theta)
+        _, counts = gpu.attend(*arguments, count=True)
+        assert counts is not None
+        full = float(self.rows.n.sum()) * self.case.batch * self.q.shape[1]
+        found = {"kept": float(counts.attn.sum()) / full}
+        if self.case.phase == "decode":
+            found["kept V rows"] = float((counts.vrow > 0).float().mean())
+            wanted = wanted_keys(self.q, self.int8[0], self.theta, self.rows, self.scale)
+            found["K rows in question"] = float(wanted.float().mean())
+        return found
+
+    def ideal_bytes(self, shares: dict[str, float]) -> dict[str, float]:
+        """What a decode step has to move, for the methods where that is plain."""
+        f, c, dense = shares["kept V rows"], shares["K rows in question"], 2 * self.bytes_k
+        head_dim = self.q.shape[3]
+        found = dict.fromkeys(("sdpa", "flash-attn", "flashinfer", "dense, ours"), float(dense))
+        found["Top-theta"] = self.bytes_k * (1 + f)
+        found["Top-theta int8 K"] = self.bytes_k * ((1 + 8 / head_dim) / 2 + c + f)
+        return found
+
+
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """The call as a graph, after a few runs that compile it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def median_times(graphs: dict[str, torch.cuda.CUDAGraph], repetitions: int) -> dict[str, float]:
+    """Median milliseconds of a replay of each graph, all in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(repetitions):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return {name: statistics.median(t[2:]) for name, t in times.items()}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a plain copy of 1 GiB moves, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    graph = captured(lambda: target.copy_(source))
+    return 2 * source.numel() / (median_times({"copy": graph}, 20)["copy"] / 1e3)
+
+
+def measure(case: Case, fraction: float | None, device: torch.device, bandwidth: float) -> dict[str, Any]:
+    """Of every method: ms, ratio to the best dense, GB moved and share of `bandwidth`; or why not run."""
+    problem = Problem(case, fraction, device)
+    graphs, cells = {}, {}
+    for name, make in problem.methods().items():
+        try:
+            graphs[name] = captured(make())
+        except ImportError:
+            cells[name] = {"not run": "not installed"}
+        except Exception as error:  # a baseline's own limits must not end the table
+            if "dense, ours" in graphs or name == "dense, ours":
+                raise
+            cells[name] = {"not run": f"{type(error).__name__}: {error}"[:200]}
+    copies = len(problem.k)
+    times = {name: ms / copies for name, ms in median_times(graphs, 30).items()}
+    best = min(times[name] for name in ("sdpa", "flash-attn", "flashinfer", "dense, ours") if name in times)
+    shares = problem.shares()
+    moved = problem.ideal_bytes(shares) if case.phase == "decode" else {}
+    for name, ms in times.items():
+        cells[name] = {"ms": round(ms, 4), "of best dense": round(ms / best, 3)}
+        if name in moved:
+            cells[name]["GB"] = round(moved[name] / 1e9, 3)
+            cells[name]["of copy bandwidth"] = round(moved[name] / (ms / 1e3) / bandwidth, 3)
+    return {"shares": {name: round(value, 5) for name, value in shares.items()}, "methods": cells}
+
+
+def table(quick: bool, device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Print and return all rows; on a machine without a GPU every row says "not run"."""
+    there = torch.cuda.is_available()
+    bandwidth = copy_bandwidth(device) if there else 0.0
+    about = {
+        "device": torch.cuda.get_device_name(device) if there else "none",
+        "dtype": "bfloat16",
+        "K": K,
+        "copy bandwidth GB/s": round(bandwidth / 1e9) if there else "not run",
+    }
+    print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    print("ms (of the best dense's time; of the copy bandwidth)\n")
+    results = []
+    for case, fraction in gpu_cases(quick):
+        thresholds = "calibrated" if fraction is None else f"f={fraction}"
+        label = f"{case.phase:8}batch {case.batch:<3} kv_len {case.kv_len:<7} {thresholds}"
+        row: dict[str, Any] = {"phase": case.phase, "batch": case.batch, "kv_len": case.kv_len}
+        row["thresholds"] = thresholds
+        if not there:
+            row["not run"] = "this machine shows no CUDA GPU"
+            print(f"{label}: not run ({row['not run']})")
+        else:
+            with torch.no_grad():
+                row |= measure(case, fraction, device, bandwidth)
+            torch.cuda.empty_cache()
+            print(label, " ".join(f"{name} {value:.4f}" for name, value in row["shares"].items()))
+            for name, cell in row["methods"].items():
+                print(f"  {name:18}" + ", ".join(f"{key} {value}" for key, value in cell.items()), flush=True)
+        results.append(row)
+    return about, results

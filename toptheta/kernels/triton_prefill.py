@@ -1,0 +1,231 @@
+"""Threshold attention of many rows on the GPU: flash attention that leaves out what the thresholds drop.
+
+One program per (block of rows, head, sequence) goes over the keys that its rows can see. Memory is O(N): no
+score leaves the program. Where no row of a tile takes anything, neither V is read nor its product computed.
+Thresholds on weights need each row's logsumexp first: a first sweep over K finds it. Shapes as in
+toptheta/attention.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from toptheta.attention import Counts, LayerSpec
+from toptheta.kernels.triton_decode import row_stride, sdc_code
+from toptheta.kernels.triton_online import LOWEST, final_denominator, fold, lookup
+
+VARYING = ["q_len", "kv_len", "first", "theta_len", "table_len"]  # one build serves every length
+
+
+@triton.jit
+def tile_scores(
+    q_tile, k, at, stop, query, batch, mask, key_real,
+    scale, q_len, first, k_row, mask_batch, mask_row, real_batch,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr,
+):  # fmt: skip
+    """Scores `[M, BLOCK_N]` of a tile, -inf where a key is not visible, and the tile's keys."""
+    key, d = at + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = key < stop
+    k_tile = tl.load(
+        k + key[None, :].to(tl.int64) * k_row + d[:, None],
+        mask=inside[None, :] & (d < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    visible = (query < q_len)[:, None] & inside[None, :]
+    if CAUSAL:
+        visible = visible & (key[None, :] <= first + query[:, None])
+        if HAS_KEY_REAL:
+            real = tl.load(key_real + batch * real_batch + key, mask=inside, other=0) != 0
+            visible = visible & real[None, :]
+    else:
+        at_mask = mask + batch * mask_batch + query[:, None].to(tl.int64) * mask_row + key[None, :]
+        visible = visible & (tl.load(at_mask, mask=visible, other=0) != 0)
+    s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
+    return tl.where(visible, s, float("-inf")), key
+
+
+@triton.jit
+def tile_of_v(
+    v, key, stop, v_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(
+        v + key[:, None].to(tl.int64) * v_row + d[None, :],
+        mask=(key < stop)[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def prefill_kernel(
+    q, k, v, mask, key_real, real_rows, n, theta, table, v_mean, out, attn, vrow,
+    scale, sdc_scale, k_keep, first, q_len, kv_len, num_kv_heads, theta_len, table_len,
+    theta_stride, table_stride, n_stride, mask_batch, mask_row, key_real_batch, real_rows_batch,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, HAS_REAL_ROWS: tl.constexpr,
+    POST: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`."""
+    num_heads = num_kv_heads * GROUP
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = head // GROUP
+    # The last rows see most keys: they go first, so that none of them is left running alone at the end.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    query, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    in_rows, in_dim = query < q_len, d < HEAD_DIM
+    in_tile = in_rows[:, None] & in_dim[None, :]
+    q_tile = tl.load(
+        q + batch * q_batch + head * q_head + query[:, None].to(tl.int64) * q_row + d[None, :],
+        mask=in_tile,
+        other=0.0,
+    )
+    row_n = tl.load(n + batch * n_stride + query, mask=in_rows, other=0)
+    row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_rows)
+    k += batch * k_batch + kv_head * k_head
+    v += batch * v_batch + kv_head * v_head
+    stop = kv_len
+    if CAUSAL:
+        stop = tl.minimum(kv_len, first + (block + 1) * BLOCK_M)
+
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    taken = tl.zeros((BLOCK_M,), tl.float32)
+    count = tl.zeros((BLOCK_M,), tl.int32)
+    passed = tl.zeros((BLOCK_M,), tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for at in range(0, stop, BLOCK_N):
+        s, key = tile_scores(
+            q_tile, k, at, stop, query, batch, mask, key_real,
+            scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL,
+        )  # fmt: skip
+        if POST:
+            new_peak = tl.maximum(peak, tl.max(s, axis=1))
+            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak[:, None]), axis=1)
+            peak = new_peak
+        else:
+            peak, total, taken, count, passed, exps, take, factor = fold(
+                s, s, row_theta, peak, total, taken, count, passed
+            )
+            acc = acc * factor[:, None]
+            if tl.max(tl.max(take.to(tl.int32), axis=1), axis=0) > 0:
+                v_tile = tile_of_v(v, key, stop, v_row, HEAD_DIM, BLOCK_D)
+                acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+
+    # The second sweep: weights against their thresholds; and what is kept, which of a row that passes its
+    # threshold nowhere is known only now.
+    if POST or COUNT:
+        counted = in_rows
+        if HAS_REAL_ROWS:
+            real_row = tl.load(real_rows + batch * real_rows_batch + query, mask=in_rows, other=0)
+            counted = counted & (real_row != 0)
+        all_of_row = tl.maximum(total, 1.1754943508222875e-38)
+        top = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), all_of_row)
+        for at in range(0, stop, BLOCK_N):
+            s, key = tile_scores(
+                q_tile, k, at, stop, query, batch, mask, key_real,
+                scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
+                HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL,
+            )  # fmt: skip
+            if POST:
+                exps = tl.exp(s - peak[:, None])
+                weights = tl.div_rn(exps, tl.broadcast_to(all_of_row[:, None], exps.shape))
+                take = (s > float("-inf")) & ((weights > row_theta[:, None]) | (weights >= top[:, None]))
+                exps = tl.where(take, exps, 0.0)
+                taken += tl.sum(exps, axis=1)
+                if tl.max(tl.max(take.to(tl.int32), axis=1), axis=0) > 0:
+                    v_tile = tile_of_v(v, key, stop, v_row, HEAD_DIM, BLOCK_D)
+                    acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+            else:
+                take = tl.where(passed[:, None] > 0, s > row_theta[:, None], s == peak[:, None])
+            if COUNT:
+                per_key = tl.sum((take & counted[:, None]).to(tl.int32), axis=0)
+                tl.atomic_add(
+                    vrow + (batch * num_kv_heads + kv_head) * kv_len + key, per_key, mask=per_key > 0
+                )
+                tl.atomic_add(attn + batch * num_heads + head, tl.sum(per_key, axis=0).to(tl.int64))
+
+    row_table = tl.zeros((BLOCK_M,), tl.float32)
+    if SDC == 3:
+        row_table = lookup(table, head, row_n, table_stride, table_len, in_rows)
+    denominator = final_denominator(total, taken, count, peak, row_n, row_theta, row_table, sdc_scale, SDC)
+    result = acc / denominator[:, None]
+    if VMC:
+        lost = tl.where(row_n > k_keep, 1.0 - taken / denominator, 0.0)
+        at_mean = ((batch * num_kv_heads + kv_head) * q_len + query)[:, None] * HEAD_DIM + d[None, :]
+        result += lost[:, None] * tl.load(v_mean + at_mean, mask=in_tile, other=0.0)
+    at_out = ((batch * q_len + query)[:, None] * num_heads + head) * HEAD_DIM + d[None, :]
+    tl.store(out + at_out, result.to(out.dtype.element_ty), mask=in_tile)
+
+
+def options(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages: the K and V tiles of all stages must fit in shared memory."""
+    if dtype == torch.float32:  # products without tensor cores
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if block_d > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: Tensor,
+    first: int | None,
+    mask: Tensor | None,
+    key_real: Tensor | None,
+    real: Tensor | None,
+    theta: Tensor,
+    table: Tensor | None,
+    v_mean: Tensor | None,
+    spec: LayerSpec,
+    scale: float,
+    count: bool,
+) -> tuple[Tensor, Counts | None]:
+    """Attention of any rows (not Top-k), `[B, Q, H, D]`, and counts if `count`.
+
+    n, real: `[B or 1, Q]`. Visible are the keys that are causal from position `first` and `key_real` `[B, N]`
+    or, if first is None, those of mask `[B, Q, N]` bool. theta, table: `[H or 1, L]`; v_mean, needed by VMC:
+    `[B, H_kv, Q, D]` float32. The last dimension of every tensor is contiguous.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    out = torch.empty(batch, q_len, num_heads, head_dim, device=q.device, dtype=q.dtype)
+    counts = None
+    if count:
+        counts = Counts(
+            attn=torch.zeros(batch, num_heads, dtype=torch.int64, device=q.device),
+            vrow=torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32, device=q.device),
+        )
+    block_d = triton.next_power_of_2(head_dim)
+    tile = options(q.dtype, block_d)
+    grid = (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch)
+    # What a build does not use still needs some address: q's.
+    prefill_kernel[grid](
+        q, k, v,
+        q if mask is None else mask,
+        q if key_real is None else key_real,
+        q if real is None else real,
+        n, theta,
+        theta if table is None else table,
+        theta if v_mean is None else v_mean,
+        out,
+        n if counts is None else counts.attn,
+        n if counts is None else counts.vrow,
+        scale, spec.sdc_scale, spec.k, first or 0, q_len, kv_len, num_kv_heads,
+        theta.shape[1], 1 if table is None else table.shape[1],
+        row_stride(theta), 0 if table is None else row_stride(table), row_stride(n),
+        0 if mask is None else row_stride(mask), 0 if mask is None else mask.stride(1),
+        0 if key_real is None else row_stride(key_real), 0 if real is None else row_stride(real),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile,
+        CAUSAL=first is not None, HAS_KEY_REAL=key_real is not None, HAS_REAL_ROWS=real is not None,
+        POST=spec.sparse and spec.placement == "post-softmax", SDC=sdc_code(spec), VMC=v_mean is not None,
+        COUNT=count,
+    )  # fmt: skip
+    return out, counts
