@@ -10,9 +10,9 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from notebooks.execute import execute as execute_book
 from tests.test_plots import make_products
 from toptheta.calib_samples import write_calibration_samples
 from toptheta.errors import UsageError
@@ -43,13 +43,7 @@ def workplace(tmp_path: Path) -> Path:
 def execute(workplace: Path, name: str) -> list[bytes]:
     """Run a notebook of the workplace; returns its pictures."""
     book = nbformat.read(workplace / "notebooks" / name, as_version=4)
-    for cell in book.cells:
-        cell.pop("outputs", None)
-        if cell.cell_type == "code":
-            cell.outputs = []
-    NotebookClient(
-        book, timeout=300, resources={"metadata": {"path": str(workplace / "notebooks")}}
-    ).execute()
+    execute_book(book, workplace / "notebooks")
     return pictures(book)
 
 
