@@ -96,8 +96,8 @@ def _figure(
     for each in (top, axes):
         each.axvline(prompt - 0.5, color="black", lw=1.0, ls="--")
     above = {"transform": top.get_xaxis_transform(), "fontsize": 8, "va": "bottom"}
-    top.text(prompt - 1.5, 1.02, "prompt", ha="right", **above)
-    top.text(prompt + 0.5, 1.02, "generated", ha="left", **above)
+    top.text(prompt - 0.5, 1.02, "← prompt  ", ha="right", **above)
+    top.text(prompt - 0.5, 1.02, "  generated →", ha="left", **above)
     ticks = np.unique(np.linspace(0, size, min(size, 8) + 1).round().astype(int))
     bar = figure.colorbar(
         ScalarMappable(norm, cmap),
