@@ -142,6 +142,7 @@ def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPat
     assert len(calls) == 1 + 3 + 5 + 5  # every batch once, but for the one that was cut off
     for a, b in zip(straight, resumed):
         assert a["metrics"] == b["metrics"] and a["kept"] == b["kept"]
+    assert resumed[0]["seconds"]["calibration"] > 0  # what the first start took counts
     name = "mode0_k16/layer1_kept_attn_prefill.csv.gz"
     first = next(here.joinpath("straight").iterdir())
     assert gzip.decompress((first / name).read_bytes()) == gzip.decompress((run / name).read_bytes())

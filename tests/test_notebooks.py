@@ -111,6 +111,13 @@ def test_histograms_hold_every_sample_of_their_lengths(tmp_path: Path) -> None:
     assert left.get_title() == "layer 3, head 1, rows of 100 to 149 tokens"
 
 
+def test_equal_samples_have_a_histogram(tmp_path: Path) -> None:
+    folder = write_samples(tmp_path, np.ones((3, 2), np.float32), np.array([70, 80, 90], np.int32))
+    (axes,) = samples_figure(folder, [(3, 0)], [(70, 90)]).axes
+    (bars,) = (patch for patch in axes.patches if hasattr(patch, "get_data"))
+    assert bars.get_data()[0].sum() == 3
+
+
 def test_what_samples_lack_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"calib_samples\.safetensors.*--calib_dump_samples"):
         samples_figure(tmp_path, [(3, 0)], [(1, 2)])

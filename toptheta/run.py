@@ -218,7 +218,8 @@ def prepare(
         return 0.0
     if (product.path / BINARY_NAME).is_file():  # an earlier start got this far
         set_params(model, **fields, calibrate=False, calib_load_path=str(product.path))
-        return 0.0
+        loaded = patched_layers(model)[0].tables
+        return float(loaded.meta.get("seconds", 0.0)) if loaded is not None else 0.0
 
     started = time.monotonic()
     params = AttentionParams(**fields)
@@ -228,6 +229,7 @@ def prepare(
     begin_calibration(model, params, other_ks, seed=settings.seed, keep_samples=dump)
     checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
     done = checkpoint.load()
+    started -= checkpoint.seconds
     try:
         calibrate(checkpoint.maybe_save, done)
     except KeyboardInterrupt:
@@ -241,6 +243,8 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         tables = calibrated_tables(model, ks)
         tables.meta["task"] = settings.calibration_task
+        if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
+            tables.meta["seconds"] = f"{time.monotonic() - started:.1f}"
         if dump:  # before the tables: where these are, a later start takes the calibration for done
             write_calibration_samples(folder, calibration_samples(model, ks))
         save_tables(tables, folder)
@@ -258,7 +262,8 @@ class Checkpoint:
     def __init__(self, path: Path, model: torch.nn.Module):
         self.path, self.layers = path, patched_layers(model)
         self.done: set[str] = set()
-        self._last = time.monotonic()
+        self.seconds = 0.0  # that earlier starts spent
+        self._started = self._last = time.monotonic()
 
     def load(self) -> set[str]:
         """Take up the saved state, if any; returns the keys of the requests it has seen (shared, to be added
@@ -271,6 +276,7 @@ class Checkpoint:
                     f"{self.path} is damaged ({error}): remove it to calibrate from the start."
                 ) from None
             self.done.update(bytes(state.pop("done").tolist()).decode().split())
+            self.seconds = float(state.pop("seconds", torch.zeros(())))
             for i, layer in enumerate(self.layers):
                 if layer.calibration is not None:
                     prefix = f"{i}/"
@@ -289,6 +295,7 @@ class Checkpoint:
 
     def save(self) -> None:
         state = {"done": torch.tensor(list(" ".join(sorted(self.done)).encode()), dtype=torch.uint8)}
+        state["seconds"] = torch.tensor(self.seconds + time.monotonic() - self._started)
         for i, layer in enumerate(self.layers):
             if layer.calibration is not None:
                 for key, value in layer.calibration.state().items():

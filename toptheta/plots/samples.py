@@ -15,6 +15,7 @@ from toptheta.plots.read import read_config, read_thresholds
 from toptheta.plots.style import COLOURS, GREY, add_legend, new_figure
 
 BINS = 40
+SPREAD = 3.0  # quartile distances beyond the quartiles that the bins reach
 
 
 def samples_figure(
@@ -65,9 +66,14 @@ def samples_figure(
                 )
             chosen.append((values[inside, head], theta.reindex(n[inside]).dropna().to_numpy()))
         together = np.concatenate([part for part, _ in chosen])
-        # The same bins in a row of panels; a few wild samples must not squeeze all others into one bin.
-        low, high = np.quantile(together, (0.002, 0.998))
-        edges = np.linspace(low, high, BINS + 1)
+        # The same bins in a row of panels; wild samples, which fall into the outermost, must not squeeze all
+        # others into one.
+        low, quarter, three_quarters, high = np.quantile(together, (0.0, 0.25, 0.75, 1.0))
+        most = SPREAD * (three_quarters - quarter)
+        first, last = max(low, quarter - most), min(high, three_quarters + most)
+        if first == last:  # all samples are the same
+            first, last = first - 0.5, last + 0.5
+        edges = np.linspace(first, last, BINS + 1)
         for axes, (part, theta_here), (shortest, longest) in zip(row, chosen, lengths):
             _panel(axes, part, theta_here, edges)
             axes.set_title(

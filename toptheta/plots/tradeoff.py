@@ -108,9 +108,11 @@ def tradeoff_figure(
         handles.insert(index, Line2D([], [], color="black", lw=1.1, ls=style, label=str(result["method"])))
     if any(_stderr(result, metric) > 0.0 for result in (*placed, *dense)):
         handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="± stderr (band, bars)"))
-    for (_, words), axes in zip(PANELS, all_axes):
+    for (kind, words), axes in zip(PANELS, all_axes):
         axes.set_xlabel(f"{words} in {PHASE_NAMES[phase]} (% of dense)")
         low, high = axes.dataLim.intervalx
+        if kind == "vrow" and high - low < MIN_SPAN and labels["attn"]:
+            labels[kind] = []  # points on top of each other, labelled at the same heights beside
         # Room for labels; and a span below which differences would look larger than they are.
         room = max(0.12 * (high - low), (MIN_SPAN - (high - low)) / 2)
         if np.isfinite(room):
