@@ -223,6 +223,7 @@ def test_says_what_it_cannot():
             (LayerSpec(0, "pre-softmax", 2, capk=True), "capk"),
         ):
             assert says in (gpu.unsupported(q, q, q, rows, spec) or "")
+        assert "single rows" in (gpu.unsupported(q, q, q, rows, LayerSpec(), count_rows=True) or "")
         wide = torch.zeros(1, 2, 3, 264, device=DEVICE)
         assert "head_dim is 264" in (gpu.unsupported(wide, wide, wide, rows, LayerSpec()) or "")
         double = q.double()

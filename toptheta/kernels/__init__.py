@@ -39,10 +39,10 @@ def attend(
     the kernels reading all of V. int8: the copy of k, which spares the Triton kernels reading all of K; the
     others have no use for it. Raises UsageError when TOPTHETA_KERNEL asks for what cannot be.
     """
-    path = _path(q, k, v, rows, spec)
+    path = _path(q, k, v, rows, spec, count_rows)
     if path == "cpu":
         return cpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, count_rows)
-    if path == "triton" and not count_rows:  # the Triton kernels count no single rows
+    if path == "triton":
         return gpu.attend(q, k, v, rows, spec, scale, theta, table, count, v_sum, int8)
     return sparse_attention(q, k, v, rows, spec, scale, theta, table, count=count, count_rows=count_rows)
 
@@ -72,11 +72,11 @@ def calibrate(
     return got.out
 
 
-def _path(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> str:
+def _path(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec, count_rows: bool = False) -> str:
     """Which of CHOICES computes this call. Raises UsageError when TOPTHETA_KERNEL cannot be obeyed."""
     if FORCED is None:
         if q.is_cuda:
-            return "triton" if gpu.supports(q, k, v, rows, spec) else "reference"
+            return "triton" if gpu.unsupported(q, k, v, rows, spec, count_rows) is None else "reference"
         return "cpu" if cpu.supports(q, k, v, rows, spec) else "reference"
     if FORCED not in CHOICES:
         raise UsageError(
@@ -84,7 +84,7 @@ def _path(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> str:
         )
     why = None
     if FORCED == "triton":
-        why = gpu.unsupported(q, k, v, rows, spec)
+        why = gpu.unsupported(q, k, v, rows, spec, count_rows)
     elif FORCED == "cpu":
         why = cpu.unsupported(q, k, v, rows, spec)
         if why is None and isinstance(missing := cpu.load(), str):

@@ -22,7 +22,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself asks, at import
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> str | None:
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec, count_rows: bool = False
+) -> str | None:
     """Why the kernels cannot take this call, or None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
@@ -44,12 +46,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) ->
         return "the kernels have no capk"
     if spec.sparse and spec.mode == TOP_K and q.shape[2] > 1:
         return "Top-k of many rows has no kernel"
+    if count_rows:
+        return "the kernels do not count what single rows keep"
     return None
-
-
-def supports(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> bool:
-    """Whether `attend` takes this call."""
-    return unsupported(q, k, v, rows, spec) is None
 
 
 def attend(
