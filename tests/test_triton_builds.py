@@ -16,6 +16,7 @@ POINTERS = {
     "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_peak": "*fp32",
     "part_total": "*fp32", "part_taken": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
     "attn": "*i64", "vrow": "*i32", "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
+    "span": "*i32", "listed": "*i32",
 }  # fmt: skip
 
 
@@ -47,19 +48,22 @@ def compiled(function, dtype: str, constants: dict[str, object], options: dict[s
 @needs_triton
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize(
-    "kernel", ["split", "split of two tiers", "gather", "merge", "prefill", "prefill post-softmax"]
+    "kernel", ["split", "filtered", "gather", "merge", "prefill", "prefill post-softmax"]
 )
 def test_builds_for_hopper_without_spills(kernel):
     """bfloat16, head_dim 128, 4 heads a group."""
-    from toptheta.kernels import triton_decode, triton_prefill
+    from toptheta.kernels import triton_decode, triton_filtered, triton_prefill
 
     tile = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128}
-    rows = tile | {"BLOCK_G": 16, "BLOCK_N": triton_decode.BLOCK_N}
-    decode = triton_decode.options(torch.bfloat16, 128)
-    if kernel.startswith("split"):
-        flags = {"HAS_MASK": True, "WITH_V": True, "STORE_SCORES": False, "RESCUE": False}
-        constants = rows | flags | {"BLOCK_S": 64, "TWO_TIER": kernel != "split"}
+    decode = dict(triton_decode.TILE)
+    rows = tile | {"BLOCK_G": 16, "BLOCK_N": decode.pop("BLOCK_N"), "HAS_MASK": True}
+    stores = {"COUNT": False, "STORE_SCORES": False}
+    if kernel == "split":
+        constants = rows | stores | {"BLOCK_S": 64, "WITH_V": True, "RESCUE": False}
         shared, usage = compiled(triton_decode.split_kernel, "bf16", constants, decode)
+    elif kernel == "filtered":
+        constants = rows | stores | {"BLOCK_F": triton_decode.BLOCK_F}
+        shared, usage = compiled(triton_filtered.filtered_kernel, "bf16", constants, decode)
     elif kernel == "gather":
         constants = rows | {"BLOCK_S": 64, "CHOSEN": False, "STORE_KEEP": False}
         shared, usage = compiled(triton_decode.gather_kernel, "bf16", constants, decode)

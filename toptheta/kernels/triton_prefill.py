@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toptheta.attention import Counts, LayerSpec
 from toptheta.kernels.triton_decode import row_stride, sdc_code
-from toptheta.kernels.triton_online import LOWEST, final_denominator, fold, lookup
+from toptheta.kernels.triton_online import LOWEST, exp, final_denominator, fold, least_above, lookup
 
 VARYING = ["q_len", "kv_len", "first", "theta_len", "table_len"]  # one build serves every length
 
@@ -85,6 +85,7 @@ def prefill_kernel(
     )
     row_n = tl.load(n + batch * n_stride + query, mask=in_rows, other=0)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_rows)
+    least = least_above(row_theta)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     stop = kv_len
@@ -95,7 +96,7 @@ def prefill_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     taken = tl.zeros((BLOCK_M,), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.int32)
-    passed = tl.zeros((BLOCK_M,), tl.int32)
+    passed = tl.zeros((BLOCK_M,), tl.int1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for at in range(0, stop, BLOCK_N):
         s, key = tile_scores(
@@ -105,16 +106,16 @@ def prefill_kernel(
         )  # fmt: skip
         if POST:
             new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak[:, None]), axis=1)
+            total = total * exp(peak - new_peak) + tl.sum(exp(s - new_peak[:, None]), axis=1)
             peak = new_peak
         else:
-            peak, total, taken, count, passed, exps, take, factor = fold(
-                s, s, row_theta, peak, total, taken, count, passed
+            peak, total, taken, count, passed, kept, factor = fold(
+                s, least, peak, total, taken, count, passed, False, SDC == 2
             )
             acc = acc * factor[:, None]
-            if tl.max(tl.max(take.to(tl.int32), axis=1), axis=0) > 0:
+            if tl.max(tl.max(kept, axis=1), axis=0) > 0:
                 v_tile = tile_of_v(v, key, stop, v_row, HEAD_DIM, BLOCK_D)
-                acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+                acc += tl.dot(kept.to(v_tile.dtype), v_tile, input_precision="ieee")
 
     # The second sweep: weights against their thresholds; and what is kept, which of a row that passes its
     # threshold nowhere is known only now.
@@ -132,7 +133,7 @@ def prefill_kernel(
                 HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL,
             )  # fmt: skip
             if POST:
-                exps = tl.exp(s - peak[:, None])
+                exps = exp(s - peak[:, None])
                 weights = tl.div_rn(exps, tl.broadcast_to(all_of_row[:, None], exps.shape))
                 take = (s > float("-inf")) & ((weights > row_theta[:, None]) | (weights >= top[:, None]))
                 exps = tl.where(take, exps, 0.0)
@@ -141,7 +142,7 @@ def prefill_kernel(
                     v_tile = tile_of_v(v, key, stop, v_row, HEAD_DIM, BLOCK_D)
                     acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
             else:
-                take = tl.where(passed[:, None] > 0, s > row_theta[:, None], s == peak[:, None])
+                take = s >= tl.where(passed, least, peak)[:, None]
             if COUNT:
                 per_key = tl.sum((take & counted[:, None]).to(tl.int32), axis=0)
                 tl.atomic_add(
