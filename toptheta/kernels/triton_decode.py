@@ -33,7 +33,8 @@ from toptheta.params import SDC_METHODS, TOP_K
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 BLOCK_F = 128
 MAX_SPLITS = 128
-RESIDENT = 3  # programs of `split_kernel` that an H100's registers hold, on each processor
+RESIDENT = 3  # programs that one of an H100's processors runs at the same time,
+REGISTERS = 168  # where each has no more registers a thread than this
 VARYING = ["kv_len", "theta_len", "table_len", "splits"]  # one build serves every length
 
 
@@ -101,8 +102,8 @@ def split_kernel(
             at_score = scores + row[:, None] * kv_len + (at + i)[None, :]
             tl.store(at_score, s, mask=in_group[:, None] & inside[None, :])
         if WITH_V:
-            peak, total, taken, count, passed, kept, factor = fold(
-                s, least, peak, total, taken, count, passed, True, COUNT
+            peak, total, taken, count, passed, kept, _, factor = fold(
+                s, least, peak, total, taken, count, passed, True, COUNT, True
             )
             some = tl.max(kept, axis=0) > 0
             v_tile = tl.load(
@@ -306,6 +307,8 @@ def decode(
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_G": max(16, triton.next_power_of_2(group)),
         "BLOCK_D": block_d, "HAS_MASK": mask is not None, **TILE,
     }  # fmt: skip
+    if q.dtype.itemsize == 2 and block_d <= 128 and group <= 16:
+        tile["maxnreg"] = REGISTERS
     parts = (part_peak, part_total, part_taken, part_count, part_acc)
     grid = (batch * num_kv_heads, splits)
     # What a build does not use still needs some address: q's or n's.

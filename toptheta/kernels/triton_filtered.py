@@ -126,8 +126,8 @@ def filtered_kernel(
         if STORE_SCORES:
             at_score = scores + row[:, None] * kv_len + key[None, :]
             tl.store(at_score, s, mask=in_group[:, None] & here[None, :])
-        peak, total, taken, count, passed, kept, factor = fold(
-            s, least, peak, total, taken, count, passed, True, COUNT
+        peak, total, taken, count, passed, kept, _, factor = fold(
+            s, least, peak, total, taken, count, passed, True, COUNT, True
         )
         some = tl.max(kept, axis=0) > 0
         v_tile = tl.load(

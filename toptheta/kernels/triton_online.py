@@ -55,37 +55,38 @@ def least_above(theta):
 
 
 @triton.jit
-def fold(s, least, peak, total, taken, count, passed, LANES: tl.constexpr, COUNT: tl.constexpr):
+def fold(
+    s, least, peak, total, taken, count, passed, TOTAL: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr
+):
     """One tile of scores `[M, N]` (-inf: not visible), folded into the state of its M rows.
 
     least: `[M]`, `least_above` of the thresholds. State: peak `[M]`, the largest score; passed `[M]`, whether
-    a score was above its threshold; total and taken, the sums of exp(score - peak) over all and over the
-    taken keys; count, if COUNT, how many are taken. These three are `[M]` or, with LANES, `[M, N]`, still to
-    be summed over the last dimension: threads then need not exchange them for each tile. Returns the new
-    state, then the exps of the taken keys (0 elsewhere), and the factor for what was accumulated before.
+    a score was above its threshold; total, if TOTAL, and taken, the sums of exp(score - peak) over all and
+    over the taken keys; count, if COUNT, how many are taken. These three are `[M]` or, with LANES, `[M, N]`,
+    still to be summed over the last dimension: threads then need not exchange them for each tile. Returns the
+    new state, then the exps of the taken keys (0 elsewhere), which rows take any `[M]`, and the factor for
+    what was accumulated before.
     """
     top = tl.max(s, axis=1)
     new_peak = tl.maximum(peak, top)
     some = top >= least
     now = passed | some
-    take = s >= tl.where(now, least, new_peak)[:, None]
+    bar = tl.where(now, least, new_peak)
+    take = s >= bar[:, None]
     drop = (some | (new_peak > peak)) & (passed == 0)
     shrink = exp(peak - new_peak)
     factor = tl.where(drop, 0.0, shrink)
     exps = exp(s - new_peak[:, None])
     kept = tl.where(take, exps, 0.0)
     if LANES:
-        total = total * shrink[:, None] + exps
+        total = total * shrink[:, None] + exps if TOTAL else total
         taken = taken * factor[:, None] + kept
+        count = tl.where(drop[:, None], 0, count) + take.to(tl.int32) if COUNT else count
     else:
-        total = total * shrink + tl.sum(exps, axis=1)
+        total = total * shrink + tl.sum(exps, axis=1) if TOTAL else total
         taken = taken * factor + tl.sum(kept, axis=1)
-    if COUNT:
-        if LANES:
-            count = tl.where(drop[:, None], 0, count) + take.to(tl.int32)
-        else:
-            count = tl.where(drop, 0, count) + tl.sum(take.to(tl.int32), axis=1)
-    return new_peak, total, taken, count, now, kept, factor
+        count = tl.where(drop, 0, count) + tl.sum(take.to(tl.int32), axis=1) if COUNT else count
+    return new_peak, total, taken, count, now, kept, top >= bar, factor
 
 
 @triton.jit
