@@ -58,16 +58,22 @@ def test_builds_for_hopper_without_spills(kernel):
     rows = tile | {"BLOCK_G": 16, "BLOCK_N": decode.pop("BLOCK_N"), "HAS_MASK": True}
     stores = {"COUNT": False, "STORE_SCORES": False}
     if kernel == "split":
-        constants = rows | stores | {"BLOCK_S": 64, "WITH_V": True, "RESCUE": False}
+        constants = rows | stores | {"BLOCK_S": triton_decode.MAX_SPLITS, "WITH_V": True, "RESCUE": False}
         shared, usage = compiled(triton_decode.split_kernel, "bf16", constants, decode)
     elif kernel == "filtered":
         constants = rows | stores | {"BLOCK_F": triton_decode.BLOCK_F}
         shared, usage = compiled(triton_filtered.filtered_kernel, "bf16", constants, decode)
     elif kernel == "gather":
-        constants = rows | {"BLOCK_S": 64, "CHOSEN": False, "STORE_KEEP": False}
+        constants = rows | {"BLOCK_S": triton_decode.MAX_SPLITS, "CHOSEN": False, "STORE_KEEP": False}
         shared, usage = compiled(triton_decode.gather_kernel, "bf16", constants, decode)
     elif kernel == "merge":
-        constants = tile | {"BLOCK_S": 64, "STEP": 16, "SDC": 1, "VMC": True, "ONE_PEAK": False}
+        constants = tile | {
+            "BLOCK_S": triton_decode.MAX_SPLITS,
+            "STEP": 16,
+            "SDC": 1,
+            "VMC": True,
+            "ONE_PEAK": False,
+        }
         shared, usage = compiled(triton_decode.merge_kernel, "bf16", constants, {"num_warps": 4})
     else:
         post = kernel.endswith("post-softmax")

@@ -32,7 +32,7 @@ from toptheta.params import SDC_METHODS, TOP_K
 # Keys of a tile, and what Triton makes of it; BLOCK_F: keys of a tile of the int8 copy.
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 BLOCK_F = 128
-MAX_SPLITS = 128
+MAX_SPLITS = 128  # a power of 2
 RESIDENT = 3  # programs that one of an H100's processors runs at the same time,
 REGISTERS = 168  # where each has no more registers a thread than this
 VARYING = ["kv_len", "theta_len", "table_len", "splits"]  # one build serves every length
@@ -290,7 +290,7 @@ def decode(
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
     splits = split_count(batch * num_kv_heads, kv_len, q.device)
-    block_d, block_s = max(32, triton.next_power_of_2(head_dim)), triton.next_power_of_2(splits)
+    block_d = max(32, triton.next_power_of_2(head_dim))
     two_stages = spec.sparse and (spec.mode == TOP_K or spec.placement == "post-softmax")
     part_peak, part_total, part_taken = torch.empty(
         3, batch, num_heads, splits, device=q.device, dtype=torch.float32
@@ -326,7 +326,7 @@ def decode(
         )  # fmt: skip
     split_kernel[grid](
         q, k, v, *rows, scores, *parts, *numbers,
-        **tile, BLOCK_S=block_s, WITH_V=not two_stages, RESCUE=int8 is not None, **stores,
+        **tile, BLOCK_S=MAX_SPLITS, WITH_V=not two_stages, RESCUE=int8 is not None, **stores,
     )  # fmt: skip
     keep = None
     if two_stages:
@@ -341,14 +341,14 @@ def decode(
         gather_kernel[grid](
             v, n if span is None else span, n, theta, scores, scores if keep is None else keep, *parts,
             kv_len, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride, *v.stride()[:3],
-            **tile, BLOCK_S=block_s, CHOSEN=spec.mode == TOP_K, STORE_KEEP=keep is not None,
+            **tile, BLOCK_S=MAX_SPLITS, CHOSEN=spec.mode == TOP_K, STORE_KEEP=keep is not None,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
     merge_kernel[(batch * num_heads,)](
         out, n, theta, theta if table is None else table, theta if v_sum is None else v_sum, *parts,
         spec.sdc_scale, spec.k, splits, num_heads, theta.shape[1], 1 if table is None else table.shape[1],
         theta_stride, 0 if table is None else row_stride(table), n_stride,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, STEP=16,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=MAX_SPLITS, STEP=16,
         SDC=sdc_code(spec), VMC=v_sum is not None, ONE_PEAK=two_stages, num_warps=4,
     )  # fmt: skip
     if not count:
