@@ -32,7 +32,7 @@ from toptheta.params import SDC_METHODS, TOP_K
 # Keys of a tile, and what Triton makes of it; BLOCK_F: keys of a tile of the int8 copy.
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 BLOCK_F = 128
-MAX_SPLITS = 128  # a power of 2
+MAX_SPLITS = 64  # a power of 2
 RESIDENT = 3  # programs that one of an H100's processors runs at the same time,
 REGISTERS = 168  # where each has no more registers a thread than this
 VARYING = ["kv_len", "theta_len", "table_len", "splits"]  # one build serves every length
