@@ -14,7 +14,7 @@ Memory: head_dim + 8 bytes for each token and KV head, beside the 4 head_dim of 
 cache at head_dim 128. Bytes read in a decode step, with a share c of keys in question and f kept, for each
 element of K: 1 + 2c + 2f instead of 2 + 2f, or 4 dense. Off unless asked for.
 
-Plain PyTorch: the copy itself, and what the kernel in triton_decode.py computes from it, as the reference.
+Plain PyTorch: the copy itself, and what the kernel in triton_filtered.py computes from it, as the reference.
 """
 
 from dataclasses import dataclass
