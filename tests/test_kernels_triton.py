@@ -121,6 +121,7 @@ def test_every_option(kind):
     [
         ("static decode", (8, 2, 24)),
         ("static decode", (3, 3, 16)),
+        ("static decode", (20, 1, 16)),
         ("decode", (3, 1, 80)),  # many splits
         ("left padding", (2, 1, 24)),
         ("right padding", (2, 2, 16)),
@@ -200,6 +201,27 @@ def test_ties(placement):
     out, counts = gpu.attend(q, k, v, rows, LayerSpec(0, placement, K), SCALE, theta, count=True)
     assert counts is not None and counts.attn.tolist() == [[300] * 3]
     torch.testing.assert_close(out[0, :, 0], v[0, 0].mean(dim=0).expand(3, 16), rtol=1e-5, atol=1e-5)
+
+
+@here
+@pytest.mark.parametrize("spec", FEW[:1] + FEW[2:], ids=["pre", "post"])
+def test_mostly_empty_cache(spec):
+    """A static cache that is nearly unused, sequences of unlike lengths: splits have few keys, or none. What
+    lies beyond is not read."""
+    torch.manual_seed(7)
+    kv_len = 900
+    q, k, v = draw(3, (4, 2, 16), 1, kv_len)
+    at = torch.arange(kv_len)
+    mask = torch.stack([(at >= 3) & (at < 150), at < 1, (at >= 400) & (at < 700)])[:, None, None]
+    k[~mask.expand(-1, 2, -1, -1)[:, :, 0]] = 7.0  # would win every row
+    rows = rows_of(mask, 1, kv_len, torch.device("cpu"))
+    check(q, k, v, rows, [spec])
+    k[:, :, 700:] = v[:, :, 700:] = math.nan
+    theta, table = (x.to(DEVICE) for x in tables(spec, 4, kv_len))
+    moved = [x.to(DEVICE) for x in (q, k, v)]
+    v_sum = torch.zeros(3, 2, 16, device=DEVICE)
+    out, _ = gpu.attend(*moved, on_device(rows), spec, SCALE, theta, table, v_sum=v_sum)
+    assert out.isfinite().all()
 
 
 @here

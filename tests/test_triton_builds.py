@@ -1,77 +1,31 @@
 """Whether the Triton kernels build for Hopper (sm_90), which needs no GPU, and within its registers."""
 
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
-import torch
 
-from tests.test_kernels_triton import needs_triton
+from bench.builds import SHARED_OF_ONE, build, kernels
+from tests.test_kernels_triton import HAS_TRITON, needs_triton
 from toptheta.kernels import gpu
 
-MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the rest have one of their own
-POINTERS = {
-    "mask": "*u1", "key_real": "*u1", "real_rows": "*u1", "n": "*i64", "theta": "*fp32", "table": "*fp32",
-    "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_peak": "*fp32",
-    "part_total": "*fp32", "part_taken": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
-    "attn": "*i64", "vrow": "*i32", "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
-}  # fmt: skip
-
-
-def compiled(function, dtype: str, constants: dict[str, object], options: dict[str, int]) -> tuple[int, str]:
-    """Bytes of shared memory, and what cuobjdump says of registers and stack (spills)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, aligned = {}, {}
-    for i, name in enumerate(function.arg_names):
-        kind = f"*{dtype}" if name in MODEL else POINTERS.get(name)
-        if name in constants:
-            kind = "constexpr"
-        elif kind or name.endswith(("_batch", "_head", "_row", "_stride")):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        signature[name] = kind or ("fp32" if name in ("scale", "sdc_scale") else "i32")
-    values = {(function.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return built.metadata.shared, said.stdout + said.stderr
+KERNELS = kernels() if HAS_TRITON and not gpu.INTERPRETED else {}
 
 
 @needs_triton
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter replaces the compiler")
-@pytest.mark.parametrize(
-    "kernel", ["split", "split of two tiers", "gather", "merge", "prefill", "prefill post-softmax"]
-)
-def test_builds_for_hopper_without_spills(kernel):
-    """bfloat16, head_dim 128, 4 heads a group."""
-    from toptheta.kernels import triton_decode, triton_prefill
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_builds_for_hopper_without_spills(name, masked):
+    """As many of the decode kernels fit on a processor as the splits are made for."""
+    from toptheta.kernels import triton_decode
 
-    tile = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128}
-    rows = tile | {"BLOCK_G": 16, "BLOCK_N": triton_decode.BLOCK_N}
-    decode = triton_decode.options(torch.bfloat16, 128)
-    if kernel.startswith("split"):
-        flags = {"HAS_MASK": True, "WITH_V": True, "STORE_SCORES": False, "RESCUE": False}
-        constants = rows | flags | {"BLOCK_S": 64, "TWO_TIER": kernel != "split"}
-        shared, usage = compiled(triton_decode.split_kernel, "bf16", constants, decode)
-    elif kernel == "gather":
-        constants = rows | {"BLOCK_S": 64, "CHOSEN": False, "STORE_KEEP": False}
-        shared, usage = compiled(triton_decode.gather_kernel, "bf16", constants, decode)
-    elif kernel == "merge":
-        constants = tile | {"BLOCK_S": 64, "STEP": 16, "SDC": 1, "VMC": True, "ONE_PEAK": False}
-        shared, usage = compiled(triton_decode.merge_kernel, "bf16", constants, {"num_warps": 4})
-    else:
-        post = kernel.endswith("post-softmax")
-        both = triton_prefill.options(torch.bfloat16, 128)
-        options = {name: both.pop(name) for name in ("num_warps", "num_stages")}
-        flags = {"CAUSAL": True, "HAS_KEY_REAL": False, "HAS_REAL_ROWS": False, "COUNT": False, "VMC": True}
-        constants = tile | both | flags | {"POST": post, "SDC": -1 if post else 1}
-        shared, usage = compiled(triton_prefill.prefill_kernel, "bf16", constants, options)
-    assert shared <= 227 * 1024  # what a Hopper processor gives one program
-    assert "STACK:0" in usage and "LOCAL:0" in usage, usage
+    function, constants, options = KERNELS[name]
+    if masked:
+        flag = next((flag for flag in ("HAS_MASK", "HAS_KEY_REAL") if flag in constants), None)
+        if flag is None:
+            pytest.skip("takes no mask")
+        constants = constants | {flag: True}
+    made = build(function, constants, options)
+    assert made.shared <= SHARED_OF_ONE and made.spilled == 0
+    if name in ("split", "filtered"):
+        assert made.resident == triton_decode.RESIDENT
+    if name != "merge":
+        assert len(made.loops) >= 1

@@ -30,6 +30,18 @@ class Rows:
     first: int | None = None
     key_real: Tensor | None = None
     causal: bool = False
+    _span: Tensor | None = None
+
+    def span(self) -> Tensor | None:
+        """`[B, 2]` int32: the first key that any row of a sequence sees, and the one after the last; `[0, 0]`
+        where there is none. None without a mask. Found once, for all layers."""
+        if self.mask is None or self._span is not None:
+            return self._span
+        seen = self.mask[:, 0].any(dim=1)
+        at = torch.arange(seen.shape[1], dtype=torch.int32, device=seen.device)
+        stop = torch.where(seen, at + 1, 0).amax(dim=1)
+        self._span = torch.stack([torch.where(seen, at, stop[:, None]).amin(dim=1), stop], dim=1)
+        return self._span
 
     def end(self, stop: int, kv_len: int) -> int:
         """Number of leading keys that rows before `stop` can see at most."""

@@ -97,14 +97,18 @@ def attend(
         elif v_sum is None:
             seen = v if rows.mask is None else torch.where(rows.mask[:, :, 0, :, None], v, 0.0)
             v_sum = seen.sum(dim=2, dtype=torch.float32)
-        mask = None if rows.mask is None else rows.mask[:, 0, 0].contiguous()
+        mask, span = None, rows.span()
+        if rows.mask is not None:
+            mask = rows.mask[:, 0, 0].contiguous()
+            assert span is not None
+            span = span.expand(q.shape[0], 2).contiguous()
         v_sum = None if v_sum is None else v_sum.float().contiguous()
         tiers: tuple[Tensor | None, ...] = (None, None, None, None)
         if int8 is not None and spec.sparse and (spec.mode, spec.placement) == (TOP_THETA, "pre-softmax"):
             if int8.codes.shape != k.shape:
                 raise ValueError(f"the int8 copy {tuple(int8.codes.shape)} is not of k {tuple(k.shape)}")
             tiers = (int8.codes, int8.steps, int8.slacks, int8.mean)
-        out, keep = _decode(q, k, v, rows.n, mask, theta, table, v_sum, *tiers, *settings)
+        out, keep = _decode(q, k, v, rows.n, mask, span, theta, table, v_sum, *tiers, *settings)
         return out, _counts(keep, rows.real, k.shape[1]) if count else None
     first, mask = rows.first, None
     if first is None and rows.mask is None:
@@ -141,6 +145,7 @@ def _decode(
     v: Tensor,
     n: Tensor,
     mask: Tensor | None,
+    span: Tensor | None,
     theta: Tensor,
     table: Tensor | None,
     v_sum: Tensor | None,
@@ -164,13 +169,13 @@ def _decode(
     if codes is not None:
         assert steps is not None and slacks is not None and k_mean is not None
         int8 = Int8Keys(codes, steps, slacks, k_mean)
-    out, keep = triton_decode.decode(q, k, v, n, mask, theta, table, v_sum, spec, scale, count, int8)
+    out, keep = triton_decode.decode(q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8)
     return out, q.new_empty(0, dtype=torch.bool) if keep is None else keep
 
 
 @_decode.register_fake
 def _(
-    q, k, v, n, mask, theta, table, v_sum, codes, steps, slacks, k_mean,
+    q, k, v, n, mask, span, theta, table, v_sum, codes, steps, slacks, k_mean,
     scale, mode, placement, k_keep, sdc, sdc_scale, count,
 ):  # fmt: skip
     shape = (q.shape[0], q.shape[1], k.shape[2]) if count else (0,)

@@ -1,9 +1,10 @@
 """Decode on the GPU: one query row against the cache, the keys split among the processors.
 
 Three kernels. `split_kernel`, one program per (sequence, KV head, split), reads its keys and, for thresholds
-on scores, the V rows that some head of the group takes. `gather_kernel` is the second stage where selection
-needs the whole row first: thresholds on weights, and Top-k. `merge_kernel` joins the splits. The group's
-query heads are the rows of one tile. Shapes as in toptheta/attention.py; S splits.
+on scores, the V rows that some head of the group takes; with two tiers of K, `filtered_kernel` of
+triton_filtered.py does this. `gather_kernel` is the second stage where selection needs the whole row first:
+thresholds on weights, and Top-k. `merge_kernel` joins the splits. The group's query heads are the rows of one
+tile. Shapes as in toptheta/attention.py; S splits.
 """
 
 from functools import cache
@@ -14,138 +15,115 @@ import triton.language as tl
 from torch import Tensor
 
 from toptheta.attention import LayerSpec, per_row, top_theta_keep
-from toptheta.kernels.triton_online import LOWEST, final_denominator, fold, lookup
+from toptheta.kernels.triton_filtered import filtered_kernel
+from toptheta.kernels.triton_online import (
+    LOWEST,
+    both,
+    exp,
+    final_denominator,
+    fold,
+    keys_of_split,
+    least_above,
+    lookup,
+)
 from toptheta.kernels.two_tier import Int8Keys
 from toptheta.params import SDC_METHODS, TOP_K
 
-BLOCK_N = 64  # keys of one tile
-MAX_SPLITS = 128
-ROUNDS = 2  # programs per processor that the splits aim at
-VARYING = ["kv_len", "per_split", "theta_len", "table_len", "splits"]  # one build serves every length
-
-
-@triton.jit
-def mean_and_reach(q_tile, mean, scale):
-    """For rows of q `[G, D]`: q times the mean of K, and how far a slack of 1 may move a score."""
-    q_tile = q_tile.to(tl.float32)
-    norm = tl.sqrt(tl.sum(q_tile * q_tile, axis=1)) + 2e-18  # squares below 1e-38 are lost
-    return tl.sum(q_tile * mean[None, :], axis=1), norm * tl.abs(scale)
+# Keys of a tile, and what Triton makes of it; BLOCK_F: keys of a tile of the int8 copy.
+TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+BLOCK_F = 128
+MAX_SPLITS = 64  # a power of 2
+RESIDENT = 3  # programs that one of an H100's processors runs at the same time,
+REGISTERS = 168  # where each has no more registers a thread than this
+VARYING = ["kv_len", "theta_len", "table_len", "splits"]  # one build serves every length
 
 
 @triton.jit(do_not_specialize=VARYING)
 def split_kernel(
-    q, k, v, mask, n, theta, scores, part_peak, part_total, part_taken, part_count, part_acc,
-    scale, kv_len, per_split, splits, num_kv_heads, theta_len, theta_stride, n_stride, mask_stride,
+    q, k, v, mask, span, n, theta, scores, part_peak, part_total, part_taken, part_count, part_acc,
+    scale, kv_len, splits, num_kv_heads, theta_len, theta_stride, n_stride, mask_stride,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    codes, steps, slacks, k_mean, codes_batch, codes_head, steps_batch, steps_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr, WITH_V: tl.constexpr,
-    STORE_SCORES: tl.constexpr, TWO_TIER: tl.constexpr, RESCUE: tl.constexpr,
+    COUNT: tl.constexpr, STORE_SCORES: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
     """The state of `fold` over one split's keys, and the sum of exp times V over what it takes.
 
-    part_*: `[B, H, S]`, part_acc `[B, H, S, D]`. A negative count says that the split took its largest
-    provisionally. Without WITH_V only peak and total; STORE_SCORES writes scores `[B, H, N]`.
-
-    TWO_TIER: K is read only where its int8 copy (`two_tier.py`) leaves it open whether a head takes the key.
-    That cannot find the largest score of a row that passes its threshold nowhere, so a second launch, RESCUE,
-    computes the groups with such a row again from all of K; the others are done.
+    part_*: `[B, H, S]`, part_acc `[B, H, S, D]`. part_count is how many keys the split takes or, without
+    COUNT, 1; negative if it took its largest provisionally. Without WITH_V only peak and total; STORE_SCORES
+    writes scores `[B, H, N]`. RESCUE: only for the groups that `filtered_kernel` could not do.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(1)
-    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    g, d, i = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     head = kv_head * GROUP + g
     in_group, in_dim = g < GROUP, d < HEAD_DIM
+    row = batch * (num_kv_heads * GROUP) + head  # of [B, H]
+    if RESCUE:
+        j = tl.arange(0, BLOCK_S)
+        known = in_group[:, None] & (j < splits)[None, :]
+        counts = tl.load(part_count + row[:, None] * splits + j[None, :], mask=known, other=0)
+        # Other programs of the group may be writing counts here: of such a row, never a positive one.
+        if tl.min(tl.where(in_group, tl.max(counts, axis=1), 1), axis=0) > 0:
+            return
     q_tile = tl.load(
         q + batch * q_batch + head[:, None] * q_head + d[None, :],
         mask=in_group[:, None] & in_dim[None, :],
         other=0.0,
     )
     row_n = tl.load(n + batch * n_stride)
-    row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
+    least = least_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
+    start, stop = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
-    row = batch * (num_kv_heads * GROUP) + head  # of [B, H]
-    if RESCUE:
-        i = tl.arange(0, BLOCK_S)
-        known = in_group[:, None] & (i < splits)[None, :]
-        counts = tl.load(part_count + row[:, None] * splits + i[None, :], mask=known, other=0)
-        # Other programs of the group may be writing counts here: of such a row, never a positive one.
-        if tl.min(tl.where(in_group, tl.max(counts, axis=1), 1), axis=0) > 0:
-            return
-    if TWO_TIER:
-        codes += batch * codes_batch + kv_head * codes_head
-        at_mean = k_mean + (batch * num_kv_heads + kv_head) * HEAD_DIM + d
-        mean = tl.load(at_mean, mask=in_dim, other=0.0)
-        q_mean, reach = mean_and_reach(q_tile, mean, scale)
-
-    peak = tl.full((BLOCK_G,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    taken = tl.zeros((BLOCK_G,), tl.float32)
-    count = tl.zeros((BLOCK_G,), tl.int32)
-    passed = tl.zeros((BLOCK_G,), tl.int32)
+    # The rows that fill up the tile have a peak that no score reaches: their exps are 0, they ask for no V.
+    peak = tl.where(in_group, LOWEST, -LOWEST)
+    passed = tl.zeros((BLOCK_G,), tl.int1)
+    total = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    taken = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    count = tl.zeros((BLOCK_G, BLOCK_N), tl.int32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    start = split * per_split
-    stop = tl.minimum(start + per_split, kv_len)
+    in_k, in_v = i[None, :] * k_row + d[:, None], i[:, None] * v_row + d[None, :]
     for at in range(start, stop, BLOCK_N):
-        key = at + tl.arange(0, BLOCK_N)
-        visible = key < stop
-        if HAS_MASK:
-            visible = visible & (tl.load(mask + batch * mask_stride + key, mask=visible, other=0) != 0)
-        wanted = visible
-        if TWO_TIER:
-            code_tile = tl.load(
-                codes + key[None, :].to(tl.int64) * HEAD_DIM + d[:, None],
-                mask=visible[None, :] & in_dim[:, None],
-                other=0,
-            )
-            at_key = batch * steps_batch + kv_head * steps_head + key
-            step = tl.load(steps + at_key, mask=visible, other=0.0)
-            slack = tl.load(slacks + at_key, mask=visible, other=0.0)
-            about = tl.dot(q_tile, code_tile.to(q_tile.dtype), input_precision="ieee") * step[None, :]
-            about = (about + q_mean[:, None]) * scale
-            open_ = (about + reach[:, None] * slack[None, :] > row_theta[:, None]) & in_group[:, None]
-            wanted = visible & (tl.max(open_.to(tl.int32), axis=0) > 0)
+        far = tl.cast(at, tl.int64)
+        inside = at + i < stop
+        visible = inside
+        if HAS_MASK:  # K is read for hidden keys too: they are few between the first and the last visible one
+            visible = tl.load(mask + batch * mask_stride + at + i, mask=inside, other=0) != 0
         k_tile = tl.load(
-            k + key[None, :].to(tl.int64) * k_row + d[:, None],
-            mask=wanted[None, :] & in_dim[:, None],
+            k + far * k_row + in_k,
+            mask=both(inside[None, :], in_dim[:, None], HEAD_DIM == BLOCK_D),
             other=0.0,
         )
         s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
-        s = tl.where(wanted[None, :], s, float("-inf"))
-        whole = s
-        if TWO_TIER:
-            whole = tl.where(visible[None, :] & ~wanted[None, :], about, s)
+        s = tl.where(visible[None, :], s, float("-inf"))
         if STORE_SCORES:
-            tl.store(
-                scores + row[:, None] * kv_len + key[None, :],
-                s,
-                mask=in_group[:, None] & (key < stop)[None, :],
-            )
+            at_score = scores + row[:, None] * kv_len + (at + i)[None, :]
+            tl.store(at_score, s, mask=in_group[:, None] & inside[None, :])
         if WITH_V:
-            peak, total, taken, count, passed, exps, take, factor = fold(
-                s, whole, row_theta, peak, total, taken, count, passed
+            peak, total, taken, count, passed, kept, _, factor = fold(
+                s, least, peak, total, taken, count, passed, True, COUNT, True
             )
-            take = take & in_group[:, None]  # the rows that fill up the tile ask for nothing
-            some = tl.max(take.to(tl.int32), axis=0) > 0
+            some = tl.max(kept, axis=0) > 0
             v_tile = tl.load(
-                v + key[:, None].to(tl.int64) * v_row + d[None, :],
-                mask=some[:, None] & in_dim[None, :],
+                v + far * v_row + in_v,
+                mask=both(some[:, None], in_dim[None, :], HEAD_DIM == BLOCK_D),
                 other=0.0,
             )
-            acc = acc * factor[:, None] + tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+            acc = acc * factor[:, None] + tl.dot(kept.to(v_tile.dtype), v_tile, input_precision="ieee")
         else:
             new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak[:, None]), axis=1)
+            total = total * exp(peak - new_peak)[:, None] + exp(s - new_peak[:, None])
             peak = new_peak
 
     part = row * splits + split
     tl.store(part_peak + part, peak, mask=in_group)
-    tl.store(part_total + part, total, mask=in_group)
+    tl.store(part_total + part, tl.sum(total, axis=1), mask=in_group)
     if WITH_V:
-        tl.store(part_taken + part, taken, mask=in_group)
-        tl.store(part_count + part, tl.where(passed > 0, count, -count), mask=in_group)
+        tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
+        took = tl.sum(count, axis=1) if COUNT else tl.full((BLOCK_G,), 1, tl.int32)
+        tl.store(part_count + part, tl.where(passed, took, -took), mask=in_group)
         tl.store(
             part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :]
         )
@@ -153,10 +131,11 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def gather_kernel(
-    v, n, theta, scores, keep, part_peak, part_total, part_taken, part_count, part_acc,
-    kv_len, per_split, splits, num_kv_heads, theta_len, theta_stride, n_stride, v_batch, v_head, v_row,
+    v, span, n, theta, scores, keep, part_peak, part_total, part_taken, part_count, part_acc,
+    kv_len, splits, num_kv_heads, theta_len, theta_stride, n_stride, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHOSEN: tl.constexpr, STORE_KEEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr, CHOSEN: tl.constexpr,
+    STORE_KEEP: tl.constexpr,
 ):  # fmt: skip
     """The second stage: exp times V over what is kept, given the scores and every split's peak and total.
 
@@ -175,22 +154,21 @@ def gather_kernel(
     peaks = tl.load(part_peak + parts, mask=in_parts, other=LOWEST)
     peak = tl.max(peaks, axis=1)
     totals = tl.load(part_total + parts, mask=in_parts, other=0.0)
-    total = tl.maximum(tl.sum(totals * tl.exp(peaks - peak[:, None]), axis=1), 1.1754943508222875e-38)
+    total = tl.maximum(tl.sum(totals * exp(peaks - peak[:, None]), axis=1), 1.1754943508222875e-38)
     row_n = tl.load(n + batch * n_stride)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
     v += batch * v_batch + kv_head * v_head
 
-    taken = tl.zeros((BLOCK_G,), tl.float32)
-    count = tl.zeros((BLOCK_G,), tl.int32)
+    taken = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    count = tl.zeros((BLOCK_G, BLOCK_N), tl.int32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    start = split * per_split
-    stop = tl.minimum(start + per_split, kv_len)
+    start, stop = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     for at in range(start, stop, BLOCK_N):
         key = at + tl.arange(0, BLOCK_N)
         here = in_group[:, None] & (key < stop)[None, :]
         element = row[:, None] * kv_len + key[None, :]
         s = tl.load(scores + element, mask=here, other=float("-inf"))
-        exps = tl.exp(s - peak[:, None])
+        exps = exp(s - peak[:, None])
         if CHOSEN:
             take = tl.load(keep + element, mask=here, other=0) != 0
         else:
@@ -200,19 +178,19 @@ def gather_kernel(
             if STORE_KEEP:
                 tl.store(keep + element, take.to(tl.int8), mask=here)
         exps = tl.where(take, exps, 0.0)
-        some = tl.max(take.to(tl.int32), axis=0) > 0
+        some = tl.max(exps, axis=0) > 0
         v_tile = tl.load(
             v + key[:, None].to(tl.int64) * v_row + d[None, :],
             mask=some[:, None] & in_dim[None, :],
             other=0.0,
         )
-        taken += tl.sum(exps, axis=1)
-        count += tl.sum(take.to(tl.int32), axis=1)
+        taken += exps
+        count += take.to(tl.int32)
         acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
 
     part = row * splits + split
-    tl.store(part_taken + part, taken, mask=in_group)
-    tl.store(part_count + part, count, mask=in_group)
+    tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
+    tl.store(part_count + part, tl.sum(count, axis=1), mask=in_group)
     tl.store(part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :])
 
 
@@ -235,7 +213,7 @@ def merge_kernel(
     peaks = tl.load(part_peak + part + i, mask=in_parts, other=LOWEST)
     counts = tl.load(part_count + part + i, mask=in_parts, other=0)
     peak = tl.max(peaks, axis=0)
-    shrink = tl.exp(peaks - peak)
+    shrink = exp(peaks - peak)
     total = tl.sum(tl.load(part_total + part + i, mask=in_parts, other=0.0) * shrink, axis=0)
     passed = tl.max(counts, axis=0) > 0
     # What a split took provisionally stands only if no split has better.
@@ -251,7 +229,7 @@ def merge_kernel(
         step_counts = tl.load(part_count + part + j, mask=in_step, other=0)
         step_peaks = tl.load(part_peak + part + j, mask=in_step, other=LOWEST)
         step_use = tl.where(passed, step_counts > 0, (step_counts < 0) & (step_peaks == peak))
-        factor = tl.where(step_use, 1.0 if ONE_PEAK else tl.exp(step_peaks - peak), 0.0)
+        factor = tl.where(step_use, 1.0 if ONE_PEAK else exp(step_peaks - peak), 0.0)
         accs = tl.load(
             part_acc + (part + j)[:, None] * HEAD_DIM + d[None, :],
             mask=step_use[:, None] & in_dim[None, :],
@@ -280,17 +258,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def split_keys(batch_heads: int, kv_len: int, device: torch.device) -> tuple[int, int]:
-    """How many keys a split has, and how many splits there are."""
-    blocks = max(1, triton.cdiv(kv_len, BLOCK_N))
-    wanted = min(MAX_SPLITS, blocks, max(1, triton.cdiv(ROUNDS * processors(device), batch_heads)))
-    per_split = triton.cdiv(blocks, wanted)
-    return per_split * BLOCK_N, triton.cdiv(blocks, per_split)
-
-
-def options(dtype: torch.dtype, block_d: int) -> dict[str, int]:
-    """Warps and pipeline stages: the K and V tiles of all stages must fit in shared memory."""
-    return {"num_warps": 4, "num_stages": 2 if dtype == torch.float32 or block_d > 128 else 3}
+def split_count(batch_heads: int, kv_len: int, device: torch.device) -> int:
+    """How many splits the keys of a sequence are given to: as many as run at the same time."""
+    at_once = RESIDENT * processors(device) // batch_heads
+    return max(1, min(MAX_SPLITS, at_once, triton.cdiv(kv_len, TILE["BLOCK_N"])))
 
 
 def decode(
@@ -299,6 +270,7 @@ def decode(
     v: Tensor,
     n: Tensor,
     mask: Tensor | None,
+    span: Tensor | None,
     theta: Tensor,
     table: Tensor | None,
     v_sum: Tensor | None,
@@ -309,15 +281,16 @@ def decode(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one row per sequence, `[B, H, 1, D]`, and what was kept, `[B, H, N]` bool, if `count`.
 
-    n: `[B or 1, 1]`; mask: `[B or 1, N]` bool, True = visible, or None; theta, table: `[H or 1, L]` (one row
-    serves all heads); v_sum: `[B, H_kv, D]`, needed by VMC; int8: the copy of k, for thresholds on scores
-    only. The last dimension of q, k, v, theta, table and v_sum is contiguous.
+    n: `[B or 1, 1]`; mask: `[B or 1, N]` bool, True = visible, and span: `[B, 2]` int32, the first visible
+    key and the one after the last, or both None; theta, table: `[H or 1, L]` (one row serves all heads);
+    v_sum: `[B, H_kv, D]`, needed by VMC; int8: the copy of k, for thresholds on scores only. The last
+    dimension of q, k, v, theta, table and v_sum is contiguous.
     """
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
-    per_split, splits = split_keys(batch * num_kv_heads, kv_len, q.device)
-    block_d, block_s = triton.next_power_of_2(head_dim), triton.next_power_of_2(splits)
+    splits = split_count(batch * num_kv_heads, kv_len, q.device)
+    block_d = max(32, triton.next_power_of_2(head_dim))
     two_stages = spec.sparse and (spec.mode == TOP_K or spec.placement == "post-softmax")
     part_peak, part_total, part_taken = torch.empty(
         3, batch, num_heads, splits, device=q.device, dtype=torch.float32
@@ -325,30 +298,36 @@ def decode(
     part_count = torch.empty(batch, num_heads, splits, device=q.device, dtype=torch.int32)
     part_acc = torch.empty(batch, num_heads, splits, head_dim, device=q.device, dtype=torch.float32)
     keep_scores = two_stages or (count and spec.sparse)
-    scores = torch.empty(
-        (batch, num_heads, kv_len) if keep_scores else 0, device=q.device, dtype=torch.float32
-    )
+    shape = (batch, num_heads, kv_len) if keep_scores else (0,)
+    scores = torch.empty(shape, device=q.device, dtype=torch.float32)
+    if mask is not None or int8 is not None:
+        scores.fill_(float("-inf"))  # of keys that no program looks at
     theta_stride, n_stride = row_stride(theta), row_stride(n)
     tile = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_G": max(16, triton.next_power_of_2(group)),
-        "BLOCK_D": block_d, "BLOCK_N": BLOCK_N, **options(q.dtype, block_d),
+        "BLOCK_D": block_d, "HAS_MASK": mask is not None, **TILE,
     }  # fmt: skip
+    if q.dtype.itemsize == 2 and block_d <= 128 and group <= 16:
+        tile["maxnreg"] = REGISTERS
     parts = (part_peak, part_total, part_taken, part_count, part_acc)
     grid = (batch * num_kv_heads, splits)
-    # What a build does not use still needs some address: q's or theta's.
-    tiers: tuple[Tensor | int, ...] = (q, theta, theta, theta, 0, 0, 0, 0)
+    # What a build does not use still needs some address: q's or n's.
+    rows = (q if mask is None else mask, n if span is None else span, n, theta)
+    numbers = (
+        scale, kv_len, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride,
+        0 if mask is None else row_stride(mask), q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3],
+    )  # fmt: skip
+    stores = {"COUNT": spec.sparse and spec.sdc == "exp-threshold", "STORE_SCORES": keep_scores}
     if int8 is not None:
-        codes, steps = int8.codes, int8.steps
-        tiers = (codes, steps, int8.slacks, int8.mean, *codes.stride()[:2], *steps.stride()[:2])
-    for two_tier, rescue in ((False, False),) if int8 is None else ((True, False), (False, True)):
-        split_kernel[grid](
-            q, k, v, q if mask is None else mask, n, theta, scores, *parts,
-            scale, kv_len, per_split, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride,
-            0 if mask is None else row_stride(mask),
-            q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *tiers,
-            **tile, BLOCK_S=block_s, HAS_MASK=mask is not None, WITH_V=not two_stages,
-            STORE_SCORES=keep_scores, TWO_TIER=two_tier, RESCUE=rescue,
+        listed = torch.empty(batch, num_kv_heads, kv_len, device=q.device, dtype=torch.int32)
+        filtered_kernel[grid](
+            q, k, v, *rows, listed, scores, *parts, *numbers, int8.codes, int8.steps, int8.slacks, int8.mean,
+            *int8.codes.stride()[:2], *int8.steps.stride()[:2], **tile, BLOCK_F=BLOCK_F, **stores,
         )  # fmt: skip
+    split_kernel[grid](
+        q, k, v, *rows, scores, *parts, *numbers,
+        **tile, BLOCK_S=MAX_SPLITS, WITH_V=not two_stages, RESCUE=int8 is not None, **stores,
+    )  # fmt: skip
     keep = None
     if two_stages:
         if spec.mode == TOP_K:
@@ -358,18 +337,18 @@ def decode(
                 -1, top.indices, (top.values > float("-inf")).to(torch.int8)
             )
         elif count:
-            keep = torch.empty_like(scores, dtype=torch.int8)
+            keep = torch.zeros_like(scores, dtype=torch.int8)
         gather_kernel[grid](
-            v, n, theta, scores, scores if keep is None else keep, *parts,
-            kv_len, per_split, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride, *v.stride()[:3],
-            **tile, BLOCK_S=block_s, CHOSEN=spec.mode == TOP_K, STORE_KEEP=keep is not None,
+            v, n if span is None else span, n, theta, scores, scores if keep is None else keep, *parts,
+            kv_len, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride, *v.stride()[:3],
+            **tile, BLOCK_S=MAX_SPLITS, CHOSEN=spec.mode == TOP_K, STORE_KEEP=keep is not None,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
     merge_kernel[(batch * num_heads,)](
         out, n, theta, theta if table is None else table, theta if v_sum is None else v_sum, *parts,
         spec.sdc_scale, spec.k, splits, num_heads, theta.shape[1], 1 if table is None else table.shape[1],
         theta_stride, 0 if table is None else row_stride(table), n_stride,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, STEP=16,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=MAX_SPLITS, STEP=16,
         SDC=sdc_code(spec), VMC=v_sum is not None, ONE_PEAK=two_stages, num_warps=4,
     )  # fmt: skip
     if not count:

@@ -20,29 +20,73 @@ def lookup(table, heads, n, stride, length, mask):
 
 
 @triton.jit
-def fold(s, whole, theta, peak, total, taken, count, passed):
+def exp(x):
+    """exp in two instructions: 0 below 2^-126, where tl.exp takes three more for subnormal numbers."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def both(one, other, ALWAYS: tl.constexpr):
+    """one & other; just one where the other is known to hold ALWAYS."""
+    if ALWAYS:
+        return one
+    else:
+        return one & other
+
+
+@triton.jit
+def keys_of_split(span, batch, kv_len, splits, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys of this split, from start to stop; span `[B, 2]` int32 limits those that may be visible."""
+    low, high = 0, kv_len
+    if HAS_MASK:
+        low, high = tl.load(span + 2 * batch), tl.load(span + 2 * batch + 1)
+    per_split = tl.cdiv(tl.cdiv(high - low, BLOCK_N), splits) * BLOCK_N
+    start = low + tl.program_id(1) * per_split
+    return start, tl.minimum(start + per_split, high)
+
+
+@triton.jit
+def least_above(theta):
+    """The smallest float above theta, so that s > theta is s >= this, and one comparison can serve either."""
+    theta = theta + 0.0  # -0 becomes +0
+    bits = theta.to(tl.int32, bitcast=True)
+    up = tl.where(bits >= 0, bits + 1, bits - 1).to(tl.float32, bitcast=True)
+    return tl.where(theta == float("inf"), theta, up)
+
+
+@triton.jit
+def fold(
+    s, least, peak, total, taken, count, passed, TOTAL: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr
+):
     """One tile of scores `[M, N]` (-inf: not visible), folded into the state of its M rows.
 
-    s: what is compared with theta `[M]`; whole: what enters total, the same unless a score is only estimated
-    (`two_tier.py`), which is then -inf in s. State, all `[M]`: peak, the largest score; total and taken, the
-    sums of exp(score - peak) over all and over the taken keys; count, how many are taken; passed, 1 once a
-    score was above theta. Returns the new state, then the exps of the taken keys (0 elsewhere), which keys
-    are taken, and the factor for what was accumulated before.
+    least: `[M]`, `least_above` of the thresholds. State: peak `[M]`, the largest score; passed `[M]`, whether
+    a score was above its threshold; total, if TOTAL, and taken, the sums of exp(score - peak) over all and
+    over the taken keys; count, if COUNT, how many are taken. These three are `[M]` or, with LANES, `[M, N]`,
+    still to be summed over the last dimension: threads then need not exchange them for each tile. Returns the
+    new state, then the exps of the taken keys (0 elsewhere), which rows take any `[M]`, and the factor for
+    what was accumulated before.
     """
-    new_peak = tl.maximum(peak, tl.max(whole, axis=1))
-    above = s > theta[:, None]
-    some = tl.max(above.to(tl.int32), axis=1)
-    now = tl.maximum(passed, some)
-    take = tl.where(now[:, None] > 0, above, s == new_peak[:, None])
-    drop = (passed == 0) & ((some > 0) | (new_peak > peak))
-    shrink = tl.exp(peak - new_peak)
+    top = tl.max(s, axis=1)
+    new_peak = tl.maximum(peak, top)
+    some = top >= least
+    now = passed | some
+    bar = tl.where(now, least, new_peak)
+    take = s >= bar[:, None]
+    drop = (some | (new_peak > peak)) & (passed == 0)
+    shrink = exp(peak - new_peak)
     factor = tl.where(drop, 0.0, shrink)
-    exps = tl.exp(whole - new_peak[:, None])
-    total = total * shrink + tl.sum(exps, axis=1)
-    exps = tl.where(take, exps, 0.0)
-    taken = taken * factor + tl.sum(exps, axis=1)
-    count = tl.where(drop, 0, count) + tl.sum(take.to(tl.int32), axis=1)
-    return new_peak, total, taken, count, now, exps, take, factor
+    exps = exp(s - new_peak[:, None])
+    kept = tl.where(take, exps, 0.0)
+    if LANES:
+        total = total * shrink[:, None] + exps if TOTAL else total
+        taken = taken * factor[:, None] + kept
+        count = tl.where(drop[:, None], 0, count) + take.to(tl.int32) if COUNT else count
+    else:
+        total = total * shrink + tl.sum(exps, axis=1) if TOTAL else total
+        taken = taken * factor + tl.sum(kept, axis=1)
+        count = tl.where(drop, 0, count) + tl.sum(take.to(tl.int32), axis=1) if COUNT else count
+    return new_peak, total, taken, count, now, kept, top >= bar, factor
 
 
 @triton.jit
@@ -54,7 +98,7 @@ def final_denominator(total, taken, count, peak, n, theta, table, sdc_scale, SDC
     if SDC == 1:
         result = taken + sdc_scale * (total - taken)
     if SDC == 2:
-        result = taken + sdc_scale * ((n - count).to(tl.float32) * tl.exp(theta - peak))
+        result = taken + sdc_scale * ((n - count).to(tl.float32) * exp(theta - peak))
     if SDC == 3:
         result = taken + sdc_scale * table
     return tl.maximum(result, 1.1754943508222875e-38)  # rows without a visible key: 0 / tiny

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from toptheta.attention import Counts, LayerSpec
 from toptheta.kernels.triton_decode import row_stride, sdc_code
-from toptheta.kernels.triton_online import LOWEST, final_denominator, fold, lookup
+from toptheta.kernels.triton_online import LOWEST, both, exp, final_denominator, fold, least_above, lookup
 
+# Rows and keys of a tile, and what Triton makes of it: 16-bit types, head_dim up to 128.
+TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+SKIP = True  # as in `prefill_kernel`, where thresholds are in force
 VARYING = ["q_len", "kv_len", "first", "theta_len", "table_len"]  # one build serves every length
 
 
@@ -23,39 +26,51 @@ def tile_scores(
     q_tile, k, at, stop, query, batch, mask, key_real,
     scale, q_len, first, k_row, mask_batch, mask_row, real_batch,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, ALL_VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[M, BLOCK_N]` of a tile, -inf where a key is not visible, and the tile's keys."""
-    key, d = at + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    """Scores `[M, BLOCK_N]` of the tile of keys at `at`, -inf where a key is not visible."""
+    i, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = at + i
     inside = key < stop
     k_tile = tl.load(
-        k + key[None, :].to(tl.int64) * k_row + d[:, None],
-        mask=inside[None, :] & (d < HEAD_DIM)[:, None],
+        k + tl.cast(at, tl.int64) * k_row + (i[None, :] * k_row + d[:, None]),
+        mask=both((d < HEAD_DIM)[:, None], inside[None, :], ALL_VISIBLE),
         other=0.0,
     )
-    visible = (query < q_len)[:, None] & inside[None, :]
-    if CAUSAL:
-        visible = visible & (key[None, :] <= first + query[:, None])
-        if HAS_KEY_REAL:
-            real = tl.load(key_real + batch * real_batch + key, mask=inside, other=0) != 0
-            visible = visible & real[None, :]
-    else:
-        at_mask = mask + batch * mask_batch + query[:, None].to(tl.int64) * mask_row + key[None, :]
-        visible = visible & (tl.load(at_mask, mask=visible, other=0) != 0)
     s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
-    return tl.where(visible, s, float("-inf")), key
+    if not ALL_VISIBLE:
+        visible = (query < q_len)[:, None] & inside[None, :]
+        if CAUSAL:
+            visible = visible & (key[None, :] <= first + query[:, None])
+            if HAS_KEY_REAL:
+                real = tl.load(key_real + batch * real_batch + key, mask=inside, other=0) != 0
+                visible = visible & real[None, :]
+        else:
+            at_mask = mask + batch * mask_batch + query[:, None].to(tl.int64) * mask_row + key[None, :]
+            visible = visible & (tl.load(at_mask, mask=visible, other=0) != 0)
+        s = tl.where(visible, s, float("-inf"))
+    return s
 
 
 @triton.jit
 def tile_of_v(
-    v, key, stop, v_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    v, at, stop, v_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
+    i, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     return tl.load(
-        v + key[:, None].to(tl.int64) * v_row + d[None, :],
-        mask=(key < stop)[:, None] & (d < HEAD_DIM)[None, :],
+        v + tl.cast(at, tl.int64) * v_row + (i[:, None] * v_row + d[None, :]),
+        mask=both((d < HEAD_DIM)[None, :], (at + i < stop)[:, None], ALL_VISIBLE),
         other=0.0,
     )
+
+
+@triton.jit
+def add_counts(take, vrow, attn, at, BLOCK_N: tl.constexpr):
+    """Add what a tile `[M, N]` takes to vrow `[N]` and to attn, one number."""
+    per_key = tl.sum(take.to(tl.int32), axis=0)
+    tl.atomic_add(vrow + at + tl.arange(0, BLOCK_N), per_key, mask=per_key > 0)
+    tl.atomic_add(attn, tl.sum(per_key, axis=0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -67,8 +82,13 @@ def prefill_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, HAS_REAL_ROWS: tl.constexpr,
     POST: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, COUNT: tl.constexpr,
+    SKIP: tl.constexpr,
 ):  # fmt: skip
-    """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`."""
+    """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`.
+
+    SKIP: tiles where no row takes anything are left out. Without it their V is read and multiplied with
+    zeros, but Triton fetches V ahead, which it does not where a condition stands before it.
+    """
     num_heads = num_kv_heads * GROUP
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -85,69 +105,80 @@ def prefill_kernel(
     )
     row_n = tl.load(n + batch * n_stride + query, mask=in_rows, other=0)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_rows)
+    least = least_above(row_theta)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
-    stop = kv_len
+    stop, full = kv_len, 0
     if CAUSAL:
         stop = tl.minimum(kv_len, first + (block + 1) * BLOCK_M)
+        if not HAS_KEY_REAL:  # every row of the block sees every key of the tiles before this one
+            full = tl.minimum(kv_len, first + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
+    counted = in_rows
+    if HAS_REAL_ROWS:
+        real_row = tl.load(real_rows + batch * real_rows_batch + query, mask=in_rows, other=0)
+        counted = counted & (real_row != 0)
+    attn += batch * num_heads + head
+    vrow += (batch * num_kv_heads + kv_head) * kv_len
 
-    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    # Rows beyond the last have a peak that no score reaches, and take nothing.
+    peak = tl.where(in_rows, LOWEST, -LOWEST)
+    passed = tl.zeros((BLOCK_M,), tl.int1)
     total = tl.zeros((BLOCK_M,), tl.float32)
     taken = tl.zeros((BLOCK_M,), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.int32)
-    passed = tl.zeros((BLOCK_M,), tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for at in range(0, stop, BLOCK_N):
-        s, key = tile_scores(
-            q_tile, k, at, stop, query, batch, mask, key_real,
-            scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL,
-        )  # fmt: skip
-        if POST:
-            new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(s - new_peak[:, None]), axis=1)
-            peak = new_peak
-        else:
-            peak, total, taken, count, passed, exps, take, factor = fold(
-                s, s, row_theta, peak, total, taken, count, passed
-            )
-            acc = acc * factor[:, None]
-            if tl.max(tl.max(take.to(tl.int32), axis=1), axis=0) > 0:
-                v_tile = tile_of_v(v, key, stop, v_row, HEAD_DIM, BLOCK_D)
-                acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
-
-    # The second sweep: weights against their thresholds; and what is kept, which of a row that passes its
-    # threshold nowhere is known only now.
-    if POST or COUNT:
-        counted = in_rows
-        if HAS_REAL_ROWS:
-            real_row = tl.load(real_rows + batch * real_rows_batch + query, mask=in_rows, other=0)
-            counted = counted & (real_row != 0)
-        all_of_row = tl.maximum(total, 1.1754943508222875e-38)
-        top = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), all_of_row)
-        for at in range(0, stop, BLOCK_N):
-            s, key = tile_scores(
+    for part in tl.static_range(2):  # 0: tiles that are visible as a whole
+        for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
+            s = tile_scores(
                 q_tile, k, at, stop, query, batch, mask, key_real,
                 scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
-                HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL,
+                HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, part == 0,
             )  # fmt: skip
             if POST:
-                exps = tl.exp(s - peak[:, None])
-                weights = tl.div_rn(exps, tl.broadcast_to(all_of_row[:, None], exps.shape))
-                take = (s > float("-inf")) & ((weights > row_theta[:, None]) | (weights >= top[:, None]))
-                exps = tl.where(take, exps, 0.0)
-                taken += tl.sum(exps, axis=1)
-                if tl.max(tl.max(take.to(tl.int32), axis=1), axis=0) > 0:
-                    v_tile = tile_of_v(v, key, stop, v_row, HEAD_DIM, BLOCK_D)
-                    acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+                new_peak = tl.maximum(peak, tl.max(s, axis=1))
+                total = total * exp(peak - new_peak) + tl.sum(exp(s - new_peak[:, None]), axis=1)
+                peak = new_peak
             else:
-                take = tl.where(passed[:, None] > 0, s > row_theta[:, None], s == peak[:, None])
-            if COUNT:
-                per_key = tl.sum((take & counted[:, None]).to(tl.int32), axis=0)
-                tl.atomic_add(
-                    vrow + (batch * num_kv_heads + kv_head) * kv_len + key, per_key, mask=per_key > 0
+                peak, total, taken, count, passed, kept, takes, factor = fold(
+                    s, least, peak, total, taken, count, passed, SDC == 1, SDC == 2, False
                 )
-                tl.atomic_add(attn + batch * num_heads + head, tl.sum(per_key, axis=0).to(tl.int64))
+                # Where no row takes anything, no factor differs from 1 either.
+                if (not SKIP) or tl.max(takes.to(tl.int32), axis=0) > 0:
+                    v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
+                    acc = acc * factor[:, None]
+                    acc += tl.dot(kept.to(v_tile.dtype), v_tile, input_precision="ieee")
+                if COUNT:
+                    add_counts((s >= least[:, None]) & counted[:, None], vrow, attn, at, BLOCK_N)
+
+    # The second sweep: weights against their thresholds, or the counts of rows that passed theirs nowhere,
+    # which is known only now.
+    again = POST
+    if COUNT and not POST:
+        counted = counted & (passed == 0) & (row_n > 0)
+        again = tl.max(counted.to(tl.int32), axis=0) > 0
+    if again:
+        all_of_row = tl.maximum(total, 1.1754943508222875e-38)
+        top = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), all_of_row)
+        for part in tl.static_range(2):
+            for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
+                s = tile_scores(
+                    q_tile, k, at, stop, query, batch, mask, key_real,
+                    scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, part == 0,
+                )  # fmt: skip
+                if POST:
+                    exps = exp(s - peak[:, None])
+                    weights = tl.div_rn(exps, tl.broadcast_to(all_of_row[:, None], exps.shape))
+                    take = (s > float("-inf")) & ((weights > row_theta[:, None]) | (weights >= top[:, None]))
+                    exps = tl.where(take, exps, 0.0)
+                    taken += tl.sum(exps, axis=1)
+                    if (not SKIP) or tl.max(tl.max(exps, axis=1), axis=0) > 0:
+                        v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
+                        acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+                else:
+                    take = s >= peak[:, None]
+                if COUNT:
+                    add_counts(take & counted[:, None], vrow, attn, at, BLOCK_N)
 
     row_table = tl.zeros((BLOCK_M,), tl.float32)
     if SDC == 3:
@@ -168,7 +199,7 @@ def options(dtype: torch.dtype, block_d: int) -> dict[str, int]:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if block_d > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    return TILE
 
 
 def prefill(
@@ -226,6 +257,6 @@ def prefill(
         GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile,
         CAUSAL=first is not None, HAS_KEY_REAL=key_real is not None, HAS_REAL_ROWS=real is not None,
         POST=spec.sparse and spec.placement == "post-softmax", SDC=sdc_code(spec), VMC=v_mean is not None,
-        COUNT=count,
+        COUNT=count, SKIP=SKIP and spec.sparse,
     )  # fmt: skip
     return out, counts

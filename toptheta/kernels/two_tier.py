@@ -2,9 +2,11 @@
 
 A threshold is known before the scores are, so an upper bound on a score is enough to drop its key. The copy
 holds k as `mean + step * code + rest`: the product of q with the first two is the estimated score, and the
-rest moves it by at most |q| times the norm of the rest (Cauchy-Schwarz), its slack. No key above the
-threshold can be missed, so what is kept is *identical* to what the scores themselves keep; where nothing
-passes, the whole row is computed from K. Only the sum over all keys, which SDC 'exact' wants, takes the
+rest moves it by at most |q| times the norm of the rest (Cauchy-Schwarz), its slack. For the product with the
+codes q itself is two int8 codes, so that it is one of whole numbers, and exact; what they leave of q, 1/64516
+of its largest channel at most, is bounded in the same way. No key above the threshold can be missed, so what
+is kept is *identical* to what the scores themselves keep; where nothing passes, the whole row is computed
+from K. Only the sum over all keys, which SDC 'exact' wants, takes the
 estimates of the keys that were not read: its error is at most exp(|q| slack scale) - 1 of their share, and
 estimates err both ways.
 
@@ -12,7 +14,7 @@ Memory: head_dim + 8 bytes for each token and KV head, beside the 4 head_dim of 
 cache at head_dim 128. Bytes read in a decode step, with a share c of keys in question and f kept, for each
 element of K: 1 + 2c + 2f instead of 2 + 2f, or 4 dense. Off unless asked for.
 
-Plain PyTorch: the copy itself, and what the kernel in triton_decode.py computes from it, as the reference.
+Plain PyTorch: the copy itself, and what the kernel in triton_filtered.py computes from it, as the reference.
 """
 
 from dataclasses import dataclass
@@ -70,13 +72,26 @@ def quantized(k: Tensor, mean: Tensor | None = None) -> Int8Keys:
     return Int8Keys(codes.to(torch.int8), steps, slacks, mean)
 
 
+def two_codes(q: Tensor) -> Tensor:
+    """q as step * (high + low / 254), with whole numbers up to 127 and a step for each row."""
+    q = q.float()
+    steps = q.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
+    steps = torch.where(steps > torch.finfo(torch.float32).tiny, steps, 1.0)
+    high = (q / steps + 0.5).floor()
+    low = ((q / steps - high) * (2 * LARGEST_CODE) + 0.5).floor()
+    return steps * (high + low / (2 * LARGEST_CODE))
+
+
 def estimates(q: Tensor, keys: Int8Keys, scale: float) -> tuple[Tensor, Tensor]:
     """Estimated scores and how far the true ones may be from them, both `[B, H, N]`. q: `[B, H, 1, D]`."""
     batch, num_heads, _, head_dim = q.shape
     q = q.float().view(batch, keys.codes.shape[1], -1, head_dim)
-    about = q @ keys.codes.float().transpose(2, 3) * keys.steps[:, :, None]
+    coded, steps = two_codes(q), keys.steps[:, :, None]
+    about = coded @ keys.codes.float().transpose(2, 3) * steps
     about = (about + q @ keys.mean[..., None]) * scale
-    reach = (q.norm(dim=-1, keepdim=True) + TINY) * abs(scale) * keys.slacks[:, :, None]
+    largest = LARGEST_CODE * head_dim**0.5  # norm that the codes of a key can have
+    reach = (q.norm(dim=-1, keepdim=True) + TINY) * keys.slacks[:, :, None]
+    reach = (reach + ((q - coded).norm(dim=-1, keepdim=True) + TINY) * largest * steps) * abs(scale)
     return about.view(batch, num_heads, -1), reach.view(batch, num_heads, -1)
 
 
