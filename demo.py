@@ -6,7 +6,8 @@ one table.
 
 from typing import Any
 
-from toptheta.cli import GenSettings, QASettings, run_main
+from toptheta.cli import run_main
+from toptheta.settings import GenSettings, QASettings
 
 METHOD: dict[str, Any] = {
     "mode": (3, 1, 0),

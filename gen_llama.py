@@ -4,9 +4,10 @@
 are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.cli import GenSettings, Parser, parse_settings, run_main, settings_from_json, shared_flags
+from toptheta.cli import Parser, parse_settings, run_main, shared_flags
 from toptheta.errors import UsageError
 from toptheta.genflags import generation_flags
+from toptheta.settings import GenSettings, settings_from_json
 
 
 def make_parser() -> Parser:

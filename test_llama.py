@@ -4,7 +4,8 @@ Without arguments: the small model, dense, on the bundled task. Results: a table
 results-<Model>/.
 """
 
-from toptheta.cli import Parser, QASettings, parse_settings, run_main, settings_from_json, shared_flags
+from toptheta.cli import Parser, parse_settings, run_main, shared_flags
+from toptheta.settings import QASettings, settings_from_json
 
 
 def make_parser() -> Parser:

@@ -12,10 +12,11 @@ from transformers import LlamaForCausalLM
 
 from topk_llama import set_params, update_model
 from toptheta.calib_samples import SAMPLES_NAME, read_calibration_samples, write_calibration_samples
-from toptheta.cli import GenSettings, QASettings, Settings, parse_settings, shared_flags
+from toptheta.cli import parse_settings, shared_flags
 from toptheta.errors import UsageError
 from toptheta.llama import patched_layers
 from toptheta.lookup import lookup_table
+from toptheta.settings import GenSettings, QASettings, Settings
 from toptheta.steering import (
     begin_calibration,
     calibrated_tables,

@@ -9,17 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from toptheta.cli import (
-    GenSettings,
-    QASettings,
-    Settings,
-    label,
-    parse_settings,
-    settings_from_json,
-    shared_flags,
-)
+from toptheta.cli import parse_settings, shared_flags
 from toptheta.errors import UsageError
 from toptheta.models import find_model
+from toptheta.settings import GenSettings, QASettings, Settings, label, settings_from_json
 from toptheta.tasks import TASKS, check_task, task_configs
 
 ROOT = Path(__file__).resolve().parent.parent

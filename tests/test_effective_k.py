@@ -17,7 +17,6 @@ from tests.test_kernels_cpu import KINDS, K, case, inputs, needs_kernel, tables
 from topk_llama import set_params, update_model
 from toptheta import effective, kernels, report
 from toptheta.attention import LayerSpec, sparse_attention
-from toptheta.cli import GenSettings, QASettings
 from toptheta.errors import UsageError
 from toptheta.kernels import cpu
 from toptheta.plots import read
@@ -26,6 +25,7 @@ from toptheta.plots.report import draw_report
 from toptheta.plots.thresholds import FIGURES, INPUTS
 from toptheta.products import Cell
 from toptheta.rows import Rows
+from toptheta.settings import GenSettings, QASettings
 from toptheta.statistics import DECODE, PREFILL, LayerRecord, Recorder
 from toptheta.steering import record_statistics
 

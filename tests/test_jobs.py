@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from toptheta.cli import GenSettings, QASettings
 from toptheta.errors import UsageError
+from toptheta.settings import GenSettings, QASettings
 
 
 @pytest.fixture

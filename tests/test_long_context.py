@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 
 from tests.conftest import tiny_config
 from toptheta import chunked
-from toptheta.cli import GenSettings, settings_from_json
 from toptheta.errors import UsageError
 from toptheta.llama import patched_layers, update_model
+from toptheta.settings import GenSettings, settings_from_json
 from toptheta.statistics import Recorder
 from toptheta.steering import record_statistics, set_params
 

@@ -13,8 +13,8 @@ import pytest
 
 import gen_llama
 import test_llama
-from toptheta.cli import QASettings
 from toptheta.errors import UsageError
+from toptheta.settings import QASettings
 from toptheta.sweep import Found, SweepOptions, _plan, answer_key, missing_runs, run_sweep, scan
 
 ROOT = Path(__file__).resolve().parent.parent

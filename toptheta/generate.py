@@ -14,7 +14,6 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, set_seed
 
 from toptheta import chunked, humaneval, report
-from toptheta.cli import GenSettings, label, resolve_device
 from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.llama import model_device, update_model
@@ -25,6 +24,7 @@ from toptheta.products import Cell, append_result, say
 from toptheta.qa import calibrate_on_task, check_calib_task
 from toptheta.run import Run, cells, finish_run, interrupted, open_run, prepare, write_config
 from toptheta.sandbox import isolation_notice
+from toptheta.settings import GenSettings, label, resolve_device
 from toptheta.statistics import Recorder
 from toptheta.steering import record_statistics
 

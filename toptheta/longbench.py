@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toptheta.cli import GenSettings
 from toptheta.errors import UsageError
 from toptheta.longjob import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr, split_off
 from toptheta.models import hub_reachable
+from toptheta.settings import GenSettings
 
 HUB_ID, HUB_FILE = "THUDM/LongBench", "data.zip"
 FIELDS = ("input", "context", "answers")

@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from toptheta import chunked, report
-from toptheta.cli import GenSettings, label
 from toptheta.errors import UsageError
 from toptheta.genflags import HUMANEVAL, LONGBENCH, PERPLEXITY
 from toptheta.llama import model_device
@@ -19,6 +18,7 @@ from toptheta.params import AttentionParams
 from toptheta.products import Cell, append_result, say
 from toptheta.qa import calibrate_on_task
 from toptheta.run import Run, finish_run, prepare, write_config
+from toptheta.settings import GenSettings, label
 from toptheta.statistics import Recorder
 from toptheta.steering import record_statistics
 

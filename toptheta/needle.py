@@ -13,12 +13,12 @@ from itertools import product as pairs
 from pathlib import Path
 from typing import Any
 
-from toptheta.cli import GenSettings
 from toptheta.errors import UsageError
 from toptheta.files import write_text
 from toptheta.genflags import read_text
 from toptheta.longjob import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr
 from toptheta.plots.needle import draw_needle
+from toptheta.settings import GenSettings
 
 SHORTEST = 512  # of the default lengths
 REPLY_TOKENS = 24

@@ -1,7 +1,7 @@
 """The parameters of sparse attention and the one place where their rules are checked.
 
 Covers what `set_params` and the scripts' flags share. Does not cover flags about tasks, files or devices
-(cli.py).
+(settings.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence

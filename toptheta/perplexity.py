@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from toptheta import chunked, report
-from toptheta.cli import GenSettings
 from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.genflags import read_text
@@ -25,6 +24,7 @@ from toptheta.plots.perplexity import draw_perplexity
 from toptheta.plots.tradeoff import draw_tradeoff
 from toptheta.products import say
 from toptheta.run import Run
+from toptheta.settings import GenSettings
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from toptheta import report
-from toptheta.cli import GenSettings, QASettings, Settings, label, resolve_device
 from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.models import find_model, load_config, load_tokenizer, unpacked
 from toptheta.params import AttentionParams
 from toptheta.products import Cell, append_result, say
 from toptheta.run import Run, cells, finish_run, interrupted, open_run, prepare, task_parts, write_config
+from toptheta.settings import GenSettings, QASettings, Settings, label, resolve_device
 from toptheta.tasks import check_task, task_configs, task_defaults, task_names
 
 

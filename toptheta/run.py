@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from toptheta import report
 from toptheta.calib_samples import write_calibration_samples
-from toptheta.cli import QASettings, Settings, cell_folder, label, settings_from_json
 from toptheta.errors import UsageError
 from toptheta.files import atomic_path, write_json, write_text
 from toptheta.llama import patched_layers
 from toptheta.params import TOP_THETA, AttentionParams
 from toptheta.products import CHECKPOINT_SECONDS, Cell, environment, log_line, say, timestamp
+from toptheta.settings import QASettings, Settings, cell_folder, label, settings_from_json
 from toptheta.steering import (
     begin_calibration,
     calibrated_tables,

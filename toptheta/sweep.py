@@ -20,11 +20,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from toptheta.cli import GenSettings, Parser, QASettings, Settings, parse_settings, resolve_device
+from toptheta.cli import Parser, parse_settings
 from toptheta.errors import UsageError
 from toptheta.params import TOP_THETA, AttentionParams
 from toptheta.products import say, timestamp
 from toptheta.run import Run, is_under_way, product_folder, saved_run, task_parts
+from toptheta.settings import GenSettings, QASettings, Settings, resolve_device
 from toptheta.sweep_table import write_table
 from toptheta.tasks import check_task
 
