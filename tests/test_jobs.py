@@ -230,6 +230,27 @@ def test_generation(folder_model: str, here: Path) -> None:
     assert (run / "mode3" / "results.json").stat().st_mtime_ns == before
 
 
+def test_generation_calibrates_on_tasks_not_on_samples(
+    folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With several samples a task, each calibration prompt is another task's; and it is said which."""
+    from toptheta import generate
+
+    once, seen = generate._generate, []
+
+    def generating(model, tokenizer, batch, settings):
+        seen.extend(request.key for request in batch)
+        return once(model, tokenizer, batch, settings)
+
+    monkeypatch.setattr(generate, "_generate", generating)
+    values = {"mode": (0,), "k": (40,), "calib_samples": 2, "num_tasks": 3, "num_samples_per_task": 2}
+    generate.run_generation(
+        GenSettings(**values, llama=folder_model, max_seq_len=220, device="cpu", calibrate_only=True)
+    )
+    assert seen == ["HumanEval/0#0", "HumanEval/1#0"]
+    assert "Calibrating on 2 of the 3 tasks that are evaluated" in capsys.readouterr().err
+
+
 def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toptheta import generate
 

@@ -166,9 +166,14 @@ def _run_cell(
         if settings.calib_task:
             calibrate_on_task(model, tokenizer, settings, f"Calibrating {label(cell)}", after_batch, done)
             return
+        tasks = requests[:: settings.num_samples_per_task]  # one request of each
         size = settings.calib_samples or CALIBRATION_PROMPTS
-        count = max(1, round(size * len(requests))) if size < 1 else int(size)
-        todo = [request for request in requests[:count] if request.key not in done]
+        chosen = tasks[: max(1, round(size * len(tasks))) if size < 1 else int(size)]
+        say(
+            f"Calibrating on {len(chosen)} of the {len(tasks)} tasks that are evaluated, for HumanEval has "
+            "no other split; --calib_task names another task to calibrate on."
+        )
+        todo = [request for request in chosen if request.key not in done]
         for batch in tqdm(
             _batches(todo, settings.batch_size), desc=f"Calibrating {label(cell)}", unit="batch"
         ):

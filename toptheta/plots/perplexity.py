@@ -1,4 +1,4 @@
-"""Perplexity by context length: a line for each method."""
+"""Perplexity by context length: a line for each method, and beside it how far each is above dense."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +28,12 @@ def perplexity_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
         raise UsageError(
             "the results hold no perplexity by one and the same context lengths: draw one run's."
         )
-    figure = new_figure(7.0, 4.2, title)
-    axes = figure.subplots()
     dense = [result for result in results if result.get("mode") not in (0, 1)]
     sparse = [result for result in results if result.get("mode") in (0, 1)]
+    compared = bool(dense and sparse)
+    figure = new_figure(11.0 if compared else 7.0, 4.2, title)
+    panels = figure.subplots(1, 1 + compared, squeeze=False)[0]
+    axes = panels[0]
     looks = [("black", "o")] * len(dense)
     looks += list(zip(series_colours(len(sparse)), [*MARKERS[1:], MARKERS[0]] * len(sparse)))
     handles, stderr = [], False
@@ -51,11 +53,18 @@ def perplexity_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
             elinewidth=0.9,
             capsize=2.5,
         )
-        handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=1.3, label=str(result["method"])))
+        line = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
+        handles.append(Line2D([], [], label=str(result["method"]), **line))
+        if compared:
+            above = [100 * (row["ppl"] / base["ppl"] - 1) for row, base in zip(rows, dense[0]["by_length"])]
+            panels[1].plot(range(len(rows)), above, **line)
     lows = [1, *(bound + 1 for bound in bounds[0][:-1])]
     ranges = [f"{low:,} to\n{high:,}" for low, high in zip(lows, bounds[0])]
-    axes.set_xticks(range(len(ranges)), ranges)
-    axes.set_xlabel("context length (tokens before the predicted one)")
+    for panel in panels:
+        panel.set_xticks(range(len(ranges)), ranges)
+        panel.set_xlabel("context length (tokens before the predicted one)")
+    if compared:
+        panels[1].set_ylabel("perplexity above dense's, %")
     axes.set_ylabel("perplexity" + (" ± stderr" if stderr else ""))
     add_legend(figure, handles)
     return figure
