@@ -6,7 +6,8 @@
 On a GPU see attention_gpu.py; the rest is about the CPU. Every repetition runs all methods one after the
 other on the same tensors, so that a busy machine slows all of them; the numbers are medians. Leaves out the
 rest of the model, the growing of caches and calibration. In decode each call reads another copy of K and V,
-as each layer of a model does, so that they come from memory and not from cache.
+as each layer of a model does, so that they come from memory and not from cache; VMC's sum of V is given, as a
+model has it beside its cache.
 
 Queries and keys are random with scores of standard deviation 1.5; thresholds are calibrated on other prompts
 drawn likewise: the mean (K+1)-th largest score or weight of rows of each sampled length. "kept" is what they
@@ -106,26 +107,32 @@ def calls(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], obje
     """What each method runs, and the share of elements that it keeps."""
     num_heads, _, head_dim = MODELS[case.model]
     copies = 1 if case.phase == "prefill" else 1 + COLD_BYTES // case.kv_bytes
-    q, *_ = first = draw(case, device)
-    turn = itertools.cycle([first[1:]] + [draw(case, device)[1:] for _ in range(copies - 1)])
+    q, *first = draw(case, device)
+    pairs = [first, *(draw(case, device)[1:] for _ in range(copies - 1))]
+    # In decode the model has the sum of V beside its cache, for VMC.
+    turn = itertools.cycle([(k, v, v.sum(dim=2) if case.phase == "decode" else None) for k, v in pairs])
     rows = rows_of(None, case.q_len, case.kv_len, device)
     scale = 1 / math.sqrt(head_dim)
 
     def sdpa() -> Tensor:
-        k, v = next(turn)
+        k, v, _ = next(turn)
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=case.phase == "prefill", scale=scale, enable_gqa=True
         )
 
     def ours(spec: LayerSpec, theta: Tensor | None) -> Callable[[], object]:
-        return lambda: kernels.attend(q, *next(turn), rows, spec, scale, theta)
+        def one() -> object:
+            k, v, v_sum = next(turn)
+            return kernels.attend(q, k, v, rows, spec, scale, theta, v_sum=v_sum)
+
+        return one
 
     found: dict[str, Callable[[], object]] = {"sdpa": sdpa}
     kept = {"sdpa": 1.0}
     for name, spec in METHODS.items():
         theta = calibrated(case, spec.placement, device) if spec.mode == 0 else None
         found[name] = ours(spec, theta)
-        kept[name] = kept_share(q, next(turn), rows, spec, scale, theta)
+        kept[name] = kept_share(q, next(turn)[:2], rows, spec, scale, theta)
     return found, kept
 
 

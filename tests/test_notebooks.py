@@ -185,9 +185,11 @@ def perplexity_result(method: str, mode: int, ppl: list[float], stderr: float | 
 def test_perplexity_has_a_line_per_method(tmp_path: Path) -> None:
     results = [perplexity_result("Top-k K=64", 1, [30, 22]), perplexity_result("dense", 3, [30, 20], None)]
     figure = perplexity_figure(results, "t")
-    (axes,) = figure.axes
+    axes, above = figure.axes
     lines = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
     assert [list(line.get_ydata()) for line in lines] == [[30, 20], [30, 22]]
+    assert [list(line.get_ydata()) for line in above.get_lines()] == [[0, 0], pytest.approx([0, 10])]
+    assert len(perplexity_figure(results[:1], "t").axes) == 1  # nothing to compare with
     assert [line.get_color() for line in lines][0] == "black"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1 to\n64", "65 to\n128"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "Top-k K=64"]

@@ -53,7 +53,7 @@ def perplexity_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
             elinewidth=0.9,
             capsize=2.5,
         )
-        line = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
+        line: dict[str, Any] = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
         handles.append(Line2D([], [], label=str(result["method"]), **line))
         if compared:
             above = [100 * (row["ppl"] / base["ppl"] - 1) for row, base in zip(rows, dense[0]["by_length"])]
