@@ -24,6 +24,7 @@ from toptheta.kernels.triton_online import (
     fold,
     keys_of_split,
     least_above,
+    least_exp,
     lookup,
 )
 from toptheta.kernels.two_tier import Int8Keys
@@ -154,9 +155,9 @@ def gather_kernel(
     peaks = tl.load(part_peak + parts, mask=in_parts, other=LOWEST)
     peak = tl.max(peaks, axis=1)
     totals = tl.load(part_total + parts, mask=in_parts, other=0.0)
-    total = tl.maximum(tl.sum(totals * exp(peaks - peak[:, None]), axis=1), 1.1754943508222875e-38)
+    total = tl.sum(totals * exp(peaks - peak[:, None]), axis=1)
     row_n = tl.load(n + batch * n_stride)
-    row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
+    least = least_exp(lookup(theta, head, row_n, theta_stride, theta_len, in_group), total)
     v += batch * v_batch + kv_head * v_head
 
     taken = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
@@ -172,9 +173,7 @@ def gather_kernel(
         if CHOSEN:
             take = tl.load(keep + element, mask=here, other=0) != 0
         else:
-            weights = tl.div_rn(exps, tl.broadcast_to(total[:, None], exps.shape))
-            top = tl.div_rn(tl.full((BLOCK_G,), 1.0, tl.float32), total)
-            take = (s > float("-inf")) & ((weights > row_theta[:, None]) | (weights >= top[:, None]))
+            take = (s > float("-inf")) & (exps >= least[:, None])
             if STORE_KEEP:
                 tl.store(keep + element, take.to(tl.int8), mask=here)
         exps = tl.where(take, exps, 0.0)

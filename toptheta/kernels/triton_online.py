@@ -55,6 +55,12 @@ def least_above(theta):
 
 
 @triton.jit
+def least_exp(theta, total):
+    """The smallest exp(score - peak) whose share of `total` is above theta, or that is the row's largest."""
+    return tl.minimum(least_above(theta * total), 1.0)
+
+
+@triton.jit
 def fold(
     s, least, peak, total, taken, count, passed, TOTAL: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr
 ):

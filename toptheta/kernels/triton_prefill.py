@@ -13,7 +13,16 @@ from torch import Tensor
 
 from toptheta.attention import Counts, LayerSpec
 from toptheta.kernels.triton_decode import row_stride, sdc_code
-from toptheta.kernels.triton_online import LOWEST, both, exp, final_denominator, fold, least_above, lookup
+from toptheta.kernels.triton_online import (
+    LOWEST,
+    both,
+    exp,
+    final_denominator,
+    fold,
+    least_above,
+    least_exp,
+    lookup,
+)
 
 # Rows and keys of a tile, and what Triton makes of it: 16-bit types, head_dim up to 128.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
@@ -157,8 +166,7 @@ def prefill_kernel(
         counted = counted & (passed == 0) & (row_n > 0)
         again = tl.max(counted.to(tl.int32), axis=0) > 0
     if again:
-        all_of_row = tl.maximum(total, 1.1754943508222875e-38)
-        top = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), all_of_row)
+        least = least_exp(row_theta, total) if POST else peak
         for part in tl.static_range(2):
             for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
                 s = tile_scores(
@@ -168,15 +176,14 @@ def prefill_kernel(
                 )  # fmt: skip
                 if POST:
                     exps = exp(s - peak[:, None])
-                    weights = tl.div_rn(exps, tl.broadcast_to(all_of_row[:, None], exps.shape))
-                    take = (s > float("-inf")) & ((weights > row_theta[:, None]) | (weights >= top[:, None]))
+                    take = (s > float("-inf")) & (exps >= least[:, None])
                     exps = tl.where(take, exps, 0.0)
                     taken += tl.sum(exps, axis=1)
                     if (not SKIP) or tl.max(tl.max(exps, axis=1), axis=0) > 0:
                         v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
                         acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
                 else:
-                    take = s >= peak[:, None]
+                    take = s >= least[:, None]
                 if COUNT:
                     add_counts(take & counted[:, None], vrow, attn, at, BLOCK_N)
 
