@@ -26,6 +26,7 @@ from toptheta.kernels.triton_online import (
     least_above,
     least_exp,
     lookup,
+    store_taken,
 )
 from toptheta.kernels.two_tier import Int8Keys
 from toptheta.params import SDC_METHODS, TOP_K
@@ -122,12 +123,10 @@ def split_kernel(
     tl.store(part_peak + part, peak, mask=in_group)
     tl.store(part_total + part, tl.sum(total, axis=1), mask=in_group)
     if WITH_V:
-        tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
-        took = tl.sum(count, axis=1) if COUNT else tl.full((BLOCK_G,), 1, tl.int32)
-        tl.store(part_count + part, tl.where(passed, took, -took), mask=in_group)
-        tl.store(
-            part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :]
-        )
+        store_taken(
+            part_taken, part_count, part_acc, part, in_group, taken, count, passed, acc,
+            HEAD_DIM, BLOCK_D, COUNT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -8,7 +8,16 @@ head does keep the key, V. Shapes as in toptheta/attention.py; S splits.
 import triton
 import triton.language as tl
 
-from toptheta.kernels.triton_online import LOWEST, both, exp, fold, keys_of_split, least_above, lookup
+from toptheta.kernels.triton_online import (
+    LOWEST,
+    both,
+    exp,
+    fold,
+    keys_of_split,
+    least_above,
+    lookup,
+    store_taken,
+)
 
 VARYING = ["kv_len", "theta_len", "splits"]  # one build serves every length
 
@@ -140,7 +149,6 @@ def filtered_kernel(
     part = row * splits + split
     tl.store(part_peak + part, peak, mask=in_group)
     tl.store(part_total + part, tl.sum(total, axis=1), mask=in_group)
-    tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
-    took = tl.sum(count, axis=1) if COUNT else tl.full((BLOCK_G,), 1, tl.int32)
-    tl.store(part_count + part, tl.where(passed, took, -took), mask=in_group)
-    tl.store(part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :])
+    store_taken(
+        part_taken, part_count, part_acc, part, in_group, taken, count, passed, acc, HEAD_DIM, BLOCK_D, COUNT
+    )

@@ -96,6 +96,21 @@ def fold(
 
 
 @triton.jit
+def store_taken(
+    part_taken, part_count, part_acc, part, in_group, taken, count, passed, acc,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Write what a split's rows take, at `part` `[G]`: taken and count by lane as in `fold`, acc `[G, D]`.
+    Without COUNT every count is 1; what is taken provisionally has a negative one."""
+    d = tl.arange(0, BLOCK_D)
+    tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
+    took = tl.sum(count, axis=1) if COUNT else tl.full(part.shape, 1, tl.int32)
+    tl.store(part_count + part, tl.where(passed, took, -took), mask=in_group)
+    in_tile = in_group[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_tile)
+
+
+@triton.jit
 def final_denominator(total, taken, count, peak, n, theta, table, sdc_scale, SDC: tl.constexpr):
     """What the taken exps are divided by. SDC as in params.SDC_METHODS; -1: by all (post-softmax)."""
     result = taken
