@@ -235,24 +235,26 @@ def test_generation_calibrates_on_tasks_not_on_samples(
 ) -> None:
     """With several samples a task, each calibration prompt is another task's; and it is said which."""
     from toptheta import generate
+    from toptheta.humaneval_job import HumanEvalJob
 
-    once, seen = generate._generate, []
+    once, seen = HumanEvalJob.run, []
 
-    def generating(model, tokenizer, batch, settings):
-        seen.extend(request.key for request in batch)
-        return once(model, tokenizer, batch, settings)
+    def running(self, model, batch):
+        seen.extend(item.key for item in batch)
+        return once(self, model, batch)
 
-    monkeypatch.setattr(generate, "_generate", generating)
+    monkeypatch.setattr(HumanEvalJob, "run", running)
     values = {"mode": (0,), "k": (40,), "calib_samples": 2, "num_tasks": 3, "num_samples_per_task": 2}
     generate.run_generation(
         GenSettings(**values, llama=folder_model, max_seq_len=220, device="cpu", calibrate_only=True)
     )
     assert seen == ["HumanEval/0#0", "HumanEval/1#0"]
-    assert "Calibrating on 2 of the 3 tasks that are evaluated" in capsys.readouterr().err
+    assert "2 of the 3 tasks that are evaluated calibrate too" in capsys.readouterr().err
 
 
 def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toptheta import generate
+    from toptheta.humaneval_job import HumanEvalJob
 
     values = {
         "llama": folder_model,
@@ -265,15 +267,15 @@ def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.M
         "num_samples_per_task": 2,
     }
     generate.run_generation(GenSettings(**values, output_dir="straight"))
-    once, calls = generate._generate, []
+    once, calls = HumanEvalJob.run, []
 
-    def generating(*arguments):
+    def running(self, model, batch):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return once(*arguments)
+        return once(self, model, batch)
 
-    monkeypatch.setattr(generate, "_generate", generating)
+    monkeypatch.setattr(HumanEvalJob, "run", running)
     with pytest.raises(KeyboardInterrupt):
         generate.run_generation(GenSettings(**values, output_dir="stopped"))
     run = next(here.joinpath("stopped").iterdir())

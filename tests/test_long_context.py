@@ -254,14 +254,14 @@ def test_needle(folder_model: str, here: Path, small_tokenizer) -> None:
 
 def score(job, reply: str) -> list[dict[str, Any]]:
     """The answers of a job whose model replies `reply`."""
-    from toptheta import longjob
+    from toptheta import genjob
 
-    was = longjob.reply
-    longjob.reply = lambda *_: [{"key": job.items[0].key, "reply": reply}]
+    was = genjob.reply
+    genjob.reply = lambda *_: [{"key": job.items[0].key, "reply": reply}]
     try:
         return job.run(None, job.items[:1])
     finally:
-        longjob.reply = was
+        genjob.reply = was
 
 
 def longbench_rows(folder: Path, counts: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toptheta.errors import UsageError
-from toptheta.longjob import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr, split_off
+from toptheta.genjob import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr, split_off
 from toptheta.models import hub_reachable
 from toptheta.settings import GenSettings
 
@@ -119,7 +119,7 @@ class LongBenchJob(ReplyJob):
                 answer |= {"answers": references, "rouge_l": rouge_l(answer["reply"], references)}
         return answers
 
-    def metrics(self, answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
         return {"rouge_l": mean_and_stderr([answer["rouge_l"] for answer in answers])}
 
 

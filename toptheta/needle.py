@@ -16,7 +16,7 @@ from typing import Any
 from toptheta.errors import UsageError
 from toptheta.files import write_text
 from toptheta.genflags import read_text
-from toptheta.longjob import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr
+from toptheta.genjob import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr
 from toptheta.plots.needle import draw_needle
 from toptheta.settings import GenSettings
 
@@ -131,7 +131,7 @@ class NeedleJob(ReplyJob):
             answer["found"] = item.facts["number"] in digits
         return answers
 
-    def metrics(self, answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
         return {"found": mean_and_stderr([float(answer["found"]) for answer in answers])}
 
     def write(self, folder: Path, answers: list[dict[str, Any]], title: str) -> dict[str, Any]:

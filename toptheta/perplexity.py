@@ -18,8 +18,8 @@ from toptheta import chunked, report
 from toptheta.errors import UsageError
 from toptheta.files import write_json, write_text
 from toptheta.genflags import read_text
+from toptheta.genjob import CALIBRATION_ITEMS, GenJob, Item, split_off
 from toptheta.llama import model_device
-from toptheta.longjob import CALIBRATION_ITEMS, Item, LongJob, split_off
 from toptheta.plots.perplexity import draw_perplexity
 from toptheta.plots.tradeoff import draw_tradeoff
 from toptheta.products import say
@@ -29,7 +29,7 @@ from toptheta.settings import GenSettings
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 
 
-class PerplexityJob(LongJob):
+class PerplexityJob(GenJob):
     """Windows of the text; the answer to a window is its summed -log p and tokens in each bucket."""
 
     unit = "window"
@@ -72,7 +72,7 @@ class PerplexityJob(LongJob):
             for item, row in zip(batch, nll)
         ]
 
-    def metrics(self, answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
         """ppl = exp(mean -log p per token); its standard error from the spread between windows (the delta
         method); count: windows."""
         return {"ppl": perplexity([sum(a["nll"]) for a in answers], [sum(a["tokens"]) for a in answers])}

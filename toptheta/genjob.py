@@ -1,4 +1,4 @@
-"""What the long-context data sets share: calibrate on some items, evaluate others, save, score, resume."""
+"""What the data sets of gen_llama.py share: calibrate on some items, evaluate others, save, score, resume."""
 
 import json
 from abc import ABC, abstractmethod
@@ -35,11 +35,13 @@ class Item:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class LongJob(ABC):
-    """One data set. items: what is evaluated; calibration: other items, for the thresholds. Both are the
-    same in every cell, dense ones included, so that cells compare."""
+class GenJob(ABC):
+    """One data set. items: what is evaluated; calibration: other items (HumanEval has none), for the
+    thresholds. Both are the same in every cell, dense ones included, so that cells compare. options: settings
+    that its line in results-<Model>/ names."""
 
     unit = "text"
+    options: tuple[str, ...] = ("num_tasks", "max_seq_len", "text")
 
     def __init__(self, settings: GenSettings, tokenizer: Any):
         self.settings, self.tokenizer = settings, tokenizer
@@ -51,8 +53,8 @@ class LongJob(ABC):
         """Answers to a batch, as JSON saves them."""
 
     @abstractmethod
-    def metrics(self, answers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """{name: {value, stderr, count}} of all answers."""
+    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+        """{name: {value, stderr, count}} of all answers; folder: the cell's, for what is found on the way."""
 
     def decode_steps(self, answers: list[dict[str, Any]]) -> np.ndarray | None:
         """`[B]` how many decode steps of each sequence count; None: all."""
@@ -71,7 +73,7 @@ class LongJob(ABC):
         finish_run(run, results, model_name)
 
 
-class ReplyJob(LongJob):
+class ReplyJob(GenJob):
     """A job that reads the reply to a prompt. max_new: most tokens of a reply."""
 
     max_new = 0
@@ -159,10 +161,12 @@ def mean_and_stderr(values: Sequence[float]) -> dict[str, Any]:
     return {"value": float(array.mean()), "stderr": stderr, "count": len(array)}
 
 
-def long_job(settings: GenSettings, tokenizer: Any, config: Any) -> LongJob | None:
-    """The job of a data set other than HumanEval. Raises UsageError for what it cannot do."""
+def gen_job(settings: GenSettings, tokenizer: Any, config: Any) -> GenJob:
+    """The job of settings.dataset. Raises UsageError for what it cannot do."""
     if settings.dataset == HUMANEVAL:
-        return None
+        from toptheta.humaneval_job import HumanEvalJob
+
+        return HumanEvalJob(settings, tokenizer)
     if settings.max_seq_len > config.max_position_embeddings:
         raise UsageError(
             f"--max_seq_len {settings.max_seq_len} is more than the {config.max_position_embeddings} tokens "
@@ -189,8 +193,8 @@ def calibration_facts(cell: AttentionParams, settings: GenSettings) -> dict[str,
     return facts
 
 
-def run_long_cell(
-    run: Run, cell: AttentionParams, product: Cell, model: Any, job: LongJob, name: str
+def run_cell(
+    run: Run, cell: AttentionParams, product: Cell, model: Any, job: GenJob, name: str
 ) -> dict[str, Any] | None:
     """Calibrate and evaluate one cell; its results.json, or None with --calibrate_only."""
     settings = job.settings
@@ -250,14 +254,14 @@ def run_long_cell(
         "method": label(cell),
         "mode": cell.mode,
         "k": cell.K if cell.sparse else None,
-        "metrics": job.metrics(answers),
+        "metrics": job.metrics(answers, product.path),
         "kept": product.kept_fractions() if settings.statistics else None,
         "seconds": {"calibration": calibration_seconds, "evaluation": product.seconds},
         "folder": str(product.path),
     }
     result |= job.write(product.path, answers, f"{name}, {label(cell)}")
     product.finish(result)
-    _append(run, cell, product, result, settings)
+    _append(run, cell, product, result, job)
     return result
 
 
@@ -268,13 +272,12 @@ def _batches(items: list[Item], size: int) -> list[list[Item]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _append(
-    run: Run, cell: AttentionParams, product: Cell, result: dict[str, Any], settings: GenSettings
-) -> None:
-    """Append to results-<Model>/..., in the form of the other jobs."""
+def _append(run: Run, cell: AttentionParams, product: Cell, result: dict[str, Any], job: GenJob) -> None:
+    """Append to results-<Model>/..., as the published project does."""
+    settings = job.settings
     config = json.loads((product.path / "config.json").read_text())
     rows = [[metric, f"{values['value']:1.4f}"] for metric, values in result["metrics"].items()]
-    options = " ".join(f"{name}:{getattr(settings, name)!r}" for name in ("num_tasks", "max_seq_len", "text"))
+    options = " ".join(f"{name}:{getattr(settings, name)!r}" for name in job.options)
     text = (
         f"{run.folder.name}\n{report.settings_line(config)}\ndataset:{settings.dataset} {options}\n"
         f"{report.table(rows, ['Metric', 'Score'])}\n\n"
