@@ -54,7 +54,10 @@ def test_two_tiers_keep_the_same(kind, head_dim, sdc):
 @pytest.mark.parametrize(
     "keys, dtype",
     [
-        *((keys, torch.float32) for keys in ("normal", "a loud channel", "pairs", "any size", "lattice")),
+        *(
+            (keys, torch.float32)
+            for keys in ("normal", "a loud channel", "a loud query", "pairs", "any size", "lattice")
+        ),
         *((keys, torch.float16) for keys in ("normal", "a loud channel")),
     ],
     ids=str,
@@ -69,6 +72,9 @@ def test_two_tiers_miss_nothing(keys, dtype):
         q, k = torch.randn(q.shape), torch.randn(k.shape)
     if keys == "a loud channel":
         k[..., 3] *= 300
+    elif keys == "a loud query":  # whose other channels its codes hold badly
+        q[..., 5] *= 3000
+        k[..., 5] /= 3000
     elif keys == "pairs":
         k[:, :, 45:] = k[:, :, :45]
     elif keys == "any size":
