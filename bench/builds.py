@@ -35,13 +35,14 @@ LEAST_LOOP = 50  # instructions: shorter ones are not about tiles
 
 @dataclass
 class Build:
-    """A kernel as built. loops: (instructions, barriers) of each loop over tiles, innermost first."""
+    """A kernel as built. spilled: bytes; loops: of each loop over tiles its instructions, barriers, and reads
+    and writes of what is spilled."""
 
     warps: int
     registers: int
     shared: int
     spilled: int
-    loops: list[tuple[int, int]] = field(default_factory=list)
+    loops: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def resident(self) -> int:
@@ -115,8 +116,8 @@ def build(function: Any, constants: dict[str, Any], options: dict[str, int]) -> 
     )
 
 
-def loops(code: str) -> list[tuple[int, int]]:
-    """(instructions, barriers) of what lies between each jump back and its target."""
+def loops(code: str) -> list[tuple[int, int, int]]:
+    """Instructions, barriers and uses of spilled values between each jump back and its target."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
     found = []
     for at, text in lines:
@@ -124,7 +125,8 @@ def loops(code: str) -> list[tuple[int, int]]:
         if jump and int(jump[1], 16) < at:
             body = [other for place, other in lines if int(jump[1], 16) <= place <= at]
             if len(body) >= LEAST_LOOP:
-                found.append((len(body), sum("BAR.SYNC" in other for other in body)))
+                barriers = sum("BAR.SYNC" in other for other in body)
+                found.append((len(body), barriers, sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body)))
     return found
 
 
@@ -143,7 +145,8 @@ def main() -> None:
         made = build(function, constants, options)
         said = "; ".join(
             f"{count} instructions, {bars} barriers, {count * made.warps // 4} cycles"
-            for count, bars in made.loops
+            + (f", {spills} of spilled values" if spills else "")
+            for count, bars, spills in made.loops
         )
         print(
             f"{name:22} {made.registers:9} {made.shared:7} {made.resident:8} {made.spilled:7}  {said or '-'}"

@@ -72,7 +72,9 @@ def filtered_kernel(
         other=0.0,
     )
     row_n = tl.load(n + batch * n_stride)
+    # The rows that fill up the tile take nothing: their threshold, and so their peak, is out of reach.
     least = least_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
+    least = tl.where(in_group, least, float("inf"))
     start, stop = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
@@ -87,7 +89,6 @@ def filtered_kernel(
     mean = tl.load(k_mean + group * HEAD_DIM + d, mask=in_dim, other=0.0)
     q_mean = tl.sum(q_tile.to(tl.float32) * mean[None, :], axis=1) * scale
     q_step = q_step * scale
-    bar = tl.where(in_group, least, float("inf"))
     dropped = tl.zeros((BLOCK_G, BLOCK_F), tl.float32)
     f = tl.arange(0, BLOCK_F)
     in_codes = f[None, :] * HEAD_DIM + d[:, None]
@@ -108,7 +109,7 @@ def filtered_kernel(
         products += tl.dot(low, code_tile, out_dtype=tl.int32).to(tl.float32) * (1 / 254)
         about = products * (q_step[:, None] * step[None, :]) + q_mean[:, None]
         bound = about + (reach[:, None] * slack[None, :] + rest_reach[:, None] * step[None, :])
-        open_ = visible & (tl.max(bound - bar[:, None], axis=0) >= 0)
+        open_ = visible & (tl.max(bound - least[:, None], axis=0) >= 0)
         dropped += tl.where((visible & ~open_)[None, :], exp(about - peak[:, None]), 0.0)
         place = tl.cumsum(open_.to(tl.int32), axis=0)
         tl.store(listed + found + place - 1, at + f, mask=open_)
@@ -116,7 +117,6 @@ def filtered_kernel(
     tl.debug_barrier()  # the list was written by other threads
 
     # Then the keys on the list.
-    peak = tl.where(in_group, peak, -LOWEST)  # as in `split_kernel`
     total = tl.where(i[None, :] == 0, tl.sum(dropped, axis=1)[:, None], 0.0)
     passed = tl.zeros((BLOCK_G,), tl.int1)
     taken = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
