@@ -4,7 +4,8 @@
 Of each kernel: registers of a thread and bytes of shared memory, how many programs a processor (SM) can hold
 at the same time, bytes spilled, and of each loop in its machine code the instructions of a warp, the barriers
 and the issue cycles: a processor issues four warps' instructions a cycle, so its time for a tile is at least
-warps / 4 times the instructions. bfloat16, head_dim 128, 4 heads a group, no mask.
+warps / 4 times the instructions. bfloat16, head_dim 128, 4 heads a group; masked: with padding, or a static
+cache.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     tile |= sizes | {"CAUSAL": True, "HAS_KEY_REAL": False, "HAS_REAL_ROWS": False, "COUNT": False}
     tile |= {"VMC": True, "SKIP": triton_prefill.SKIP}
     split = rows | stores | splits | {"RESCUE": False}
-    return {
+    found = {
         "split": (triton_decode.split_kernel, split | {"WITH_V": True}, decode),
         "split, scores only": (
             triton_decode.split_kernel, split | {"WITH_V": False, "STORE_SCORES": True}, decode,
@@ -83,6 +84,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
         "prefill": (triton_prefill.prefill_kernel, tile | {"POST": False, "SDC": 1}, prefill),
         "prefill, post-softmax": (triton_prefill.prefill_kernel, tile | {"POST": True, "SDC": -1}, prefill),
     }  # fmt: skip
+    for name, (function, constants, options) in list(found.items()):
+        for flag in ("HAS_MASK", "HAS_KEY_REAL"):
+            if flag in constants:
+                found[f"{name}, masked"] = function, constants | {flag: True}, options
+    return found
 
 
 def build(function: Any, constants: dict[str, Any], options: dict[str, int]) -> Build:
@@ -139,7 +145,7 @@ def main() -> None:
     except ImportError:
         parser.exit(2, "builds.py: Triton is not installed: pip install triton\n")
     print(f"triton {triton.__version__}, sm_90, bfloat16, head_dim 128, 4 heads a group\n")
-    print(f"{'kernel':22} {'registers':>9} {'shared':>7} {'resident':>8} {'spilled':>7}  loops over tiles")
+    print(f"{'kernel':29} {'registers':>9} {'shared':>7} {'resident':>8} {'spilled':>7}  loops over tiles")
     results = {}
     for name, (function, constants, options) in kernels().items():
         made = build(function, constants, options)
@@ -149,7 +155,7 @@ def main() -> None:
             for count, bars, spills in made.loops
         )
         print(
-            f"{name:22} {made.registers:9} {made.shared:7} {made.resident:8} {made.spilled:7}  {said or '-'}"
+            f"{name:29} {made.registers:9} {made.shared:7} {made.resident:8} {made.spilled:7}  {said or '-'}"
         )
         results[name] = asdict(made) | {"resident": made.resident}
     if args.output:

@@ -78,7 +78,7 @@ def is_set(kind: str, config: Config) -> bool:
 
 
 def outputs(call: Call) -> torch.Tensor:
-    return torch.stack([out.float() for out in call()[:1]])
+    return call()[0].float()
 
 
 def tune(kind: str, case: Case, configs: list[Config], device: torch.device) -> list[Config]:

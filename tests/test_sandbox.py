@@ -1,5 +1,6 @@
 """The sandbox, by programs that try to get out of it."""
 
+import ast
 import os
 import secrets
 import signal
@@ -226,7 +227,7 @@ def test_the_folder_is_private_and_goes_away(isolation):
     source = "import os\nopen('note', 'w').write('x')\n"
     source += "raise ValueError(os.getcwd(), os.listdir(), os.environ['HOME'])"
     results = [run(source, isolation).result for _ in range(2)]
-    folders = [eval(result.removeprefix("failed: ")) for result in results]  # our own program's words
+    folders = [ast.literal_eval(result.removeprefix("failed: ")) for result in results]
     for folder, listing, home in folders:
         assert listing == ["note"] and home == folder
         assert not Path(folder).exists()

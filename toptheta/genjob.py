@@ -42,6 +42,7 @@ class GenJob(ABC):
 
     unit = "text"
     options: tuple[str, ...] = ("num_tasks", "max_seq_len", "text")
+    calibration_note = ""  # said when `calibration` is about to be read
 
     def __init__(self, settings: GenSettings, tokenizer: Any):
         self.settings, self.tokenizer = settings, tokenizer
@@ -208,6 +209,8 @@ def run_cell(
             assert isinstance(run.settings, GenSettings)
             calibrate_on_task(model, job.tokenizer, run.settings, description, after_batch, done)
             return
+        if job.calibration_note:
+            say(job.calibration_note)
         todo = [item for item in job.calibration if item.key not in done]
         for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):
             job.run(model, batch)

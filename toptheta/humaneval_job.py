@@ -57,12 +57,10 @@ class HumanEvalJob(ReplyJob):
         tasks = self.items[::per_task]  # one sample of each
         size = settings.calib_samples or CALIBRATION_ITEMS
         self.calibration = tasks[: max(1, round(size * len(tasks))) if size < 1 else int(size)]
-        here = not settings.calib_task and not settings.calib_load_path
-        if here and any(cell.needs_calibration for cell in settings.cells()):
-            say(
-                f"HumanEval has no other split: {len(self.calibration)} of the {len(tasks)} tasks that are "
-                "evaluated calibrate too; --calib_task names another task to calibrate on."
-            )
+        self.calibration_note = (
+            f"HumanEval has no other split: {len(self.calibration)} of the {len(tasks)} tasks that are "
+            "evaluated calibrate too; --calib_task names another task to calibrate on."
+        )
 
     def _item(self, problem: dict[str, Any], sample: int) -> Item:
         settings, prompt = self.settings, problem["prompt"]

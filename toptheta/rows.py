@@ -4,7 +4,7 @@ Covers the mask function that transformers calls for our attention, and what it 
 None is the plain causal mask of an unpadded batch: no `[Q, KV]` tensor is ever made for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Rows:
     first: int | None = None
     key_real: Tensor | None = None
     causal: bool = False
-    _span: Tensor | None = None
+    _span: Tensor | None = field(default=None, init=False, repr=False)  # of this mask: no copy takes it along
 
     def span(self) -> Tensor | None:
         """`[B, 2]` int32: the first key that any row of a sequence sees, and the one after the last; `[0, 0]`

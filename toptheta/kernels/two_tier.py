@@ -6,9 +6,8 @@ rest moves it by at most |q| times the norm of the rest (Cauchy-Schwarz), its sl
 codes q itself is two int8 codes, so that it is one of whole numbers, and exact; what they leave of q, 1/64516
 of its largest channel at most, is bounded in the same way. No key above the threshold can be missed, so what
 is kept is *identical* to what the scores themselves keep; where nothing passes, the whole row is computed
-from K. Only the sum over all keys, which SDC 'exact' wants, takes the
-estimates of the keys that were not read: its error is at most exp(|q| slack scale) - 1 of their share, and
-estimates err both ways.
+from K. Only the sum over all keys, which SDC 'exact' wants, takes the estimates of the keys that were not
+read: its error is at most exp(reach) - 1 of their share (`estimates`), and estimates err both ways.
 
 Memory: head_dim + 8 bytes for each token and KV head, beside the 4 head_dim of 16-bit K and V: +27% of the
 cache at head_dim 128. Bytes read in a decode step, with a share c of keys in question and f kept, for each
