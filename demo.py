@@ -6,8 +6,8 @@ one table.
 
 from typing import Any
 
-from toptheta.cli import run_main
-from toptheta.settings import GenSettings, QASettings
+from toptheta.eval.cli import run_main
+from toptheta.eval.settings import GenSettings, QASettings
 
 METHOD: dict[str, Any] = {
     "mode": (3, 1, 0),
@@ -36,10 +36,10 @@ def main() -> None:
     print(f"  python gen_llama.py {FLAGS} --num_tasks 4 --calib_samples 3 --max_seq_len 640 \\")
     print("    --apply_chat_template --allow_code_execution")
 
-    from toptheta import report
-    from toptheta.generate import run_generation
-    from toptheta.qa import run_qa
-    from toptheta.statistics import DECODE, PREFILL
+    from toptheta.eval.generate import run_generation
+    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.models.recorder import DECODE, PREFILL
+    from toptheta.report import tables as report
 
     answers = run_qa(qa)
     programs = run_generation(generation)

@@ -4,10 +4,10 @@
 are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.cli import Parser, parse_settings, run_main, shared_flags
-from toptheta.errors import UsageError
-from toptheta.genflags import generation_flags
-from toptheta.settings import GenSettings, settings_from_json
+from toptheta.eval.cli import Parser, parse_settings, run_main, shared_flags
+from toptheta.eval.generation_flags import generation_flags
+from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.util.errors import UsageError
 
 
 def make_parser() -> Parser:
@@ -22,17 +22,17 @@ def main() -> None:
     if arguments.score:
         if not arguments.allow_code_execution:
             raise UsageError("--score runs generated programs: add --allow_code_execution to agree to that.")
-        from toptheta.generate import score_folder
+        from toptheta.eval.generate import score_folder
 
         score_folder(arguments.score)
         return
     if arguments.resume:
-        from toptheta.run import check_resume
+        from toptheta.eval.run import check_resume
 
         settings = settings_from_json(GenSettings, check_resume(arguments.resume, "gen_llama.py"))
     else:
         settings = parse_settings(GenSettings, arguments)
-    from toptheta.generate import run_generation
+    from toptheta.eval.generate import run_generation
 
     run_generation(settings, arguments.resume)
 

@@ -7,14 +7,14 @@ plot_th_llama.py.
 
 import sys
 
-from toptheta.plots.flags import parse_request
+from toptheta.report.plots.flags import parse_request
 
 
 def main() -> int:
     request = parse_request("Draw the lengths of a generation run and its sizes relative to Top-k.")
     # Not at the top: pandas and matplotlib take a second to load, and --help and wrong flags need neither.
-    from toptheta.plots.generation import FIGURES, INPUTS
-    from toptheta.plots.report import draw_report
+    from toptheta.report.plots.generation import FIGURES, INPUTS
+    from toptheta.report.plots.report import draw_report
 
     return draw_report(request, FIGURES, INPUTS)
 

@@ -7,14 +7,14 @@ sequence_lengths. What has no file is named and left out. Lengths of generated a
 
 import sys
 
-from toptheta.plots.flags import parse_request
+from toptheta.report.plots.flags import parse_request
 
 
 def main() -> int:
     request = parse_request("Draw a run's thresholds and what its attention kept.")
     # Not at the top: pandas and matplotlib take a second to load, and --help and wrong flags need neither.
-    from toptheta.plots.report import draw_report
-    from toptheta.plots.thresholds import FIGURES, INPUTS
+    from toptheta.report.plots.report import draw_report
+    from toptheta.report.plots.thresholds import FIGURES, INPUTS
 
     return draw_report(request, FIGURES, INPUTS)
 

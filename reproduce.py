@@ -9,8 +9,8 @@ from pathlib import Path
 
 import gen_llama
 import test_llama
-from toptheta.cli import Parser, run_main
-from toptheta.sweep import SweepOptions, run_sweep
+from toptheta.eval.cli import Parser, run_main
+from toptheta.eval.sweep import SweepOptions, run_sweep
 
 
 def main() -> int:

@@ -4,8 +4,8 @@ Without arguments: the small model, dense, on the bundled task. Results: a table
 results-<Model>/.
 """
 
-from toptheta.cli import Parser, parse_settings, run_main, shared_flags
-from toptheta.settings import QASettings, settings_from_json
+from toptheta.eval.cli import Parser, parse_settings, run_main, shared_flags
+from toptheta.eval.settings import QASettings, settings_from_json
 
 
 def make_parser() -> Parser:
@@ -34,12 +34,12 @@ def make_parser() -> Parser:
 def main() -> None:
     arguments = make_parser().parse_args()
     if arguments.resume:
-        from toptheta.run import check_resume
+        from toptheta.eval.run import check_resume
 
         settings = settings_from_json(QASettings, check_resume(arguments.resume, "test_llama.py"))
     else:
         settings = parse_settings(QASettings, arguments)
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     run_qa(settings, arguments.resume)
 

@@ -4,12 +4,12 @@
     update_model(model)
     set_params(model, mode=1, K=64, placement="pre-softmax", sdc="exact", vmc=True)
 
-mode 0 is Top-theta, mode 1 Top-k, anything else dense. The code is in toptheta/llama.py (modules) and
-toptheta/attention.py (what is computed).
+mode 0 is Top-theta, mode 1 Top-k, anything else dense. The code is in toptheta/models/patch.py (modules) and
+toptheta/attention/reference.py (what is computed).
 """
 
-from toptheta.cache import TopThetaCache
-from toptheta.llama import TopK_LLamaAttention, restore_model, update_model
-from toptheta.steering import set_params
+from toptheta.models.cache import TopThetaCache
+from toptheta.models.control import set_params
+from toptheta.models.patch import TopK_LLamaAttention, restore_model, update_model
 
 __all__ = ["TopK_LLamaAttention", "TopThetaCache", "restore_model", "set_params", "update_model"]

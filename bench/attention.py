@@ -32,10 +32,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from toptheta import kernels
-from toptheta.attention import LayerSpec
-from toptheta.lookup import nearest_lookup
-from toptheta.rows import Rows, rows_of
+from toptheta.attention.reference import LayerSpec
+from toptheta.attention.rows import Rows, rows_of
+from toptheta.calibration.interpolation import nearest_lookup
+from toptheta.kernels import registry as kernels
 
 K = 64
 SCORE_SPREAD = 1.5

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from bench.attention import MODELS, SCORE_SPREAD, Case, calibrated
-from toptheta.attention import LayerSpec
-from toptheta.kernels import gpu
-from toptheta.kernels.two_tier import Int8Keys, quantized, wanted_keys
-from toptheta.rows import rows_of
+from toptheta.attention.reference import LayerSpec
+from toptheta.attention.rows import rows_of
+from toptheta.kernels.int8_keys import Int8Keys, quantized, wanted_keys
+from toptheta.kernels.triton import backend as gpu
 
 K = 512
 MODEL = "Llama-3-8B"

@@ -53,7 +53,9 @@ class Build:
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Of each kernel: the function, its constants, and what Triton is told, as toptheta/kernels has them."""
-    from toptheta.kernels import triton_decode, triton_filtered, triton_prefill
+    from toptheta.kernels.triton import decode as triton_decode
+    from toptheta.kernels.triton import filtered as triton_filtered
+    from toptheta.kernels.triton import prefill as triton_prefill
 
     sizes = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128}
     decode = triton_decode.TILE | {"maxnreg": triton_decode.REGISTERS}

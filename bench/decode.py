@@ -31,11 +31,11 @@ from transformers.cache_utils import StaticLayer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import device_name
-from toptheta.cache import TopThetaCache
-from toptheta.errors import UsageError
-from toptheta.llama import update_model
-from toptheta.statistics import Recorder
-from toptheta.steering import record_statistics, set_params
+from toptheta.models.cache import TopThetaCache
+from toptheta.models.control import record_statistics, set_params
+from toptheta.models.patch import update_model
+from toptheta.models.recorder import Recorder
+from toptheta.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES: dict[str, dict[str, int]] = {

@@ -30,12 +30,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import device_name
-from toptheta import kernels
-from toptheta.llama import update_model
-from toptheta.models import find_model, load_model, load_tokenizer
-from toptheta.statistics import Recorder
-from toptheta.steering import calibrated_tables, record_statistics, set_params, use_tables
-from toptheta.tables import CalibrationTables
+from toptheta.calibration.tables import CalibrationTables
+from toptheta.kernels import registry as kernels
+from toptheta.models.control import calibrated_tables, record_statistics, set_params, use_tables
+from toptheta.models.loading import find_model, load_model, load_tokenizer
+from toptheta.models.patch import update_model
+from toptheta.models.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 64

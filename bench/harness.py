@@ -25,10 +25,10 @@ from lm_eval.models.huggingface import HFLM
 
 from bench.attention import device_name
 from bench.end_to_end import CALIBRATE, METHODS, PRE
-from toptheta.harness import TopThetaLM
-from toptheta.models import find_model, load_tokenizer, unpacked
-from toptheta.steering import set_params
-from toptheta.tasks import BUNDLED_TASK, task_configs
+from toptheta.eval.lm_eval_model import TopThetaLM
+from toptheta.eval.tasks.lm_eval_tasks import BUNDLED_TASK, task_configs
+from toptheta.models.control import set_params
+from toptheta.models.loading import find_model, load_tokenizer, unpacked
 
 SHOTS = 25
 RUNS = ["dense through us", "Top-k", "Top-theta pre"]

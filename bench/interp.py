@@ -25,11 +25,11 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import device_name
-from toptheta.llama import update_model
-from toptheta.models import find_model, load_model, load_tokenizer
-from toptheta.report import table
-from toptheta.statistics import PREFILL, Recorder
-from toptheta.steering import calibrated_tables, record_statistics, set_params, use_tables
+from toptheta.models.control import calibrated_tables, record_statistics, set_params, use_tables
+from toptheta.models.loading import find_model, load_model, load_tokenizer
+from toptheta.models.patch import update_model
+from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.report.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 K = 64
@@ -44,7 +44,7 @@ LOOKUPS = [("nearest", 0), ("linear", 0), ("fit", 0), ("nearest", 64), ("linear"
 def questions(split: str) -> Tensor:
     """`[1, T]` tokens of a split's questions with their answers."""
     text = ""
-    for line in (ROOT / "toptheta/tasks/everyday_science" / f"{split}.jsonl").read_text().splitlines():
+    for line in (ROOT / "toptheta/eval/tasks/everyday_science" / f"{split}.jsonl").read_text().splitlines():
         row = json.loads(line)
         choices = row["choices"]["text"]
         answer = choices[row["choices"]["label"].index(row["answerKey"])]

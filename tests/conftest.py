@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from toptheta import kernels
+from toptheta.kernels import registry as kernels
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: one thread each
@@ -47,14 +47,14 @@ def path(request, monkeypatch) -> str:
 @pytest.fixture(scope="session")
 def small_model():
     """SmolLM2-135M-Instruct, float32, unpatched: tests that patch it restore it."""
-    from toptheta.models import find_model, load_model
+    from toptheta.models.loading import find_model, load_model
 
     return load_model(find_model("smollm2"), "float32", "cpu")
 
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    from toptheta.models import find_model, load_tokenizer
+    from toptheta.models.loading import find_model, load_tokenizer
 
     return load_tokenizer(find_model("smollm2"))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests import reference
-from toptheta.attention import LayerSpec, sparse_attention
-from toptheta.params import AttentionParams, check
-from toptheta.rows import Rows, rows_of, toptheta_mask
+from toptheta.attention.reference import LayerSpec, sparse_attention
+from toptheta.attention.rows import Rows, rows_of, toptheta_mask
+from toptheta.methods.params import AttentionParams, check
 
 K = 5
 OPTIONS = [
@@ -127,7 +127,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = LayerSpec(mode=1, placement="pre-softmax", k=7, sdc="exact", vmc=True)
     rows = rows_of(None, 50, 50, torch.device("cpu"))
     whole, counts = sparse_attention(q, k, v, rows, spec, 0.25, count=True)
-    monkeypatch.setattr("toptheta.attention.BLOCK_ELEMENTS", {"cpu": 1000})
+    monkeypatch.setattr("toptheta.attention.reference.BLOCK_ELEMENTS", {"cpu": 1000})
     parts, part_counts = sparse_attention(q, k, v, rows, spec, 0.25, count=True)
     torch.testing.assert_close(parts, whole)
     assert counts is not None and part_counts is not None

@@ -9,8 +9,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from tests.test_dropin import SPARSE, steer, tokens
 from topk_llama import TopThetaCache, set_params
-from toptheta import kernels
-from toptheta.errors import UsageError
+from toptheta.kernels import registry as kernels
+from toptheta.util.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("path")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -11,20 +11,24 @@ import torch
 from transformers import LlamaForCausalLM
 
 from topk_llama import set_params, update_model
-from toptheta.calib_samples import SAMPLES_NAME, read_calibration_samples, write_calibration_samples
-from toptheta.cli import parse_settings, shared_flags
-from toptheta.errors import UsageError
-from toptheta.llama import patched_layers
-from toptheta.lookup import lookup_table
-from toptheta.settings import GenSettings, QASettings, Settings
-from toptheta.steering import (
+from toptheta.calibration.interpolation import lookup_table
+from toptheta.calibration.kept_samples import (
+    SAMPLES_NAME,
+    read_calibration_samples,
+    write_calibration_samples,
+)
+from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, LayerTable, load_tables
+from toptheta.eval.cli import parse_settings, shared_flags
+from toptheta.eval.settings import GenSettings, QASettings, Settings
+from toptheta.models.control import (
     begin_calibration,
     calibrated_tables,
     calibration_samples,
     get_params,
     use_tables,
 )
-from toptheta.tables import BINARY_NAME, CalibrationTables, LayerTable, load_tables
+from toptheta.models.patch import patched_layers
+from toptheta.util.errors import UsageError
 
 NEG_INF = float("-inf")
 K = 6
@@ -286,8 +290,8 @@ def qa_settings(folder_model: str, **changes) -> QASettings:
 def test_dump_of_each_cell_survives_an_interrupt(
     folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toptheta import harness
-    from toptheta.qa import run_qa
+    from toptheta.eval import lm_eval_model as harness
+    from toptheta.eval.tasks.qa import run_qa
 
     options = {"k": (16, 32), "calibrate_only": True, "calib_dump_samples": True}
     score, calls = harness.TopThetaLM._score, []
@@ -333,7 +337,7 @@ def arc_rows(folder: Path, split: str, count: int) -> None:
 
 def test_calibration_on_another_task(folder_model: str, here: Path) -> None:
     """Evaluates the bundled task with the tables that the other task's own run calibrates."""
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     arc_rows(here / "data" / "arc_easy", "train", 30)
     local = {"data_dir": str(here / "data")}
@@ -358,8 +362,8 @@ def test_calibration_on_another_task(folder_model: str, here: Path) -> None:
 @pytest.mark.parametrize("dataset", ["openai_humaneval", "perplexity"])
 def test_generation_calibrates_on_a_task(folder_model: str, here: Path, dataset: str) -> None:
     """gen_llama.py's tables of --calib_task are those of test_llama.py."""
-    from toptheta.generate import run_generation
-    from toptheta.qa import run_qa
+    from toptheta.eval.generate import run_generation
+    from toptheta.eval.tasks.qa import run_qa
 
     arc_rows(here / "data" / "arc_easy", "train", 30)
     local = {"data_dir": str(here / "data"), "calibrate_only": True}
@@ -378,8 +382,8 @@ def test_generation_calibrates_on_a_task(folder_model: str, here: Path, dataset:
 
 
 def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
-    from toptheta.generate import run_generation
-    from toptheta.qa import run_qa
+    from toptheta.eval.generate import run_generation
+    from toptheta.eval.tasks.qa import run_qa
 
     arc_rows(here / "data" / "arc_challenge", "test", 3)
     for changes, message in (

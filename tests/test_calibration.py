@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from topk_llama import set_params, update_model
-from toptheta.calibration import RunningSums, draw_rows, sample_count
-from toptheta.errors import UsageError
-from toptheta.llama import patched_layers
-from toptheta.lookup import nearest_lookup
-from toptheta.steering import begin_calibration, calibrated_tables, get_params
-from toptheta.tables import BINARY_NAME, load_tables, save_tables
+from toptheta.calibration.interpolation import nearest_lookup
+from toptheta.calibration.sampler import RunningSums, draw_rows, sample_count
+from toptheta.calibration.tables import BINARY_NAME, load_tables, save_tables
+from toptheta.models.control import begin_calibration, calibrated_tables, get_params
+from toptheta.models.patch import patched_layers
+from toptheta.util.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("path")
 

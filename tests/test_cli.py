@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from toptheta.cli import parse_settings, shared_flags
-from toptheta.errors import UsageError
-from toptheta.models import find_model
-from toptheta.settings import GenSettings, QASettings, Settings, label, settings_from_json
-from toptheta.tasks import TASKS, check_task, task_configs
+from toptheta.eval.cli import parse_settings, shared_flags
+from toptheta.eval.settings import GenSettings, QASettings, Settings, label, settings_from_json
+from toptheta.eval.tasks.lm_eval_tasks import TASKS, check_task, task_configs
+from toptheta.models.loading import find_model
+from toptheta.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,7 +160,7 @@ def test_sigterm_is_an_interrupt() -> None:
     """A cluster's notice before it kills a job: the job saves what it has, as at Ctrl-C."""
     script = (
         "import os, signal, time\n"
-        "from toptheta.cli import run_main\n"
+        "from toptheta.eval.cli import run_main\n"
         "def main():\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"

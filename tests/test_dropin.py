@@ -10,11 +10,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.conftest import tiny_config
 from topk_llama import TopK_LLamaAttention, restore_model, set_params, update_model
-from toptheta.attention import LayerSpec
-from toptheta.errors import UsageError
-from toptheta.llama import patched_layers
-from toptheta.statistics import Recorder
-from toptheta.steering import record_statistics
+from toptheta.attention.reference import LayerSpec
+from toptheta.models.control import record_statistics
+from toptheta.models.patch import patched_layers
+from toptheta.models.recorder import Recorder
+from toptheta.util.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("path")
 

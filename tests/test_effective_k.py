@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toptheta.plots import read
 from transformers import DynamicCache, LlamaForCausalLM
 
 from tests import reference
@@ -15,19 +16,20 @@ from tests.conftest import tiny_config
 from tests.test_cli import parse
 from tests.test_kernels_cpu import KINDS, K, case, inputs, needs_kernel, tables
 from topk_llama import set_params, update_model
-from toptheta import effective, kernels, report
-from toptheta.attention import LayerSpec, sparse_attention
-from toptheta.errors import UsageError
-from toptheta.kernels import cpu
-from toptheta.plots import read
-from toptheta.plots.flags import check_request, plot_parser
-from toptheta.plots.report import draw_report
-from toptheta.plots.thresholds import FIGURES, INPUTS
-from toptheta.products import Cell
-from toptheta.rows import Rows
-from toptheta.settings import GenSettings, QASettings
-from toptheta.statistics import DECODE, PREFILL, LayerRecord, Recorder
-from toptheta.steering import record_statistics
+from toptheta.attention import effective_k as effective
+from toptheta.attention.reference import LayerSpec, sparse_attention
+from toptheta.attention.rows import Rows
+from toptheta.eval.cell import Cell
+from toptheta.eval.settings import GenSettings, QASettings
+from toptheta.kernels import registry as kernels
+from toptheta.kernels.cpu import backend as cpu
+from toptheta.models.control import record_statistics
+from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, Recorder
+from toptheta.report import tables as report
+from toptheta.report.plots.flags import check_request, plot_parser
+from toptheta.report.plots.report import draw_report
+from toptheta.report.plots.thresholds import FIGURES, INPUTS
+from toptheta.util.errors import UsageError
 
 HEADS, SCALE = (4, 2, 16), 0.25
 
@@ -207,7 +209,7 @@ def kept_lines(folder: Path, layer: int, phase: str) -> np.ndarray:
 
 def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Counts agree with the other statistics of the same run: batches of unlike lengths, some done early."""
-    from toptheta.generate import run_generation
+    from toptheta.eval.generate import run_generation
 
     monkeypatch.chdir(tmp_path)
     limits = {"num_tasks": 3, "max_seq_len": 230, "batch_size": 3, "calib_samples": 2}
@@ -251,8 +253,9 @@ def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a batch's model calls and resumed, with a partial folder for each batch."""
-    from toptheta import harness, products
-    from toptheta.qa import run_qa
+    from toptheta.eval import cell as products
+    from toptheta.eval import lm_eval_model as harness
+    from toptheta.eval.tasks.qa import run_qa
 
     def settings(output: str) -> QASettings:
         return QASettings(

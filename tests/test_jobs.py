@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from toptheta.errors import UsageError
-from toptheta.settings import GenSettings, QASettings
+from toptheta.eval.settings import GenSettings, QASettings
+from toptheta.util.errors import UsageError
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def qa_settings(folder_model: str, **changes) -> QASettings:
 
 
 def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> None:
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     results = run_qa(qa_settings(folder_model))
     assert [r["method"] for r in results] == ["Top-theta K=16", "Top-k K=16", "dense"]
@@ -89,7 +89,7 @@ def test_shared_prompts_equal_the_stock_harness(folder_model: str, here: Path) -
     ones."""
     from lm_eval.api.registry import get_model
 
-    import toptheta.harness  # noqa: F401
+    import toptheta.eval.lm_eval_model  # noqa: F401
     from topk_llama import set_params, update_model
 
     texts = [
@@ -120,8 +120,8 @@ def test_shared_prompts_equal_the_stock_harness(folder_model: str, here: Path) -
 @pytest.mark.parametrize("stop_after", [2, 6])
 def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """Interrupted while calibrating (2) or evaluating (6), then resumed: the same results as in one go."""
-    from toptheta import harness
-    from toptheta.qa import run_qa
+    from toptheta.eval import lm_eval_model as harness
+    from toptheta.eval.tasks.qa import run_qa
 
     settings = qa_settings(folder_model, mode=(0, 3), output_dir="straight")
     straight = run_qa(settings)
@@ -154,8 +154,9 @@ def test_several_k_are_calibrated_in_one_pass(
 ) -> None:
     """Without calib_tac the prompts run once for all K, with the tables of separate runs; with it once for
     each."""
-    from toptheta import qa, run
-    from toptheta.tables import load_tables
+    from toptheta.calibration.tables import load_tables
+    from toptheta.eval import run
+    from toptheta.eval.tasks import qa
 
     passes = []
     begin = run.begin_calibration
@@ -177,7 +178,7 @@ def test_several_k_are_calibrated_in_one_pass(
 
 
 def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     with pytest.raises(
         UsageError, match="no row longer than K=900 in layer 0: the calibration prompts had up to"
@@ -188,7 +189,7 @@ def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
 def test_generation(folder_model: str, here: Path) -> None:
     """Completions in batches are those made one by one, and scored later as at once; a finished run is not
     repeated."""
-    from toptheta.generate import run_generation, score_folder
+    from toptheta.eval.generate import run_generation, score_folder
 
     values = {
         "llama": folder_model,
@@ -234,8 +235,8 @@ def test_generation_calibrates_on_tasks_not_on_samples(
     folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """With several samples a task, each calibration prompt is another task's; and it is said which."""
-    from toptheta import generate
-    from toptheta.humaneval_job import HumanEvalJob
+    from toptheta.eval import generate
+    from toptheta.eval.tasks.humaneval_job import HumanEvalJob
 
     once, seen = HumanEvalJob.run, []
 
@@ -253,8 +254,8 @@ def test_generation_calibrates_on_tasks_not_on_samples(
 
 
 def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toptheta import generate
-    from toptheta.humaneval_job import HumanEvalJob
+    from toptheta.eval import generate
+    from toptheta.eval.tasks.humaneval_job import HumanEvalJob
 
     values = {
         "llama": folder_model,
@@ -287,7 +288,7 @@ def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.M
 
 def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
     """Stock tasks from local rows: one question each of several kinds, calibration on another split."""
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     for task in ("arc_easy", "hellaswag", "mmlu"):
         settings = qa_settings(
@@ -307,7 +308,7 @@ def test_several_tasks(
     folder_model: str, here: Path, local_data: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Multiple choice and generation in one run: a folder and a table for each, resumed where it stopped."""
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     settings = qa_settings(
         folder_model,
@@ -341,7 +342,7 @@ def test_several_tasks(
 
 def test_any_other_task_by_name(folder_model: str, here: Path) -> None:
     """A task of the harness that no table here knows, on rows of its format."""
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     folder = here / "data" / "sciq"
     folder.mkdir(parents=True)
@@ -365,7 +366,7 @@ def test_any_other_task_by_name(folder_model: str, here: Path) -> None:
 
 @pytest.mark.parametrize("task", ["arc_easy,arc_easy", "arc_easy,", "arc_easyy,hellaswag"])
 def test_wrong_lists_of_tasks(folder_model: str, here: Path, task: str) -> None:
-    from toptheta.qa import run_qa
+    from toptheta.eval.tasks.qa import run_qa
 
     with pytest.raises(UsageError, match="--task"):
         run_qa(qa_settings(folder_model, task=task))
@@ -374,9 +375,9 @@ def test_wrong_lists_of_tasks(folder_model: str, here: Path, task: str) -> None:
 
 def test_generation_calibrated_on_a_qa_task(folder_model: str, here: Path) -> None:
     """Thresholds of another task's prompts: the same as test_llama.py --calibrate_only finds on them."""
-    from toptheta.generate import run_generation
-    from toptheta.qa import run_qa
-    from toptheta.tables import load_tables
+    from toptheta.calibration.tables import load_tables
+    from toptheta.eval.generate import run_generation
+    from toptheta.eval.tasks.qa import run_qa
 
     shared = {"mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3, "device": "cpu"}
     settings = GenSettings(

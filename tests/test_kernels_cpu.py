@@ -1,4 +1,4 @@
-"""The CPU kernel against plain PyTorch (toptheta/attention.py): outputs, counts, calibration samples and
+"""The CPU kernel against plain PyTorch (attention/reference.py): outputs, counts, calibration samples and
 building.
 
 Queries and keys are small multiples of powers of two, so that scores are exact in float32 whatever the
@@ -19,12 +19,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from toptheta import kernels
-from toptheta.attention import Block, LayerSpec, mean_of_visible, per_row, sparse_attention, sparse_weights
-from toptheta.calibration import LayerCalibration
-from toptheta.errors import UsageError
-from toptheta.kernels import cpu
-from toptheta.rows import Rows, rows_of, toptheta_mask
+from toptheta.attention.reference import (
+    Block,
+    LayerSpec,
+    mean_of_visible,
+    per_row,
+    sparse_attention,
+    sparse_weights,
+)
+from toptheta.attention.rows import Rows, rows_of, toptheta_mask
+from toptheta.calibration.sampler import LayerCalibration
+from toptheta.kernels import registry as kernels
+from toptheta.kernels.cpu import backend as cpu
+from toptheta.util.errors import UsageError
 
 K, SCALE = 12, 0.125
 SDC = [("none", 1.0), ("exact", 1.0), ("exact", 0.5), ("exp-threshold", 0.7), ("offline-calibrated", 1.3)]
@@ -388,9 +395,7 @@ def test_failing_compiler_names_the_error(monkeypatch, tmp_path):
 
 @needs_kernel
 def test_two_processes_build_once(tmp_path):
-    script = (
-        "from toptheta.kernels import cpu; library = cpu.load(); assert not isinstance(library, str), library"
-    )
+    script = "from toptheta.kernels.cpu import backend as b; assert not isinstance(b.load(), str), b.load()"
     env = os.environ | {"TOPTHETA_CACHE": str(tmp_path)}
     started = [
         subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch (toptheta/attention.py): outputs and counts.
+"""The Triton kernels against plain PyTorch (toptheta/attention/reference.py): outputs and counts.
 
 On a GPU the tests run as they are. Without one they run in Triton's interpreter, which has to be chosen
 before Triton is imported (transformers does that): `test_in_the_interpreter` runs this file and its sisters,
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from tests.test_kernels_cpu import SCALE, SPECS, K, case, in_float64, inputs, tables
-from toptheta.attention import LayerSpec, mean_of_visible, sparse_attention
-from toptheta.kernels import gpu
-from toptheta.rows import Rows, rows_of
+from toptheta.attention.reference import LayerSpec, mean_of_visible, sparse_attention
+from toptheta.attention.rows import Rows, rows_of
+from toptheta.kernels.triton import backend as gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HERE = gpu.INTERPRETED or DEVICE.type == "cuda"

@@ -14,12 +14,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.conftest import tiny_config
-from toptheta import chunked
-from toptheta.errors import UsageError
-from toptheta.llama import patched_layers, update_model
-from toptheta.settings import GenSettings, settings_from_json
-from toptheta.statistics import Recorder
-from toptheta.steering import record_statistics, set_params
+from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.models import generation as chunked
+from toptheta.models.control import record_statistics, set_params
+from toptheta.models.patch import patched_layers, update_model
+from toptheta.models.recorder import Recorder
+from toptheta.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS: dict[str, dict[str, Any]] = {
@@ -159,7 +159,7 @@ def only_run(root: Path) -> Path:
 
 def test_perplexity(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> None:
     """The table against the metric, chunks against none, calibration on other windows, a resumed run."""
-    from toptheta.generate import run_generation
+    from toptheta.eval.generate import run_generation
 
     base = settings(folder_model, dataset="perplexity", text="text.txt", num_tasks=3)
     results = run_generation(base)
@@ -192,7 +192,7 @@ def test_perplexity(folder_model: str, here: Path, capsys: pytest.CaptureFixture
 
 
 def test_perplexity_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toptheta.generate import run_generation
+    from toptheta.eval.generate import run_generation
 
     base = settings(folder_model, dataset="perplexity", text="text.txt", num_tasks=4, mode=(1,))
     straight = run_generation(base)
@@ -220,8 +220,8 @@ def test_perplexity_resumes(folder_model: str, here: Path, monkeypatch: pytest.M
 
 
 def test_needle(folder_model: str, here: Path, small_tokenizer) -> None:
-    from toptheta.generate import run_generation
-    from toptheta.needle import NeedleJob
+    from toptheta.eval.generate import run_generation
+    from toptheta.eval.tasks.needle import NeedleJob
 
     base = settings(
         folder_model, dataset="needle", needle_lengths=(200, 128), needle_depths=(0, 100), mode=(0, 3),
@@ -254,7 +254,7 @@ def test_needle(folder_model: str, here: Path, small_tokenizer) -> None:
 
 def score(job, reply: str) -> list[dict[str, Any]]:
     """The answers of a job whose model replies `reply`."""
-    from toptheta import genjob
+    from toptheta.eval.tasks import base as genjob
 
     was = genjob.reply
     genjob.reply = lambda *_: [{"key": job.items[0].key, "reply": reply}]
@@ -281,8 +281,8 @@ def longbench_rows(folder: Path, counts: dict[str, int]) -> None:
 
 def test_longbench(folder_model: str, here: Path, small_tokenizer) -> None:
     """Truncation in the middle, calibration on other rows, predictions and score."""
-    from toptheta.generate import run_generation
-    from toptheta.longbench import LongBenchJob
+    from toptheta.eval.generate import run_generation
+    from toptheta.eval.tasks.longbench import LongBenchJob
 
     longbench_rows(here / "data" / "longbench_qmsum", {"test": 3, "train": 4})
     base = settings(
@@ -316,7 +316,7 @@ def test_longbench(folder_model: str, here: Path, small_tokenizer) -> None:
 
 def test_longbench_chat(here: Path, small_tokenizer) -> None:
     """The template stays whole around a prompt that was cut, and both fit together."""
-    from toptheta.longbench import LongBenchJob
+    from toptheta.eval.tasks.longbench import LongBenchJob
 
     longbench_rows(here / "data" / "longbench_qmsum", {"test": 3, "train": 1})
     base = settings("smollm2", dataset="longbench_qmsum", data_dir="data", apply_chat_template=True,
@@ -330,7 +330,7 @@ def test_rouge_is_longbench_s() -> None:
     """As `Rouge().get_scores([p], [r], avg=True)["rouge-l"]["f"]`, the best reference, 0 for no words."""
     from rouge import Rouge
 
-    from toptheta.longbench import rouge_l
+    from toptheta.eval.tasks.longbench import rouge_l
 
     texts = ("the cat sat on the mat", "a dog ran. the cat sat", "nothing alike")
     expected = [Rouge().get_scores([texts[0]], [text], avg=True)["rouge-l"]["f"] for text in texts]
@@ -345,7 +345,7 @@ def test_longbench_from_the_hub(here: Path, small_tokenizer, monkeypatch: pytest
     """The hub's zip file; without train rows the first rows calibrate and are not evaluated."""
     import huggingface_hub
 
-    from toptheta import longbench
+    from toptheta.eval.tasks import longbench
 
     longbench_rows(here / "rows", {"test": 23})
     with zipfile.ZipFile("data.zip", "w") as archive:
@@ -359,7 +359,7 @@ def test_longbench_from_the_hub(here: Path, small_tokenizer, monkeypatch: pytest
 
 
 def test_local_longbench(local_data: Path, small_tokenizer) -> None:
-    from toptheta.longbench import LongBenchJob
+    from toptheta.eval.tasks.longbench import LongBenchJob
 
     for name, test, train in (("longbench_qmsum", 10, 6), ("longbench_gov_report", 5, 3)):
         job = LongBenchJob(
@@ -391,7 +391,7 @@ def test_flags_that_make_no_sense(here: Path, changes: dict, message: str) -> No
 
 
 def test_data_that_makes_no_sense(here: Path, folder_model: str) -> None:
-    from toptheta.generate import run_generation
+    from toptheta.eval.generate import run_generation
 
     (here / "short.txt").write_text("A few words.")
     (here / "latin.txt").write_bytes("Müller".encode("latin-1"))

@@ -14,15 +14,15 @@ from nbclient.exceptions import CellExecutionError
 
 from notebooks.execute import execute as execute_book
 from tests.test_plots import make_products
-from toptheta.calib_samples import write_calibration_samples
-from toptheta.errors import UsageError
-from toptheta.files import write_text
-from toptheta.plots.kept import draw_size_by_length
-from toptheta.plots.notebook import open_folder, show
-from toptheta.plots.perplexity import draw_perplexity, perplexity_figure
-from toptheta.plots.popularity import popularity_figure, split_generations
-from toptheta.plots.read import read_popularities, read_results_by_task, read_task_results
-from toptheta.plots.samples import samples_figure
+from toptheta.calibration.kept_samples import write_calibration_samples
+from toptheta.report.plots.kept import draw_size_by_length
+from toptheta.report.plots.notebook import open_folder, show
+from toptheta.report.plots.perplexity import draw_perplexity, perplexity_figure
+from toptheta.report.plots.popularity import popularity_figure, split_generations
+from toptheta.report.plots.read import read_popularities, read_results_by_task, read_task_results
+from toptheta.report.plots.samples import samples_figure
+from toptheta.util.errors import UsageError
+from toptheta.util.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from toptheta.errors import UsageError
 from toptheta.plots import read
+
+from toptheta.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_TABLE = ROOT.parent / "shared/golden/calibration/pre-softmax_tac1_sigma0.1_offline-calibrated.th.txt.gz"
@@ -156,7 +156,8 @@ def test_scripts_start_fast_and_without_torch(plain: Path) -> None:
     assert run_script("plot_gen_llama.py", "--help").returncode == 0
     assert time.monotonic() - start < 5
     code = (
-        "import sys, toptheta.plots.thresholds, toptheta.plots.generation, toptheta.plots.tradeoff\n"
+        "import sys, toptheta.report.plots.thresholds\n"
+        "import toptheta.report.plots.generation, toptheta.report.plots.tradeoff\n"
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run(

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toptheta.errors import UsageError
-from toptheta.plots.tradeoff import draw_tradeoff, tradeoff_figure
+from toptheta.report.plots.tradeoff import draw_tradeoff, tradeoff_figure
+from toptheta.util.errors import UsageError
 
 
 def result_of(method: str, mode: int, k: int | None, accuracy: float, kept: float | None) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from toptheta.sandbox import (
+from toptheta.eval.sandbox.run import (
     ISOLATION,
     Limits,
     Outcome,
@@ -298,7 +298,7 @@ def test_many_programs_keep_their_order(capsys):
 def test_control_c_ends_what_runs(call):
     name = f"tt{secrets.token_hex(5)}"
     script = (
-        "from toptheta.sandbox import Limits, run_program, run_programs\n"
+        "from toptheta.eval.sandbox.run import Limits, run_program, run_programs\n"
         f"source, limits = {daemon(name, 'time.sleep(60)')!r}, Limits(wall_s=50.0)\n{call}"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -4,7 +4,7 @@ import pytest
 
 from bench.builds import SHARED_OF_ONE, build, kernels
 from tests.test_kernels_triton import HAS_TRITON, needs_triton
-from toptheta.kernels import gpu
+from toptheta.kernels.triton import backend as gpu
 
 KERNELS = kernels() if HAS_TRITON and not gpu.INTERPRETED else {}
 
@@ -14,7 +14,7 @@ KERNELS = kernels() if HAS_TRITON and not gpu.INTERPRETED else {}
 @pytest.mark.parametrize("name", KERNELS)
 def test_builds_for_hopper_without_spills_in_loops(name):
     """As many of the decode kernels fit on a processor as the splits are made for."""
-    from toptheta.kernels import triton_decode
+    from toptheta.kernels.triton import decode as triton_decode
 
     function, constants, options = KERNELS[name]
     made = build(function, constants, options)

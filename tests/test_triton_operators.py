@@ -14,13 +14,14 @@ from tests.test_dropin import SPARSE, steer, tokens
 from tests.test_kernels_cpu import SCALE, K, tables
 from tests.test_kernels_triton import DEVICE, FEW, HERE, draw, here, needs_triton, on_device
 from topk_llama import TopThetaCache
-from toptheta import kernels
-from toptheta.attention import LayerSpec
-from toptheta.errors import UsageError
-from toptheta.kernels import gpu, two_tier
-from toptheta.rows import rows_of
-from toptheta.statistics import Recorder
-from toptheta.steering import record_statistics
+from toptheta.attention.reference import LayerSpec
+from toptheta.attention.rows import rows_of
+from toptheta.kernels import int8_keys as two_tier
+from toptheta.kernels import registry as kernels
+from toptheta.kernels.triton import backend as gpu
+from toptheta.models.control import record_statistics
+from toptheta.models.recorder import Recorder
+from toptheta.util.errors import UsageError
 
 
 @here
@@ -209,7 +210,8 @@ def test_decode_benchmark_runs(monkeypatch):
 def test_tuning_runs(kind, monkeypatch):
     """Other tiles give the same outputs and leave nothing changed; what cannot be run is told, and last."""
     from bench import attention_gpu, tune_gpu  # which need Triton
-    from toptheta.kernels import triton_decode, triton_prefill
+    from toptheta.kernels.triton import decode as triton_decode
+    from toptheta.kernels.triton import prefill as triton_prefill
 
     monkeypatch.setitem(MODELS, tune_gpu.MODEL, (4, 2, 32))
     monkeypatch.setattr(attention_gpu, "DTYPE", torch.float16)

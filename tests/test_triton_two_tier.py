@@ -1,4 +1,4 @@
-"""The two-tier K (toptheta/kernels/two_tier.py): what is kept must be what all of K keeps, always."""
+"""The two-tier K (toptheta/kernels/int8_keys.py): what is kept must be what all of K keeps, always."""
 
 import math
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tests.test_kernels_cpu import SCALE, K, case, tables
 from tests.test_kernels_triton import DEVICE, draw, here, on_device
-from toptheta.attention import LayerSpec
-from toptheta.kernels import gpu, two_tier
-from toptheta.rows import Rows, rows_of
+from toptheta.attention.reference import LayerSpec
+from toptheta.attention.rows import Rows, rows_of
+from toptheta.kernels import int8_keys as two_tier
+from toptheta.kernels.triton import backend as gpu
 
 
 def both_tiers(q, k, v, rows: Rows, spec: LayerSpec, theta: Tensor, table: Tensor | None = None):

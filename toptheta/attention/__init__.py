@@ -1,0 +1,1 @@
+"""One attention call: its rows, the reference, what it counts. Knows nothing of transformers."""

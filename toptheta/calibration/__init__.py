@@ -1,0 +1,1 @@
+"""From samples of rows to tables of thresholds."""

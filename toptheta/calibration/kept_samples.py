@@ -1,0 +1,37 @@
+"""The file of single calibration samples, for histograms: calib_samples.safetensors in a cell's folder."""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from toptheta.util.errors import UsageError
+from toptheta.util.files import atomic_path
+
+SAMPLES_NAME = "calib_samples.safetensors"
+Samples = dict[int, tuple[np.ndarray, np.ndarray]]  # by layer: row lengths int32 [S], values float32 [S, H]
+
+
+def write_calibration_samples(folder: Path | str, samples: Samples) -> None:
+    """Write the samples of a cell as arrays `{layer}.n` and `{layer}.values`."""
+    arrays = {}
+    for layer, (n, values) in samples.items():
+        arrays[f"{layer}.n"] = np.ascontiguousarray(n, dtype=np.int32)
+        arrays[f"{layer}.values"] = np.ascontiguousarray(values, dtype=np.float32)
+    with atomic_path(Path(folder) / SAMPLES_NAME) as temporary:
+        save_file(arrays, temporary)
+
+
+def read_calibration_samples(folder: Path | str) -> Samples:
+    """The samples of a cell: layer -> row lengths int32 `[S]` and (K+1)-th largest scores, or weights,
+    float32 `[S, H]`. Raises UsageError when the folder has none, or the file is damaged."""
+    path = Path(folder) / SAMPLES_NAME
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no {SAMPLES_NAME}: calibrate with --calib_dump_samples.")
+    try:
+        arrays = load_file(path)
+        layers = sorted(int(name.removesuffix(".n")) for name in arrays if name.endswith(".n"))
+        return {layer: (arrays[f"{layer}.n"], arrays[f"{layer}.values"]) for layer in layers}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({error}): remove it, and calibrate anew.") from None

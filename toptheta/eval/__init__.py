@@ -1,0 +1,1 @@
+"""A run: settings, the loop over cells, data sets, what is kept of it."""

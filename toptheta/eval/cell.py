@@ -1,0 +1,299 @@
+"""Products of a run: folders, the published project's files, answers that survive a crash (DESIGN section 5).
+
+A run's folder is `products/<timestamp>`. A run of several settings keeps one sub-folder per cell in it. While
+a cell is under way, what is finished lies in `partial/NNNNN/` folders, each written whole; `finish` joins
+them. A cell without `results.json` is unfinished.
+"""
+
+import csv
+import gzip
+import io
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from toptheta.attention import effective_k as effective
+from toptheta.models.recorder import DECODE, PREFILL, LayerRecord
+from toptheta.util.files import atomic_path, write_json, write_text
+
+CHECKPOINT_SECONDS = 20.0
+HISTOGRAMS = "effective_k.npz"  # of a partial folder: arrays {phase}/{layer}
+EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0}
+
+
+def timestamp() -> str:
+    """Now, in the published project's form: 2024-04-29_17-29-01_774054."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, git commit and device that a run depends on, for config.json."""
+    import lm_eval
+    import torch
+    import transformers
+
+    import toptheta
+
+    try:
+        root = Path(toptheta.__file__).parent.parent
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:
+        commit = ""
+    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else _cpu_name()
+    return {
+        "toptheta": toptheta.__version__,
+        "git_commit": commit or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lm_eval": getattr(lm_eval, "__version__", None),
+        "device": device,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Cell:
+    """One setting's product folder. answers: what is done so far, by request key; kept: totals by phase;
+    effective_k: whether single rows are counted, which is Top-theta's alone too."""
+
+    def __init__(self, path: Path, ratio_to_k: tuple[int, ...] | None = None, effective_k: bool = False):
+        self.path = path
+        self.ratio_to_k = ratio_to_k  # K per layer for layer{i}.txt, which is Top-theta's alone
+        self.effective_k = effective_k and ratio_to_k is not None
+        self.answers: dict[str, Any] = {}
+        self.kept: dict[str, dict[str, int]] = {}
+        self.seconds = 0.0
+        self._lines: dict[str, list[str]] = {}
+        self._new_answers: dict[str, Any] = {}
+        self._new_kept: dict[str, dict[str, int]] = {}
+        self._new_histograms: dict[str, np.ndarray] = {}
+        self._since = time.monotonic()
+        for chunk in self._chunks():
+            saved = json.loads((chunk / "answers.json").read_text())
+            self.answers.update(saved["answers"])
+            self.seconds += saved["seconds"]
+            _add_kept(self.kept, saved["kept"])
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "results.json").is_file()
+
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.path / "results.json").read_text())
+
+    def start_clock(self) -> None:
+        """Time from here on counts as this cell's evaluation."""
+        self._since = time.monotonic()
+
+    def add(
+        self,
+        answers: dict[str, Any],
+        prefill: dict[int, LayerRecord],
+        decode: dict[int, list[LayerRecord]],
+        decode_steps: np.ndarray | None = None,
+    ) -> None:
+        """Take a finished request's answers and counts; decode_steps `[B]`: how many steps of each sequence
+        count."""
+        self.answers.update(answers)
+        self._new_answers.update(answers)
+        for layer, record in prefill.items():
+            self._take(layer, PREFILL, record, record.n > 0)
+            if self.effective_k and record.histogram is not None:
+                _add_histograms(self._new_histograms, {f"{PREFILL}/{layer}": record.histogram})
+            if layer == min(prefill):
+                self.add_lines("sequence_lengths_per_example.csv", [f"{n}\n" for n in record.n if n > 0])
+        for layer, steps in decode.items():
+            n = np.stack([record.n for record in steps])  # [steps, B]
+            live = n > 0
+            if decode_steps is not None:
+                live &= np.arange(len(steps))[:, None] < decode_steps
+            for step, record in enumerate(steps):
+                self._take(layer, DECODE, record, live[step])
+            if self.effective_k:
+                self._count_steps(layer, steps, n, live)
+        if time.monotonic() - self._since > CHECKPOINT_SECONDS:
+            self.checkpoint()
+
+    def add_lines(self, name: str, lines: list[str]) -> None:
+        """Append lines to a product file (a name ending in .gz is compressed)."""
+        self._lines.setdefault(name, []).extend(lines)
+
+    def _take(self, layer: int, phase: str, record: LayerRecord, live: np.ndarray) -> None:
+        attn, vrow, ratio, popularity = [], [], [], []
+        totals = self._new_kept.setdefault(phase, dict(EMPTY_KEPT))
+        for b in np.flatnonzero(live):
+            n, full, topk = int(record.n[b]), int(record.full[b]), int(record.topk[b])
+            for head, kept in enumerate(record.attn[b].tolist()):
+                attn.append(f"{layer},{head},{n},{kept},{full}\n")
+                if self.ratio_to_k is not None:
+                    k = self.ratio_to_k[layer]
+                    ratio.append(f"L{layer}_H{head}:{n} {k} {phase} {kept / topk if topk else 1.0:.6g}\n")
+            for group, kept in enumerate(record.vrow[b].tolist()):
+                vrow.append(f"{layer},{group},{n},{kept},{n}\n")
+                if record.popularity is not None:
+                    counts = record.popularity[b, group, :n].tolist()
+                    popularity.append(f"{layer},{group},{n},{counts}\n")
+            totals["attn_kept"] += int(record.attn[b].sum())
+            totals["attn_full"] += full * record.attn.shape[1]
+            totals["vrow_kept"] += int(record.vrow[b].sum())
+            totals["vrow_full"] += n * record.vrow.shape[1]
+        self.add_lines(f"layer{layer}_kept_attn_{phase}.csv.gz", attn)
+        self.add_lines(f"layer{layer}_kept_vrow_{phase}.csv.gz", vrow)
+        if ratio:
+            self.add_lines(f"layer{layer}.txt.gz", ratio)
+        if popularity:
+            self.add_lines(f"layer{layer}_kept_vrow_popularities_{phase}.txt.gz", popularity)
+
+    def _count_steps(self, layer: int, steps: list[LayerRecord], n: np.ndarray, live: np.ndarray) -> None:
+        """Add decode rows to the histogram of a layer, unless it is left dense."""
+        assert self.ratio_to_k is not None
+        k = self.ratio_to_k[layer]
+        if k > 0:
+            histogram = effective.empty_histogram()
+            kept = torch.from_numpy(np.stack([record.attn for record in steps])).transpose(1, 2)
+            effective.count_rows(histogram, kept, torch.from_numpy(n), torch.from_numpy(live & (n > k)))
+            _add_histograms(self._new_histograms, {f"{DECODE}/{layer}": histogram.numpy()})
+
+    def checkpoint(self) -> None:
+        """Write what came since the last checkpoint as one more partial folder, whole or not at all."""
+        now = time.monotonic()
+        if self._new_answers:
+            partial = self.path / "partial"
+            partial.mkdir(parents=True, exist_ok=True)
+            number = len(self._chunks())
+            temporary = partial / f".{number:05d}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name, lines in self._lines.items():
+                data = "".join(lines).encode()
+                (temporary / name).write_bytes(
+                    gzip.compress(data, 3, mtime=0) if name.endswith(".gz") else data
+                )
+            if self._new_histograms:
+                np.savez_compressed(temporary / HISTOGRAMS, **self._new_histograms)  # type: ignore[arg-type]
+            saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": now - self._since}
+            (temporary / "answers.json").write_text(json.dumps(saved))
+            temporary.rename(partial / f"{number:05d}")
+            self.seconds += now - self._since
+            _add_kept(self.kept, self._new_kept)
+            self._lines, self._new_answers, self._new_kept, self._new_histograms = {}, {}, {}, {}
+        self._since = now
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Join the partial folders into the product files and write results.json, last.
+
+        With effective_k, results also get that: what effective.overall says of each phase.
+        """
+        self.checkpoint()
+        chunks = self._chunks()
+        names = sorted(
+            {file.name for chunk in chunks for file in chunk.iterdir()} - {"answers.json", HISTOGRAMS}
+        )
+        for name in names:
+            with atomic_path(self.path / name) as temporary, open(temporary, "wb") as joined:
+                for chunk in chunks:
+                    if (chunk / name).is_file():  # gzip members may simply follow each other
+                        joined.write((chunk / name).read_bytes())
+        if self.effective_k:
+            results["effective_k"] = self._write_effective_k(chunks)
+        write_json(self.path / "results.json", results)
+        shutil.rmtree(self.path / "partial", ignore_errors=True)
+
+    def _write_effective_k(self, chunks: list[Path]) -> list[dict[str, Any]]:
+        """Write effective_k.csv from the histograms of all partial folders; returns what is to be told."""
+        assert self.ratio_to_k is not None
+        ks, totals = self.ratio_to_k, dict[str, np.ndarray]()
+        for chunk in chunks:
+            if (chunk / HISTOGRAMS).is_file():
+                with np.load(chunk / HISTOGRAMS) as saved:
+                    _add_histograms(totals, dict(saved))
+        rows, told = list[dict[str, Any]](), list[dict[str, Any]]()
+        for phase in (PREFILL, DECODE):
+            found = {
+                layer: totals[f"{phase}/{layer}"] for layer in range(len(ks)) if f"{phase}/{layer}" in totals
+            }
+            for layer, histogram in found.items():
+                rows += effective.by_length(histogram, layer, phase, ks[layer])
+            told += effective.overall(found, phase, ks)
+        text = io.StringIO()
+        table = csv.DictWriter(text, effective.COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(self.path / "effective_k.csv", text.getvalue())
+        return told
+
+    def kept_fractions(self) -> dict[str, dict[str, float] | None]:
+        """Share of elements and V rows kept, by phase; None for a phase that did not occur. Call after
+        `checkpoint`."""
+        fractions: dict[str, dict[str, float] | None] = {}
+        for phase in (PREFILL, DECODE):
+            totals = self.kept.get(phase)
+            if not totals or not totals["attn_full"]:
+                fractions[phase] = None
+            else:
+                fractions[phase] = {
+                    what: totals[f"{what}_kept"] / totals[f"{what}_full"] for what in ("attn", "vrow")
+                }
+        return fractions
+
+    def _chunks(self) -> list[Path]:
+        partial = self.path / "partial"
+        return sorted(p for p in partial.iterdir() if p.name.isdigit()) if partial.is_dir() else []
+
+
+def _add_kept(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:
+    for phase, values in more.items():
+        into = totals.setdefault(phase, dict(EMPTY_KEPT))
+        for name, value in values.items():
+            into[name] += value
+
+
+def _add_histograms(totals: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> None:
+    for name, histogram in more.items():
+        totals[name] = totals[name] + histogram if name in totals else histogram
+
+
+def append_result(results_dir: Path, name: str, text: str) -> Path:
+    """Append a human-readable result to `results_dir/name`, as the published project does; returns the
+    file."""
+    results_dir.mkdir(parents=True, exist_ok=True)
+    path = results_dir / name
+    with open(path, "a") as file:  # one write call: runs in parallel do not mix their lines
+        file.write(text)
+    return path
+
+
+def log_line(path: Path, text: str) -> None:
+    """Append one dated line to a run's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, apart from results on standard output."""
+    print(text, file=sys.stderr, flush=True)

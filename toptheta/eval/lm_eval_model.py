@@ -1,0 +1,229 @@
+"""The lm-eval side: a model class that patches its model, shares prompts between answers, and keeps what is
+done."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from toptheta.eval.cell import Cell
+from toptheta.models.control import record_statistics
+from toptheta.models.patch import update_model
+from toptheta.models.recorder import PREFILL, Recorder
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+@register_model("toptheta")
+class TopThetaLM(HFLM):
+    """HFLM over a patched model. cell: where answers and counts go, None while calibrating. description: of
+    the bar."""
+
+    def __init__(self, *args, **kwargs):
+        self.cell: Cell | None = None
+        self.recorder: Recorder | None = None
+        self.description = "Evaluating"
+        self.done: set[str] | None = None  # while calibrating: the requests that it has seen
+        self.after_batch = lambda: None
+        self._generated_lengths: list[int] = []
+        super().__init__(*args, **kwargs)
+
+    def _create_model(self, *args, **kwargs) -> None:
+        super()._create_model(*args, **kwargs)
+        update_model(self._model)
+
+    def start_recording(self, keep_popularity: bool, effective_k: bool = False) -> None:
+        """Count kept elements and V rows from now on."""
+        self.recorder = Recorder(self.config.num_attention_heads, keep_popularity, effective_k)
+        record_statistics(self.model, self.recorder)
+
+    def stop_recording(self) -> None:
+        self.recorder = None
+        record_statistics(self.model, None)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy?) of every continuation. Answers to one prompt share its pass through the
+        model.
+
+        Unlike the stock version, padding is masked: it must reach neither calibration nor statistics.
+        """
+        keys = [_key(context, continuation) for _, context, continuation in requests]
+        answers: dict[str, Any] = {}
+        if self.cell is not None:
+            answers = self.cell.answers
+            self.cell.start_clock()
+        todo: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+        for key, (_, context, continuation) in zip(keys, requests):
+            if key not in answers and key not in (self.done or ()):
+                context, continuation = self._fit(context, continuation)
+                todo.setdefault(tuple(context), {})[key] = tuple(continuation)
+        bar = tqdm(
+            total=len(requests), desc=self.description, disable=disable_tqdm or self.rank != 0, unit="answer"
+        )
+        bar.update(len(requests) - sum(len(group) for group in todo.values()))
+        for batch in self._batches(todo):
+            found = self._score(batch)
+            if self.cell is not None:
+                prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
+                self.cell.add(found, prefill, decode)
+            else:
+                answers.update(found)
+            if self.done is not None:
+                self.done.update(found)
+            self.after_batch()
+            bar.update(len(found))
+        bar.close()
+        results = [tuple(answers.get(key, (0.0, False))) for key in keys]
+        for (request, _, _), result in zip(requests, results):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, result)
+        return results
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Cut the prompt from the left where prompt and answer are longer than the model reads."""
+        excess = len(context) + len(continuation) - (self.max_length + 1)
+        return (context[excess:] if excess > 0 else context), continuation
+
+    def _batches(self, todo: dict) -> Iterator[list[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]]:
+        """Prompts of like length together, longest first: then memory runs out at once or not at all."""
+        groups = sorted(todo.items(), key=lambda item: (-len(item[0]), item[0]))
+        size = self.batch_size if isinstance(self.batch_size, int) else 1
+        for start in range(0, len(groups), size):
+            yield groups[start : start + size]
+
+    @torch.no_grad()
+    def _score(
+        self, batch: list[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
+    ) -> dict[str, tuple[float, bool]]:
+        """Log-likelihoods of all continuations of a batch of prompts: one pass over the prompts, one over the
+        answers."""
+        if self.recorder is not None:
+            self.recorder.phase = PREFILL
+        prompts = [list(context) for context, _ in batch]
+        tokens, mask = self._padded(prompts)
+        lengths = mask.sum(dim=1)
+        cache = DynamicCache(config=self.config)
+        hidden = self.model.model(
+            tokens, attention_mask=_unless_full(mask), past_key_values=cache, use_cache=True
+        )
+        last = hidden.last_hidden_state[torch.arange(len(batch), device=self.device), lengths - 1]
+        first_logits = self._log_probs(last)
+
+        owner = [i for i, (_, group) in enumerate(batch) for _ in group]
+        answers = [(key, answer) for _, group in batch for key, answer in group.items()]
+        rest_logits: Tensor | None = None
+        if any(len(answer) > 1 for _, answer in answers):
+            index = torch.tensor(owner, device=self.device)
+            cache.batch_select_indices(index)
+            if self.recorder is not None:
+                self.recorder.repeat(index)
+            inputs, own_mask = self._padded([list(answer[:-1]) for _, answer in answers])
+            position_ids = lengths[index][:, None] + torch.arange(inputs.shape[1], device=self.device)
+            full_mask = torch.cat([mask[index], own_mask], dim=1)
+            hidden = self.model.model(
+                inputs,
+                attention_mask=_unless_full(full_mask),
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            rest_logits = self._log_probs(hidden.last_hidden_state)
+        found: dict[str, tuple[float, bool]] = {}
+        for row, (key, answer) in enumerate(answers):
+            logits = first_logits[owner[row]][None]
+            if rest_logits is not None:
+                logits = torch.cat([logits, rest_logits[row, : len(answer) - 1]])
+            target = torch.tensor(answer, device=logits.device)
+            greedy = bool((logits.argmax(dim=-1) == target).all())
+            found[key] = (float(logits.gather(1, target[:, None]).sum()), greedy)
+        return found
+
+    def _log_probs(self, hidden: Tensor) -> Tensor:
+        return torch.log_softmax(self.model.lm_head(hidden), dim=-1, dtype=self.softmax_dtype)
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids right-padded to one length, and the mask that is 1 on real tokens; both `[B, L]`."""
+        length = max(len(row) for row in rows)
+        tokens = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = 1
+        return tokens.to(self.device), mask.to(self.device)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generated texts, batch by batch, each kept as soon as it is done."""
+        keys = [_key([], self.tok_encode(r.args[0]), repr(sorted(r.args[1].items()))) for r in requests]
+        answers: dict[str, Any] = {}
+        if self.cell is not None:
+            answers = self.cell.answers
+            self.cell.start_clock()
+        todo = {
+            key: r for key, r in zip(keys, requests) if key not in answers and key not in (self.done or ())
+        }
+        order = sorted(todo, key=lambda key: (-len(todo[key].args[0]), key))
+        size = self.batch_size if isinstance(self.batch_size, int) else 1
+        bar = tqdm(
+            total=len(requests), desc=self.description, disable=disable_tqdm or self.rank != 0, unit="text"
+        )
+        bar.update(len(requests) - len(todo))
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            if self.recorder is not None:
+                self.recorder.phase = None
+            self._generated_lengths = []
+            texts = super().generate_until([todo[key] for key in batch], disable_tqdm=True)
+            found = dict(zip(batch, texts))
+            if self.cell is not None:
+                prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
+                self.cell.add(found, prefill, decode, np.array(self._generated_lengths) - 1)
+            else:
+                answers.update(found)
+            if self.done is not None:
+                self.done.update(found)
+            self.after_batch()
+            bar.update(len(found))
+        bar.close()
+        return [answers.get(key, "") for key in keys]
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs
+    ) -> Tensor:
+        out = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        self._generated_lengths = generated_lengths(out[:, context.shape[1] :], self.eot_token_id)
+        return out
+
+
+def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
+    """Tokens of each row of generated `[B, T]` ids up to its first end-of-sequence token, that one included.
+
+    What follows is padding: generate() runs finished sequences on beside the others.
+    """
+    ends = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        ends |= tokens == token
+    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
+    return first.tolist()
+
+
+def _unless_full(mask: Tensor) -> Tensor | None:
+    """A mask that hides nothing is left out, which spares making the `[Q, KV]` one."""
+    return None if bool(mask.all()) else mask
+
+
+def _key(context: list[int], continuation: list[int], options: str = "") -> str:
+    """Names a request within one setting: what was asked, token by token."""
+    digest = hashlib.sha256(options.encode())
+    for part in (context, continuation):
+        digest.update(",".join(map(str, part)).encode() + b";")
+    return digest.hexdigest()[:24]

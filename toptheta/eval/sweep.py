@@ -1,0 +1,372 @@
+"""Sweeps: the cells of a table, which of them are finished, and the runs that the others need.
+
+A cell is one task, method and K. It is finished when any run under the output folder holds a result with the
+same settings, as far as they change an answer; so a sweep that was stopped goes on, and a table that gains a
+K runs only that.
+"""
+
+import fnmatch
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from toptheta.eval.cell import say, timestamp
+from toptheta.eval.cli import Parser, parse_settings
+from toptheta.eval.run import Run, is_under_way, product_folder, saved_run, task_parts
+from toptheta.eval.settings import GenSettings, QASettings, Settings, resolve_device
+from toptheta.eval.tasks.lm_eval_tasks import check_task
+from toptheta.methods.params import TOP_THETA, AttentionParams
+from toptheta.report.sweep_table import write_table
+from toptheta.util.errors import UsageError
+
+KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
+TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
+SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
+# Settings that change where, how fast or with what beside it an answer is computed, but not the answer.
+NO_EFFECT = {
+    "output_dir",
+    "device",
+    "batch_size",
+    "vrow_popularity",
+    "effective_k",
+    "calib_dump_samples",
+    "calibrate_only",
+    "prefill_chunk",
+}
+STOP_SECONDS = 120.0  # that runs get to save what they have when the sweep is stopped
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The flags of reproduce.py, as given."""
+
+    table: str | None = None
+    dry_run: bool = False
+    table_only: bool = False
+    only: str | None = None
+    samples: str | None = None
+    data_dir: str | None = None
+    jobs: str = "1"
+    slurm: str | None = None
+    slurm_hours: str = "24"
+    file: str | None = None
+    output_dir: str = "products"
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One row of a table. arguments: of the script, but for --k; k: None for dense."""
+
+    task: str
+    method: str
+    k: int | None
+    script: str
+    arguments: tuple[str, ...]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.method}" + ("" if self.k is None else f" K={self.k}")
+
+
+@dataclass
+class Found:
+    """What lies under the output folder. results: by key; unfinished: run folder -> script and missing keys;
+    under_way: keys that another process works on."""
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unfinished: dict[Path, tuple[str, set[str]]] = field(default_factory=dict)
+    under_way: set[str] = field(default_factory=set)
+
+
+def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], root: Path) -> int:
+    """The work of reproduce.py; returns the exit code. parsers: of each script; root: the scripts' folder."""
+    tables = _read_tables(Path(options.file) if options.file else root / "reproduce.json")
+    if options.table is None:
+        for name, entry in tables["tables"].items():
+            print(f"{name:32} {entry['title']}")
+        return 0
+    table = _choose(options.table, tables["tables"], "--table")
+    jobs = _whole("--jobs", options.jobs)
+    if options.data_dir and not Path(options.data_dir).is_dir():
+        raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
+    cells = _plan(table, tables["methods"], options, parsers)
+    if options.only:
+        cells = _only(cells, options.only)
+    found = scan(Path(options.output_dir), {cell.script for cell in cells})
+    commands = missing_runs(cells, found, options.output_dir)
+    done = sum(cell.key in found.results for cell in cells)
+    say(f"{table['title']}: {done} of {len(cells)} cells are finished, {len(commands)} runs are left.")
+    if options.dry_run:
+        for command in commands:
+            print(shlex.join(["python", *command]))
+        return 0
+    failed = 0
+    folder = Path(options.output_dir) / "tables" / options.table
+    if commands and not options.table_only:
+        if options.slurm:
+            hours = _whole("--slurm_hours", options.slurm_hours)
+            _submit(commands, root, folder / "logs", options.slurm, hours, table.get("gpus", 1))
+            return 0
+        failed = _run_all(commands, root, folder / "logs", jobs, table.get("gpus", 1))
+        found = scan(Path(options.output_dir), {cell.script for cell in cells})
+    rows = [(cell, found.results.get(cell.key)) for cell in cells]
+    if any(result is not None for _, result in rows):
+        write_table(folder, table["title"], options.table, rows)
+    else:
+        say("No cell is finished yet, so there is no table.")
+    if failed:
+        say(f"{failed} runs failed: their logs are in {folder / 'logs'}. The same command tries them again.")
+    return 1 if failed else 0
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    try:
+        tables = json.loads(path.read_text())
+        assert isinstance(tables["methods"], dict) and isinstance(tables["tables"], dict)
+        return tables
+    except OSError as error:
+        raise UsageError(f"--file {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(
+            f"--file {path} is no file of tables ({error}): it needs 'methods' and 'tables'."
+        ) from None
+
+
+def _choose(name: str, among: dict[str, Any], flag: str) -> Any:
+    if name in among:
+        return among[name]
+    near = get_close_matches(name, among, n=3, cutoff=0.4) or list(among)
+    raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near)}.")
+
+
+def _whole(flag: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"{flag} is {text!r}: give a whole number of at least 1.")
+    return int(text)
+
+
+def _plan(
+    table: dict[str, Any],
+    methods: dict[str, dict[str, Any]],
+    options: SweepOptions,
+    parsers: dict[str, Callable[[], Parser]],
+) -> list[SweepCell]:
+    """The table's cells, each checked like a command line. Raises UsageError."""
+    cells = []
+    for part in table["parts"]:
+        script = part["script"]
+        if script not in KINDS:
+            raise UsageError(f"reproduce.json: script {script!r} is none of {', '.join(KINDS)}.")
+        for task in part["tasks"]:
+            if script == "test_llama.py":
+                check_task(task, options.data_dir)
+            for method in part["methods"]:
+                flags = table.get("flags", {}) | part.get("flags", {})
+                flags |= _choose(method, methods, "reproduce.json: method")
+                flags[TASK_FLAG[script]] = task
+                if flags["mode"] != TOP_THETA and flags.get("sdc") != "offline-calibrated":
+                    flags.pop(
+                        "calib_task", None
+                    )  # a table's own, which the scripts refuse where it does nothing
+                if options.samples is not None:
+                    flags[SAMPLES_FLAG[script]] = options.samples
+                if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
+                    flags["data_dir"] = options.data_dir
+                arguments = _arguments(flags)
+                ks = ",".join(map(str, part["k"]))
+                namespace = parsers[script]().parse_args([*arguments, "--k", ks])
+                settings = resolve_device(parse_settings(KINDS[script], namespace))
+                for cell in settings.cells():
+                    k = int(str(cell.K)) if cell.sparse else None
+                    cells.append(
+                        SweepCell(task, method, k, script, tuple(arguments), answer_key(settings, cell))
+                    )
+    return cells
+
+
+def _arguments(flags: dict[str, Any]) -> list[str]:
+    arguments = []
+    for name, value in flags.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not False and value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            arguments += [f"--{name}", text]
+    return arguments
+
+
+def _only(cells: list[SweepCell], only: str) -> list[SweepCell]:
+    chosen: set[SweepCell] = set()
+    for text in (part.strip() for part in only.split(",")):
+        found = [c for c in cells if fnmatch.fnmatch(c.name.lower(), f"*{text.lower()}*")]
+        if not found:
+            words = dict.fromkeys(word for cell in cells for word in (cell.task, cell.method))
+            near = get_close_matches(text, words, n=3, cutoff=0.4) or list(words)
+            raise UsageError(f"--only {text!r} fits no cell: near it are {', '.join(near)}.")
+        chosen.update(found)
+    return [cell for cell in cells if cell in chosen]
+
+
+def answer_key(settings: Settings, cell: AttentionParams) -> str:
+    """Names a cell by every setting that changes its answer."""
+    shared = settings.to_json()
+    own = {key: value for key, value in asdict(cell).items() if not key.startswith("calib")}
+    facts = {key: value for key, value in shared.items() if key not in own and key not in NO_EFFECT}
+    del facts["k"]
+    if not cell.needs_calibration:
+        facts = {key: value for key, value in facts.items() if not key.startswith("calib_")}
+    if not cell.sparse:
+        own = {"mode": "dense"}
+        del facts["layerk"]
+    if facts.get("data_dir"):
+        facts["data_dir"] = str(Path(facts["data_dir"]).resolve())
+    return json.dumps(facts | own, sort_keys=True, default=str)
+
+
+def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
+    """Read every run under `output_dir`. A run of another version, whose settings do not fit, is left out."""
+    found = Found()
+    for folder in sorted(path.parent for path in output_dir.glob("*/run.json")):
+        loaded = saved_run(folder, {script: KINDS[script] for script in scripts})
+        if loaded is None:
+            continue
+        script, settings = loaded
+        run, missing = Run(folder, settings, script), set()
+        for part in task_parts(run):
+            for cell in settings.cells():
+                path = product_folder(part, cell)
+                key = answer_key(part.settings, cell)
+                try:
+                    result = json.loads((path / "results.json").read_text())
+                    config = json.loads((path / "config.json").read_text())
+                except (OSError, ValueError):
+                    missing.add(key)
+                    continue
+                found.results[key] = result | {"environment": config["environment"]}
+        if missing and is_under_way(folder):
+            found.under_way |= missing
+        elif missing and not settings.calibrate_only:
+            found.unfinished[folder] = (script, missing)
+    return found
+
+
+def missing_runs(cells: list[SweepCell], found: Found, output_dir: str) -> list[list[str]]:
+    """The command lines (without 'python') that finish the cells: resumed runs first, then new ones."""
+    wanted = {
+        cell.key: cell for cell in cells if cell.key not in found.results | dict.fromkeys(found.under_way)
+    }
+    commands = []
+    for folder, (script, missing) in found.unfinished.items():
+        if missing <= wanted.keys():  # else it would do what nobody asked for
+            commands.append([script, "--resume", str(folder)])
+            for key in missing:
+                del wanted[key]
+    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for cell in wanted.values():
+        ks = groups.setdefault((cell.script, cell.arguments), [])
+        if cell.k is not None:
+            ks.append(cell.k)
+    for (script, arguments), ks in groups.items():
+        k = ["--k", ",".join(map(str, ks))] if ks else []
+        commands.append([script, *arguments, *k, "--output_dir", output_dir])
+    return commands
+
+
+def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus: int) -> int:
+    """Run the commands, `jobs` at a time; returns how many failed. Ctrl-C stops them; they save first."""
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, failed = list(commands), 0
+    running: dict[subprocess.Popen, tuple[int, Path]] = {}
+    slots = list(range(min(jobs, len(commands))))
+    bar = tqdm(total=len(commands), desc="Runs", unit="run")
+    try:
+        while waiting or running:
+            while waiting and slots:
+                command, slot = waiting.pop(0), slots.pop(0)
+                log = logs / f"{timestamp()}.log"
+                with open(log, "w") as file:
+                    file.write(shlex.join(["python", *command]) + "\n")
+                    file.flush()
+                    process = subprocess.Popen(
+                        [sys.executable, str(root / command[0]), *command[1:]],
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | _share(slot, jobs, gpus),
+                        start_new_session=True,  # Ctrl-C reaches them through this process alone
+                    )
+                running[process] = (slot, log)
+                tqdm.write(f"{shlex.join(['python', *command])}\n  log: {log}", file=sys.stderr)
+            time.sleep(0.5)
+            for process in [p for p in running if p.poll() is not None]:
+                slot, log = running.pop(process)
+                slots.append(slot)
+                bar.update()
+                if process.returncode:
+                    failed += 1
+                    last = (log.read_text().strip().splitlines() or [""])[-1]
+                    tqdm.write(f"failed with exit code {process.returncode}: {last}", file=sys.stderr)
+    except KeyboardInterrupt:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        say("\nInterrupted. Finished cells are kept, and unfinished runs saved: the same command goes on.")
+        raise
+    finally:
+        bar.close()
+    return failed
+
+
+def _share(slot: int, jobs: int, gpus: int) -> dict[str, str]:
+    """Environment that gives one of `jobs` runs its own GPUs, or its share of the cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        if jobs * gpus > len(names):
+            raise UsageError(
+                f"--jobs {jobs}: each run needs {gpus} GPUs, and {len(names)} are there; lower --jobs."
+            )
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot * gpus : (slot + 1) * gpus])}
+    if jobs == 1:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+
+def _submit(commands: list[list[str]], root: Path, logs: Path, partition: str, hours: int, gpus: int) -> None:
+    """Submit each command as a Slurm job through submitit, and return at once."""
+    import submitit
+
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.AutoExecutor(folder=logs / "slurm-%j", cluster=os.environ.get("SUBMITIT_CLUSTER"))
+    except RuntimeError as error:
+        raise UsageError(f"--slurm {partition}: {error}") from None
+    if executor.cluster not in ("slurm", "local", "debug"):
+        raise UsageError(f"--slurm {partition}: this machine has no Slurm (no srun); use --jobs.")
+    executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus, slurm_partition=partition)
+    with executor.batch():
+        submitted = [
+            executor.submit(
+                submitit.helpers.CommandFunction([sys.executable, str(root / command[0]), *command[1:]])
+            )
+            for command in commands
+        ]
+    for job, command in zip(submitted, commands):
+        print(job.job_id, shlex.join(["python", *command]))
+    say("Submitted. When the jobs have ended, the same command with --table_only builds the table.")

@@ -1,0 +1,165 @@
+"""A needle in a haystack: one sentence with a random number, hidden at a depth of a long text, to be found.
+
+Every prompt has its own number, thing and stretch of haystack, all drawn from the seed. A reply that holds
+the number scores 1. A length counts the tokens of prompt and reply. Calibration prompts are made the same way
+with other numbers.
+"""
+
+import csv
+import io
+import random
+import re
+from itertools import product as pairs
+from pathlib import Path
+from typing import Any
+
+from toptheta.eval.generation_flags import read_text
+from toptheta.eval.settings import GenSettings
+from toptheta.eval.tasks.base import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr
+from toptheta.report.plots.needle import draw_needle
+from toptheta.util.errors import UsageError
+from toptheta.util.files import write_text
+
+SHORTEST = 512  # of the default lengths
+REPLY_TOKENS = 24
+THINGS = ("the lighthouse", "the old mill", "the north gate", "the observatory", "the harbour", "the archive")
+INTRODUCTION = "One sentence in the following text tells a secret number. Remember that number.\n\n"
+QUESTION = "\n\nWhat is the secret number of {thing}, according to the text above?"
+STEM = "\nThe secret number of {thing} is"
+NEEDLE = "The secret number of {thing} is {number}."
+
+# The made-up haystack: sentences without numbers, every one a little different.
+_WHO = (
+    "A gardener",
+    "The baker",
+    "My neighbour",
+    "An old sailor",
+    "The teacher",
+    "A young painter",
+    "The clerk",
+)
+_DID = (
+    "walked past",
+    "told us about",
+    "often thought of",
+    "drew a picture of",
+    "waited beside",
+    "dreamed of",
+)
+_WHAT = ("the market", "a quiet river", "the apple trees", "an empty road", "the stone bridge", "a blue door")
+_WHEN = (
+    "before the rain",
+    "in the early morning",
+    "while the kettle sang",
+    "on a windy day",
+    "late in autumn",
+)
+_THEN = (
+    "and nobody was surprised",
+    "because the days were long",
+    "although the path was muddy",
+    "and the birds went on singing",
+    "so the story grew with every telling",
+    "and that was all there was to say",
+)
+
+
+class NeedleJob(ReplyJob):
+    """A grid of context lengths and depths, `needle_repeats` needles at each point."""
+
+    max_new = REPLY_TOKENS
+
+    def __init__(self, settings: GenSettings, tokenizer: Any):
+        super().__init__(settings, tokenizer)
+        self.lengths = sorted(set(settings.needle_lengths)) or default_lengths(settings.max_seq_len)
+        self.depths = sorted(set(settings.needle_depths))
+        text = read_text(settings.text) if settings.text else _filler(settings.seed)
+        self.sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
+        with_space = [" " + sentence for sentence in self.sentences]
+        self.sizes = [len(ids) for ids in tokenizer(with_space, add_special_tokens=False)["input_ids"]]
+        if sum(self.sizes) < max(self.lengths):
+            name = f"--text {settings.text}" if settings.text else "the made-up haystack (no --text)"
+            raise UsageError(
+                f"{name} has {sum(self.sizes)} tokens, less than the longest context "
+                f"({max(self.lengths)}): give a longer text, or lower --needle_lengths."
+            )
+        grid = list(pairs(self.lengths, self.depths))
+        for (length, depth), i in pairs(grid, range(settings.needle_repeats)):
+            self.items.append(self._item(f"{length}/{depth}/{i}", length, depth))
+        size = settings.calib_samples or CALIBRATION_ITEMS
+        count = max(1, round(size * len(grid))) if size < 1 else int(size)
+        for i in range(count):  # the lengths in turn, so that few prompts already cover all of them
+            length, depth = self.lengths[i % len(self.lengths)], self.depths[i % len(self.depths)]
+            self.calibration.append(self._item(f"calibration{i}", length, depth))
+
+    def _item(self, key: str, length: int, depth: int) -> Item:
+        """The prompt whose length comes nearest below `length` less the reply."""
+        draw = random.Random(f"{self.settings.seed} {key}")
+        thing, number = draw.choice(THINGS), str(draw.randrange(1_000_000, 10_000_000))
+        first, room = draw.randrange(len(self.sentences)), length - REPLY_TOKENS
+        count, taken = 0, 0
+        while taken + self.sizes[(first + count) % len(self.sizes)] <= room and count < len(self.sizes):
+            taken += self.sizes[(first + count) % len(self.sizes)]
+            count += 1
+        chosen = [self.sentences[(first + i) % len(self.sentences)] for i in range(count)]
+        ids = self._prompt(chosen, depth, thing, number)
+        while len(ids) > room:
+            if not chosen:
+                raise UsageError(
+                    f"--needle_lengths: the question alone takes {len(ids) + REPLY_TOKENS} tokens, more than "
+                    f"{length}; give longer ones."
+                )
+            over = len(ids) - room
+            while over > 0 and chosen:
+                over -= len(self.tokenizer(" " + chosen.pop(), add_special_tokens=False)["input_ids"])
+            ids = self._prompt(chosen, depth, thing, number)
+        return Item(key, ids, {"length": length, "depth": depth, "number": number})
+
+    def _prompt(self, sentences: list[str], depth: int, thing: str, number: str) -> list[int]:
+        at = round(len(sentences) * depth / 100)
+        needle = NEEDLE.format(thing=thing, number=number)
+        text = INTRODUCTION + " ".join([*sentences[:at], needle, *sentences[at:]])
+        text += QUESTION.format(thing=thing)
+        # A chat model answers in its own turn; any other continues the sentence.
+        return self.prompt_ids(text if self.settings.apply_chat_template else text + STEM.format(thing=thing))
+
+    def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
+        answers = super().run(model, batch)
+        for item, answer in zip(batch, answers):
+            answer |= item.facts
+            digits = re.sub(r"(?<=\d)[,. ](?=\d)", "", answer["reply"])  # 1,234,567 is the number too
+            answer["found"] = item.facts["number"] in digits
+        return answers
+
+    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+        return {"found": mean_and_stderr([float(answer["found"]) for answer in answers])}
+
+    def write(self, folder: Path, answers: list[dict[str, Any]], title: str) -> dict[str, Any]:
+        """needle.csv: length (tokens), depth (%), found (needles), count; and its picture, needle.png."""
+        rows = []
+        for length, depth in pairs(self.lengths, self.depths):
+            here = [a["found"] for a in answers if (a["length"], a["depth"]) == (length, depth)]
+            rows.append({"length": length, "depth": depth, "found": sum(here), "count": len(here)})
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(folder / "needle.csv", text.getvalue())
+        draw_needle(rows, folder / "needle.png", title)
+        return {"grid": rows}
+
+
+def default_lengths(max_seq_len: int) -> list[int]:
+    """512, 1024, ... and max_seq_len itself."""
+    lengths, length = [], SHORTEST
+    while length < max_seq_len:
+        lengths.append(length)
+        length *= 2
+    return [*lengths, max_seq_len]
+
+
+def _filler(seed: int) -> str:
+    """All the made-up sentences in random order: 7,560 of them, some 110,000 tokens."""
+    parts = list(pairs(_WHO, _DID, _WHAT, _WHEN, _THEN))
+    random.Random(seed).shuffle(parts)
+    return " ".join(f"{who} {did} {what} {when}, {then}." for who, did, what, when, then in parts)

@@ -1,0 +1,1 @@
+"""The CPU backend: C++, compiled at first use."""

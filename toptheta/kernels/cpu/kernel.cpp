@@ -1,0 +1,740 @@
+// Sparse attention on CPU, float32: the fast path behind backend.py, which compiles this file on
+// first use. It means exactly what attention/reference.py computes; DESIGN sections 2-4 name the terms.
+//
+// A row's scores over all its keys are made first, then finish_row() selects, compensates and adds up V rows.
+// Two ways to make scores:
+//   many rows (prefill): K is packed once per KV head, then tiles of ROWS rows are matrix products in registers;
+//   few rows (decode): K is read once, where it lies, for all heads of a group; keys are split over threads.
+// Only the kept V rows are read (and, for the mean of V, each V row once).
+//
+// No torch headers: this compiles in seconds, and the threads are those of torch's own OpenMP pool.
+// Plain GCC vectors of W floats serve AVX-512, AVX2 and the rest; only compaction and exp2 name an instruction.
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, ROWS = 14;  // ROWS * 2 accumulators, 2 vectors of keys, 1 of queries: 31 of 32 registers
+#elif defined(__AVX2__)
+constexpr int W = 8, ROWS = 6;  // 15 of 16 registers
+#else
+constexpr int W = 4, ROWS = 6;
+#endif
+constexpr int PANEL = 2 * W;      // keys of one tile
+constexpr int SUM_BLOCK = 64;     // keys per stored partial sum of V
+constexpr int CHUNK = 256;        // keys of one work item or one partial sum; a multiple of SUM_BLOCK and PANEL
+constexpr int ITEM_TILES = 4;     // tiles of one work item of prefill
+constexpr int FEW = 4;            // rows whose dot products are taken together in decode
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef int32_t vi_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+enum { TOP_THETA = 0, TOP_K = 1 };
+enum { SDC_NONE = 0, SDC_EXACT = 1, SDC_EXP_THRESHOLD = 2, SDC_TABLE = 3 };
+
+}  // namespace
+
+extern "C" {
+
+// One call. Field for field the Call of cpu.py; every field is 8 bytes. Strides count elements; the last
+// dimension is contiguous everywhere. Null pointers switch a part off.
+struct Call {
+  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, threads;
+  const float *q, *k, *v;
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
+  const int64_t* n;  // [B, Q]
+  const uint8_t *mask, *real, *key_real, *chosen;  // [B, Q, N], [B, Q], [B, N], [B, Q]
+  int64_t n_batch, mask_batch, mask_row, real_batch, key_real_batch, chosen_batch;
+  int64_t first;  // row i sees no key after first + i; -1: no such rule, `mask` says all
+  int64_t mode, post_softmax, k_keep, sdc, vmc, capk;
+  double sdc_scale, scale;
+  const float *theta, *table;  // [H, theta_len], [H, table_len]
+  int64_t theta_len, table_len;
+  const float* v_sum;  // [B, H_kv, Q, D], sum of V over each row's visible keys, if not to be computed here
+  float* out;
+  int64_t out_batch, out_head, out_row;
+  int64_t* attn;   // [B, H]
+  int32_t* vrow;   // [B, H_kv, N]
+  int32_t* row;    // [B, H, Q]
+  const int64_t* ks;  // calibration: [num_ks], ascending
+  int64_t num_ks;
+  float *samples, *missing;        // [num_ks, B, H, Q]
+  const float* missing_theta;      // [num_ks, H, missing_len]; null: Top-k's R
+  int64_t missing_len;
+  float *packed, *sums, *scores;  // workspaces, see toptheta_workspace
+};
+
+}  // extern "C"
+
+namespace {
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+inline vf splat(float x) { return vf{} + x; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline vi lane_numbers() {
+  vi lanes;
+  for (int j = 0; j < W; j++) lanes[j] = j;
+  return lanes;
+}
+
+inline float total(vf x) {
+  float sum = 0;
+  for (int j = 0; j < W; j++) sum += x[j];
+  return sum;
+}
+
+// exp(x) for x <= 0 to about 1e-7 relative, denormal results included; -inf gives 0 (Cephes' polynomial).
+inline vf exp_nonpositive(vf x) {
+  x = vmax(x, splat(-104.0f));
+  const vf magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer, left in the low bits
+  vf rounded = x * 1.44269504088896341f + magic;
+  vf n = rounded - magic;
+  vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+  vi power = (vi)rounded - (vi)magic, half = power >> 1;  // in two steps: 2^-150 is no float
+  return p * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
+#endif
+}
+
+inline float exp_one(float x) { return exp_nonpositive(splat(x))[0]; }
+
+// Grows, never shrinks, is never cleared; belongs to one thread.
+template <typename T>
+struct Buffer {
+  T* data = nullptr;
+  int64_t room = 0;
+  T* get(int64_t wanted) {
+    if (wanted > room) {
+      std::free(data);
+      room = ceil_div(wanted * sizeof(T), 4096) * 4096 / sizeof(T);
+      data = static_cast<T*>(std::aligned_alloc(64, room * sizeof(T)));
+    }
+    return data;
+  }
+  ~Buffer() { std::free(data); }
+};
+
+struct Scratch {
+  Buffer<float> query, tile, values, candidates;
+  Buffer<int32_t> indices, counts;
+  int64_t counts_of = -1;  // the (batch, KV head) that `counts` is about
+};
+
+thread_local Scratch scratch;
+
+// ---- Selection ----
+
+// Append the lanes of x that are above the threshold, and their positions.
+inline void append_above(vf x, float threshold, int32_t position, int32_t* indices, float* values, int64_t& count) {
+#if defined(__AVX512F__)
+  // Compress in registers and store whole vectors: compressing stores are microcode on Zen 4.
+  __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(threshold), _CMP_GT_OQ);
+  vi at = lane_numbers() + position;
+  _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(above, (__m512)x));
+  _mm512_storeu_si512(indices + count, _mm512_maskz_compress_epi32(above, (__m512i)at));
+  count += __builtin_popcount(above);
+#else
+#if defined(__AVX2__)
+  unsigned above = _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(threshold), _CMP_GT_OQ));
+#else
+  unsigned above = 0;
+  for (int j = 0; j < W; j++) above |= unsigned(x[j] > threshold) << j;
+#endif
+  for (; above; above &= above - 1) {
+    int j = __builtin_ctz(above);
+    values[count] = x[j];
+    indices[count++] = position + j;
+  }
+#endif
+}
+
+// Collect what is above the threshold. WITH_REST: return the sum of exp(x - peak) over what is not.
+template <bool WITH_REST>
+float collect(const float* x, int64_t padded, float threshold, float peak, int32_t* indices, float* values,
+              int64_t& count) {
+  vf rest = {};
+  for (int64_t j = 0; j < padded; j += W) {
+    vf s = load(x + j);
+    append_above(s, threshold, int32_t(j), indices, values, count);
+    if (WITH_REST) rest += s > threshold ? vf{} : exp_nonpositive(s - peak);
+  }
+  return WITH_REST ? total(rest) : 0.0f;
+}
+
+// Floats as integers of the same order.
+inline vi ordered(vf x) {
+  vi bits = (vi)x;
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// The k-th largest of `count` values, which are replaced: bisection on their bits, counting whole vectors. Ends as
+// soon as a cut has exactly k above it, so ties are what makes it long.
+float bisect_kth(float* values, int64_t count, int64_t k) {
+  int64_t padded = ceil_div(count, W) * W;
+  for (int64_t j = count; j < padded; j++) values[j] = -INF;
+  vi low = vi{} + INT32_MAX, high = vi{} + INT32_MIN;
+  int32_t* keys = reinterpret_cast<int32_t*>(values);
+  for (int64_t j = 0; j < padded; j += W) {
+    vi key = ordered(load(values + j));
+    *reinterpret_cast<vi_unaligned*>(keys + j) = key;
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+  int32_t least = INT32_MAX, most = INT32_MIN;
+  for (int j = 0; j < W; j++) least = std::min(least, low[j]), most = std::max(most, high[j]);
+  while (least < most) {  // at least k keys are >= least, fewer than k are > most
+    int32_t cut = int32_t((int64_t(least) + most + 1) >> 1);
+    vi above = {}, smallest = vi{} + INT32_MAX;
+    for (int64_t j = 0; j < padded; j += W) {
+      vi key = *reinterpret_cast<const vi_unaligned*>(keys + j);
+      vi in = key >= cut;
+      above -= in;
+      vi candidate = in ? key : vi{} + INT32_MAX;
+      smallest = candidate < smallest ? candidate : smallest;
+    }
+    int64_t num_above = 0;
+    for (int j = 0; j < W; j++) num_above += above[j];
+    if (num_above < k) {
+      most = cut - 1;
+      continue;
+    }
+    least = cut;
+    if (num_above == k) {
+      least = smallest[0];
+      for (int j = 1; j < W; j++) least = std::min(least, smallest[j]);
+      break;
+    }
+  }
+  int32_t bits = least ^ ((least >> 31) & 0x7fffffff);
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The k-th largest values of one row, for k <= largest_k. Of the maxima of disjoint groups of the row, the largest_k-th
+// largest is at most its largest_k-th largest value; with twice as many groups, few other values are above it.
+struct Ranking {
+  const float* all;
+  int64_t num;
+  float* work;
+
+  Ranking(const float* x, int64_t padded, int64_t largest_k, Scratch& w) : all(x), num(padded) {
+    work = w.candidates.get(2 * (padded + W));
+    int64_t groups = ceil_div(2 * largest_k, W) * W;
+    if (padded < 2 * groups) return;
+    std::memcpy(work, x, groups * sizeof(float));
+    for (int64_t from = groups; from + groups <= padded; from += groups)
+      for (int64_t j = 0; j < groups; j += W) store(work + j, vmax(load(work + j), load(x + from + j)));
+    float bound = std::nextafter(bisect_kth(work, groups, largest_k), -INF);
+    float* kept = work + padded + W;
+    num = 0;
+    collect<false>(x, padded, bound, 0, w.indices.get(padded + W), kept, num);
+    all = kept;
+  }
+
+  float kth(int64_t k) {
+    std::memcpy(work, all, num * sizeof(float));
+    return bisect_kth(work, num, k);
+  }
+};
+
+// Sum of exp(x - peak) over x <= threshold.
+float exps_up_to(const float* x, int64_t padded, float threshold, float peak, int64_t* how_many) {
+  vf sum = {};
+  vi count = {};
+  for (int64_t j = 0; j < padded; j += W) {
+    vf s = load(x + j);
+    sum += s > threshold ? vf{} : exp_nonpositive(s - peak);
+    count -= (s <= threshold) & (s > -INF);
+  }
+  *how_many = 0;
+  for (int j = 0; j < W; j++) *how_many += count[j];
+  return total(sum);
+}
+
+// ---- V ----
+
+// out[0..NV*W) += sum over j < count of weight(j) * row key(j) of v.
+template <int NV, typename Key, typename Weight>
+void add_columns(const float* v, int64_t v_row, int64_t count, Key key, Weight weight, float* out) {
+  vf sum[NV] = {};
+  for (int64_t j = 0; j < count; j++) {
+    const float* row = v + key(j) * v_row;
+    vf factor = splat(weight(j));
+    for (int c = 0; c < NV; c++) sum[c] += factor * load(row + c * W);
+  }
+  for (int c = 0; c < NV; c++) store(out + c * W, load(out + c * W) + sum[c]);
+}
+
+template <typename Key, typename Weight>
+void add_rows(const float* v, int64_t v_row, int64_t count, Key key, Weight weight, int64_t dim, float* out) {
+  int64_t d = 0;
+  for (; d + 8 * W <= dim; d += 8 * W) add_columns<8>(v + d, v_row, count, key, weight, out + d);
+  for (; d + 4 * W <= dim; d += 4 * W) add_columns<4>(v + d, v_row, count, key, weight, out + d);
+  for (; d < dim; d += W) add_columns<1>(v + d, v_row, count, key, weight, out + d);
+}
+
+// out += the V rows of keys from..to that are not padding.
+void add_key_range(const Call& c, int64_t b, int64_t g, int64_t from, int64_t to, float* out) {
+  const float* v = c.v + b * c.v_batch + g * c.v_head;
+  const uint8_t* real = c.key_real == nullptr ? nullptr : c.key_real + b * c.key_real_batch;
+  auto key = [&](int64_t j) { return from + j; };
+  auto one = [&](int64_t) { return 1.0f; };
+  auto one_if_real = [&](int64_t j) { return real[from + j] ? 1.0f : 0.0f; };
+  if (real == nullptr) add_rows(v, c.v_row, to - from, key, one, c.head_dim, out);
+  else add_rows(v, c.v_row, to - from, key, one_if_real, c.head_dim, out);
+}
+
+inline int64_t sum_blocks(const Call& c) { return ceil_div(c.kv_len, SUM_BLOCK); }
+
+// Partial sums of V, one per SUM_BLOCK keys ...
+void sum_v(const Call& c, int64_t bg, int64_t from, int64_t to) {
+  for (int64_t key = from; key < to; key += SUM_BLOCK) {
+    float* sum = c.sums + (bg * sum_blocks(c) + key / SUM_BLOCK) * c.head_dim;
+    std::memset(sum, 0, c.head_dim * sizeof(float));
+    add_key_range(c, bg / c.num_kv_heads, bg % c.num_kv_heads, key, std::min(key + SUM_BLOCK, to), sum);
+  }
+}
+
+// ... then of everything before each block, added in double.
+void accumulate_sums(const Call& c, int64_t bg) {
+  for (int64_t d = 0; d < c.head_dim; d++) {
+    double before = 0;
+    for (int64_t block = 0; block < sum_blocks(c); block++) {
+      float& sum = c.sums[(bg * sum_blocks(c) + block) * c.head_dim + d];
+      double own = sum;
+      sum = float(before);
+      before += own;
+    }
+  }
+}
+
+// ---- Rows ----
+
+struct Row {
+  int64_t b, h, g, i, end;  // sequence, query head, KV head, query row, number of leading keys it may see
+};
+
+inline Row row_at(const Call& c, int64_t bg, int64_t m) {  // row m of a group: its heads at one position adjoin
+  int64_t group = c.num_heads / c.num_kv_heads, b = bg / c.num_kv_heads, g = bg % c.num_kv_heads, i = m / group;
+  int64_t end = c.first < 0 ? c.kv_len : std::min(c.kv_len, c.first + i + 1);
+  return Row{b, g * group + m % group, g, i, end};
+}
+
+// out += factor * mean of V over the row's visible keys.
+void add_v_mean(const Call& c, const Row& row, float factor, int64_t n, float* out) {
+  alignas(64) float own[1024];  // MAX_HEAD_DIM of cpu.py
+  int64_t bg = row.b * c.num_kv_heads + row.g, block = (row.end - 1) / SUM_BLOCK;
+  const float* sum = own;
+  if (c.v_sum != nullptr) {
+    sum = c.v_sum + (bg * c.q_len + row.i) * c.head_dim;
+  } else {
+    std::memcpy(own, c.sums + (bg * sum_blocks(c) + block) * c.head_dim, c.head_dim * sizeof(float));
+    add_key_range(c, row.b, row.g, block * SUM_BLOCK, row.end, own);
+  }
+  factor /= float(n);
+  for (int64_t d = 0; d < c.head_dim; d += W) store(out + d, load(out + d) + factor * load(sum + d));
+}
+
+inline float at_length(const float* table, int64_t length, int64_t head, int64_t n) {
+  return table[head * length + std::min(n, length - 1)];
+}
+
+void calibrate_row(const Call& c, const Row& row, const float* x, int64_t padded, int64_t n, float peak,
+                   Ranking& ranking) {
+  int64_t rows = c.batch * c.num_heads * c.q_len, at = (row.b * c.num_heads + row.h) * c.q_len + row.i;
+  for (int64_t which = 0; which < c.num_ks; which++) {
+    int64_t k = c.ks[which];
+    if (n <= k) continue;
+    float sample = ranking.kth(k + 1);
+    if (c.samples != nullptr) c.samples[which * rows + at] = sample;
+    if (c.missing == nullptr) continue;
+    float threshold = sample;
+    if (c.missing_theta != nullptr) {
+      float theta = at_length(c.missing_theta, c.missing_len, which * c.num_heads + row.h, n);
+      threshold = std::min(theta, std::nextafter(peak, -INF));
+    }
+    int64_t dropped;
+    float rest = exps_up_to(x, padded, threshold, peak, &dropped);
+    // Of keys that tie for place k some are kept: Top-k drops n - k.
+    if (c.missing_theta == nullptr) rest -= float(dropped - (n - k)) * exp_one(threshold - peak);
+    c.missing[which * rows + at] = rest;
+  }
+}
+
+float row_max(const float* x, int64_t padded) {
+  vf top = splat(-INF);
+  for (int64_t j = 0; j < padded; j += W) top = vmax(top, load(x + j));
+  float peak = top[0];
+  for (int j = 1; j < W; j++) peak = std::max(peak, top[j]);
+  return peak;
+}
+
+// Scores become weights, in place; keys that are not visible become -inf, which no threshold lets pass.
+void softmax(float* x, int64_t padded, float peak) {
+  vf sum = {};
+  for (int64_t j = 0; j < padded; j += W) {
+    vf s = load(x + j), e = exp_nonpositive(s - peak);
+    sum += e;
+    store(x + j, s == -INF ? s : e);
+  }
+  float inverse = 1.0f / total(sum);
+  for (int64_t j = 0; j < padded; j += W) store(x + j, load(x + j) * inverse);
+}
+
+// What a row keeps, in the order of its keys. values: scores, then weights. rest: sum of exp(x - peak) over what was
+// dropped, for SDC 'exact'.
+struct Kept {
+  int32_t* indices;
+  float* values;
+  int64_t count;
+  float rest;
+};
+
+Kept select_row(const Call& c, const float* x, int64_t padded, float threshold, float peak, bool sparse, Scratch& w) {
+  Kept kept{w.indices.get(padded + W), w.values.get(padded + W), 0, 0};
+  bool exact = c.sdc == SDC_EXACT && sparse && !c.post_softmax;
+  kept.rest = exact ? collect<true>(x, padded, threshold, peak, kept.indices, kept.values, kept.count)
+                    : collect<false>(x, padded, threshold, peak, kept.indices, kept.values, kept.count);
+  if (!sparse || kept.count <= c.k_keep) return kept;
+  if (c.mode == TOP_K) {  // ties: drop the latest of those that tie for place k
+    float tied = *std::min_element(kept.values, kept.values + kept.count);
+    for (int64_t j = kept.count - 1; kept.count > c.k_keep; j--) {
+      if (kept.values[j] != tied) continue;
+      std::memmove(kept.values + j, kept.values + j + 1, (kept.count - j - 1) * sizeof(float));
+      std::memmove(kept.indices + j, kept.indices + j + 1, (kept.count - j - 1) * sizeof(int32_t));
+      kept.count--;
+      if (exact) kept.rest += exp_one(tied - peak);
+    }
+  } else if (c.capk) {
+    int64_t older = kept.count - c.k_keep;
+    for (int64_t j = 0; exact && j < older; j++) kept.rest += exp_one(kept.values[j] - peak);
+    kept.values += older, kept.indices += older, kept.count -= older;
+  }
+  return kept;
+}
+
+// Values become final weights; returns their sum.
+float weigh(const Call& c, int64_t head, int64_t n, float peak, bool sparse, Kept& kept) {
+  for (int64_t j = kept.count; j % W; j++) kept.values[j] = c.post_softmax ? 0.0f : -INF;  // up to a whole vector
+  vf sum = {};
+  for (int64_t j = 0; j < kept.count; j += W) {
+    vf weight = c.post_softmax ? load(kept.values + j) : exp_nonpositive(load(kept.values + j) - peak);
+    store(kept.values + j, weight);
+    sum += weight;
+  }
+  if (c.post_softmax) return total(sum);
+  float missing = kept.rest;
+  if (c.sdc == SDC_EXP_THRESHOLD && sparse)
+    missing = float(n - kept.count) * std::exp(at_length(c.theta, c.theta_len, head, n) - peak);
+  if (c.sdc == SDC_TABLE && sparse) missing = at_length(c.table, c.table_len, head, n);
+  float denominator = total(sum) + float(c.sdc_scale) * missing;
+  float inverse = 1.0f / std::max(denominator, std::numeric_limits<float>::min());
+  for (int64_t j = 0; j < kept.count; j += W) store(kept.values + j, load(kept.values + j) * inverse);
+  return total(sum) * inverse;
+}
+
+// own: this thread's counts of V rows, or null.
+void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own) {
+  if (c.attn == nullptr || (c.real != nullptr && !c.real[row.b * c.real_batch + row.i])) return;
+  __atomic_fetch_add(c.attn + row.b * c.num_heads + row.h, kept.count, __ATOMIC_RELAXED);
+  if (c.row != nullptr) c.row[(row.b * c.num_heads + row.h) * c.q_len + row.i] = int32_t(kept.count);
+  int32_t* shared = c.vrow + (row.b * c.num_kv_heads + row.g) * c.kv_len;
+  for (int64_t j = 0; j < kept.count; j++) {
+    if (own != nullptr) own[kept.indices[j]]++;
+    else __atomic_fetch_add(shared + kept.indices[j], 1, __ATOMIC_RELAXED);
+  }
+}
+
+// From the scores of one row to its output. x: its scores, overwritten, with room for a whole last vector. Where so
+// much is kept that a matrix product is faster, and it may be left to the caller: returns true, x holds the final
+// weights, and the output lacks their product with V.
+bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* own, bool may_defer) {
+  int64_t n = c.n[row.b * c.n_batch + row.i], padded = ceil_div(row.end, W) * W;
+  float* out = c.out == nullptr ? nullptr : c.out + row.b * c.out_batch + row.h * c.out_head + row.i * c.out_row;
+  if (out != nullptr) std::memset(out, 0, c.head_dim * sizeof(float));
+  bool chosen = c.num_ks > 0 && (c.chosen == nullptr || c.chosen[row.b * c.chosen_batch + row.i]);
+  if (n == 0 || (out == nullptr && !chosen)) return false;
+
+  if (c.mask != nullptr) {
+    const uint8_t* visible = c.mask + row.b * c.mask_batch + row.i * c.mask_row;
+    for (int64_t j = 0; j < row.end; j++) x[j] = visible[j] ? x[j] : -INF;
+  }
+  for (int64_t j = row.end; j < padded; j++) x[j] = -INF;
+  float peak = row_max(x, padded);
+  if (c.post_softmax) {
+    softmax(x, padded, peak);
+    peak = row_max(x, padded);
+  }
+
+  bool sparse = (c.mode == TOP_THETA || c.mode == TOP_K) && n > c.k_keep;
+  bool top_k = c.mode == TOP_K && sparse && out != nullptr;
+  float threshold = -INF;  // what is above it is kept
+  if (c.mode == TOP_THETA && out != nullptr)
+    threshold = std::min(at_length(c.theta, c.theta_len, row.h, n), std::nextafter(peak, -INF));  // never empty
+  int64_t largest_k = top_k ? c.k_keep : 0;
+  for (int64_t which = 0; chosen && which < c.num_ks; which++)
+    if (c.ks[which] < n) largest_k = std::max(largest_k, c.ks[which] + 1);
+  if (largest_k > 0) {
+    Ranking ranking(x, padded, largest_k, w);
+    if (chosen) calibrate_row(c, row, x, padded, n, peak, ranking);
+    if (top_k) threshold = std::nextafter(ranking.kth(c.k_keep), -INF);
+  }
+  if (out == nullptr) return false;
+
+  Kept kept = select_row(c, x, padded, threshold, peak, sparse, w);
+  float sum = weigh(c, row.h, n, peak, sparse, kept);
+  count_row(c, row, kept, own);
+  if (c.vmc && sparse) add_v_mean(c, row, 1.0f - sum, n, out);
+  if (may_defer && 2 * kept.count > row.end) {
+    std::memset(x, 0, padded * sizeof(float));
+    for (int64_t j = 0; j < kept.count; j++) x[kept.indices[j]] = kept.values[j];
+    return true;
+  }
+  const float* v = c.v + row.b * c.v_batch + row.g * c.v_head;
+  for (int64_t from = 0; from < kept.count; from += CHUNK) {  // in parts: one long sum loses digits
+    auto key = [&](int64_t j) { return int64_t(kept.indices[from + j]); };
+    auto weight = [&](int64_t j) { return kept.values[from + j]; };
+    add_rows(v, c.v_row, std::min<int64_t>(CHUNK, kept.count - from), key, weight, c.head_dim, out);
+  }
+  return false;
+}
+
+// ---- Many rows ----
+
+// out (ROWS rows, NV * W columns) = a * b. a: ROWS rows by `depth`, at a[row * a_row + d * a_col].
+template <int NV>
+inline void multiply_tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth,
+                          float* out, int64_t out_row) {
+  vf sum[ROWS][NV] = {};
+  for (int64_t d = 0; d < depth; d++) {
+    vf columns[NV];
+    for (int c = 0; c < NV; c++) columns[c] = load(b + d * b_row + c * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < NV; c++) sum[r][c] += a[r * a_row + d * a_col] * columns[c];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+    for (int c = 0; c < NV; c++) store(out + r * out_row + c * W, sum[r][c]);
+}
+
+inline int64_t panels(const Call& c) { return ceil_div(c.kv_len, PANEL); }
+
+// K of one KV head, keys from..to, as panels [D, PANEL]: vector lanes are keys.
+void pack_k(const Call& c, int64_t bg, int64_t from, int64_t to) {
+  const float* k = c.k + (bg / c.num_kv_heads) * c.k_batch + (bg % c.num_kv_heads) * c.k_head;
+  for (int64_t key = from; key < to; key += PANEL) {
+    float* panel = c.packed + (bg * panels(c) + key / PANEL) * c.head_dim * PANEL;
+    int64_t here = std::min<int64_t>(PANEL, to - key);
+    for (int64_t d = 0; d < c.head_dim; d++) {
+      for (int64_t j = 0; j < here; j++) panel[d * PANEL + j] = k[(key + j) * c.k_row + d];
+      for (int64_t j = here; j < PANEL; j++) panel[d * PANEL + j] = 0;
+    }
+  }
+}
+
+void run_tile(const Call& c, int64_t bg, int64_t first_row, int64_t num_rows, Scratch& w, int32_t* own) {
+  int64_t dim = c.head_dim;
+  // One vector more than whole panels: with a row length of many 4096 bytes all rows would fall on one cache set.
+  int64_t x_row = panels(c) * PANEL + W;
+  float* query = w.query.get(dim * ROWS);
+  float* tile = w.tile.get(x_row * ROWS);
+  Row rows[ROWS];
+  int64_t end = 0;
+  for (int r = 0; r < ROWS; r++) {
+    rows[r] = row_at(c, bg, first_row + std::min<int64_t>(r, num_rows - 1));
+    const float* q = c.q + rows[r].b * c.q_batch + rows[r].h * c.q_head + rows[r].i * c.q_row;
+    for (int64_t d = 0; d < dim; d++) query[d * ROWS + r] = q[d] * float(c.scale);
+    end = std::max(end, rows[r].end);
+  }
+  const float* packed = c.packed + bg * panels(c) * dim * PANEL;
+  for (int64_t key = 0; key < end; key += PANEL)
+    multiply_tile<2>(query, 1, ROWS, packed + key * dim, PANEL, dim, tile + key, x_row);
+
+  bool deferred[ROWS] = {}, any = false;
+  for (int r = 0; r < num_rows; r++) {
+    float* x = tile + r * x_row;
+    deferred[r] = finish_row(c, rows[r], x, w, own, true);
+    int64_t padded = ceil_div(rows[r].end, W) * W;
+    if (deferred[r] && padded < end) std::memset(x + padded, 0, (end - padded) * sizeof(float));
+    any |= deferred[r];
+  }
+  if (!any) return;
+  const float* v = c.v + rows[0].b * c.v_batch + rows[0].g * c.v_head;
+  alignas(64) float part[ROWS * PANEL];
+  for (int64_t key = 0; key < end; key += CHUNK) {  // in parts: one long sum loses digits
+    int64_t depth = std::min<int64_t>(CHUNK, end - key);
+    for (int64_t d = 0; d < dim; d += PANEL) {
+      int64_t width = std::min<int64_t>(PANEL, dim - d);
+      const float* b = v + key * c.v_row + d;
+      if (width == PANEL) multiply_tile<2>(tile + key, x_row, 1, b, c.v_row, depth, part, PANEL);
+      else multiply_tile<1>(tile + key, x_row, 1, b, c.v_row, depth, part, PANEL);
+      for (int r = 0; r < num_rows; r++) {
+        if (!deferred[r]) continue;
+        float* out = c.out + rows[r].b * c.out_batch + rows[r].h * c.out_head + rows[r].i * c.out_row + d;
+        for (int64_t e = 0; e < width; e += W) store(out + e, load(out + e) + load(part + r * PANEL + e));
+      }
+    }
+  }
+}
+
+void flush_counts(const Call& c, Scratch& w) {
+  if (c.vrow == nullptr || w.counts_of < 0) return;
+  int32_t* shared = c.vrow + w.counts_of * c.kv_len;
+  for (int64_t j = 0; j < c.kv_len; j++)
+    if (w.counts.data[j]) __atomic_fetch_add(shared + j, w.counts.data[j], __ATOMIC_RELAXED);
+  w.counts_of = -1;
+}
+
+// This thread's own counts of the V rows of one KV head: shared ones would cost an atomic operation per kept key.
+int32_t* own_counts(const Call& c, int64_t bg, Scratch& w) {
+  if (c.vrow == nullptr) return nullptr;
+  if (w.counts_of != bg) {
+    flush_counts(c, w);
+    std::memset(w.counts.get(c.kv_len), 0, c.kv_len * sizeof(int32_t));
+    w.counts_of = bg;
+  }
+  return w.counts.data;
+}
+
+// ---- Few rows ----
+
+// One vector of sums, lane j the sum of parts[j]'s lanes: halves are added crosswise until one vector is left.
+template <int H>
+inline void fold(vf* parts) {
+  vi low, high;
+  for (int j = 0; j < W; j++) low[j] = j & H ? W + j : j, high[j] = j & H ? W + (j ^ H) : (j ^ H);
+  for (int j = 0; j < H; j++) parts[j] = __builtin_shuffle(parts[j], parts[j + H], low) +
+                                         __builtin_shuffle(parts[j], parts[j + H], high);
+  if constexpr (H > 1) fold<H / 2>(parts);
+}
+
+// Scores of R rows against keys from..to of one KV head. q: R rows of D, already scaled.
+template <int R>
+void dot_rows(const float* q, const float* k, int64_t k_row, int64_t dim, int64_t from, int64_t to, float* x,
+              int64_t x_row) {
+  for (int64_t key = from; key < to; key += W) {
+    vf parts[R][W];
+    for (int j = 0; j < W; j++) {
+      const float* row = k + std::min(key + j, to - 1) * k_row;
+      vf sum[R] = {};
+      for (int64_t d = 0; d < dim; d += W)
+        for (int r = 0; r < R; r++) sum[r] += load(q + r * dim + d) * load(row + d);
+      for (int r = 0; r < R; r++) parts[r][j] = sum[r];
+    }
+    for (int r = 0; r < R; r++) {
+      fold<W / 2>(parts[r]);
+      store(x + r * x_row + key, parts[r][0]);
+    }
+  }
+}
+
+inline int64_t few_row_stride(const Call& c) { return ceil_div(c.kv_len, W) * W; }
+
+void score_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w) {
+  int64_t num_rows = c.q_len * (c.num_heads / c.num_kv_heads), dim = c.head_dim, x_row = few_row_stride(c);
+  float* query = w.query.get(dim * FEW);
+  const float* k = c.k + (bg / c.num_kv_heads) * c.k_batch + (bg % c.num_kv_heads) * c.k_head;
+  for (int64_t m = 0; m < num_rows; m += FEW) {
+    int64_t here = std::min<int64_t>(FEW, num_rows - m);
+    for (int64_t r = 0; r < here; r++) {
+      Row row = row_at(c, bg, m + r);
+      const float* q = c.q + row.b * c.q_batch + row.h * c.q_head + row.i * c.q_row;
+      for (int64_t d = 0; d < dim; d++) query[r * dim + d] = q[d] * float(c.scale);
+    }
+    float* x = c.scores + (bg * num_rows + m) * x_row;
+    if (here == 4) dot_rows<4>(query, k, c.k_row, dim, from, to, x, x_row);
+    if (here == 3) dot_rows<3>(query, k, c.k_row, dim, from, to, x, x_row);
+    if (here == 2) dot_rows<2>(query, k, c.k_row, dim, from, to, x, x_row);
+    if (here == 1) dot_rows<1>(query, k, c.k_row, dim, from, to, x, x_row);
+  }
+}
+
+// Threads take the next item when they are done with one: causal items differ in size, and cores are not ours alone.
+template <typename Work>
+void share(std::atomic<int64_t>& next, int64_t items, const Work& work) {
+  for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t toptheta_vector_width() { return W; }
+
+// Floats that `packed`, `sums` and `scores` of a call must hold (0: leave it null). packed decides the way taken.
+void toptheta_workspace(const Call* call, int64_t* sizes) {
+  const Call& c = *call;
+  int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
+  bool many = num_rows > 2 * ROWS;
+  sizes[0] = many ? groups * panels(c) * PANEL * c.head_dim : 0;
+  sizes[1] = c.vmc && c.v_sum == nullptr ? groups * sum_blocks(c) * c.head_dim : 0;
+  sizes[2] = many ? 0 : groups * num_rows * few_row_stride(c);
+}
+
+void toptheta_run(const Call* call) {
+  const Call& c = *call;
+  int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
+  int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), blocks = ceil_div(tiles, ITEM_TILES);
+  // Waking the other threads costs some microseconds: not for less work than that.
+  bool tiny = groups * num_rows * c.kv_len * c.head_dim < (1 << 18);
+  std::atomic<int64_t> prepared{0}, summed{0}, finished{0};
+#pragma omp parallel num_threads(int(c.threads)) if (!tiny)
+  {
+    Scratch& w = scratch;
+    share(prepared, groups * chunks, [&](int64_t item) {
+      int64_t bg = item / chunks, from = item % chunks * CHUNK, to = std::min(from + CHUNK, c.kv_len);
+      if (c.packed != nullptr) pack_k(c, bg, from, to);
+      else score_chunk(c, bg, from, to, w);
+      if (c.sums != nullptr) sum_v(c, bg, from, to);
+    });
+#pragma omp barrier
+    if (c.sums != nullptr) {
+      share(summed, groups, [&](int64_t bg) { accumulate_sums(c, bg); });
+#pragma omp barrier
+    }
+    if (c.packed != nullptr) {
+      share(finished, groups * blocks, [&](int64_t item) {
+        int64_t bg = item / blocks, block = blocks - 1 - item % blocks;  // the longest rows first
+        for (int64_t t = block * ITEM_TILES; t < std::min(tiles, (block + 1) * ITEM_TILES); t++)
+          run_tile(c, bg, t * ROWS, std::min<int64_t>(ROWS, num_rows - t * ROWS), w, own_counts(c, bg, w));
+      });
+      flush_counts(c, w);
+    } else {
+      share(finished, groups * num_rows, [&](int64_t item) {
+        int64_t bg = item / num_rows;
+        finish_row(c, row_at(c, bg, item % num_rows), c.scores + item * few_row_stride(c), w, nullptr, false);
+      });
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,269 @@
+"""Threshold attention of many rows on the GPU: flash attention that leaves out what the thresholds drop.
+
+One program per (block of rows, head, sequence) goes over the keys that its rows can see. Memory is O(N): no
+score leaves the program. Where no row of a tile takes anything, neither V is read nor its product computed.
+Thresholds on weights need each row's logsumexp first: a first sweep over K finds it. Shapes as in
+toptheta/attention/reference.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from toptheta.attention.reference import Counts, LayerSpec
+from toptheta.kernels.triton.decode import row_stride, sdc_code
+from toptheta.kernels.triton.online import (
+    LOWEST,
+    both,
+    exp,
+    final_denominator,
+    fold,
+    least_above,
+    least_exp,
+    lookup,
+)
+
+# Rows and keys of a tile, and what Triton makes of it: 16-bit types, head_dim up to 128.
+TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+SKIP = True  # as in `prefill_kernel`, where thresholds are in force
+VARYING = ["q_len", "kv_len", "first", "theta_len", "table_len"]  # one build serves every length
+
+
+@triton.jit
+def tile_scores(
+    q_tile, k, at, stop, query, batch, mask, key_real,
+    scale, q_len, first, k_row, mask_batch, mask_row, real_batch,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, ALL_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """Scores `[M, BLOCK_N]` of the tile of keys at `at`, -inf where a key is not visible."""
+    i, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = at + i
+    inside = key < stop
+    k_tile = tl.load(
+        k + tl.cast(at, tl.int64) * k_row + (i[None, :] * k_row + d[:, None]),
+        mask=both((d < HEAD_DIM)[:, None], inside[None, :], ALL_VISIBLE),
+        other=0.0,
+    )
+    s = tl.dot(q_tile, k_tile, input_precision="ieee") * scale
+    if not ALL_VISIBLE:
+        visible = (query < q_len)[:, None] & inside[None, :]
+        if CAUSAL:
+            visible = visible & (key[None, :] <= first + query[:, None])
+            if HAS_KEY_REAL:
+                real = tl.load(key_real + batch * real_batch + key, mask=inside, other=0) != 0
+                visible = visible & real[None, :]
+        else:
+            at_mask = mask + batch * mask_batch + query[:, None].to(tl.int64) * mask_row + key[None, :]
+            visible = visible & (tl.load(at_mask, mask=visible, other=0) != 0)
+        s = tl.where(visible, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def tile_of_v(
+    v, at, stop, v_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    i, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    return tl.load(
+        v + tl.cast(at, tl.int64) * v_row + (i[:, None] * v_row + d[None, :]),
+        mask=both((d < HEAD_DIM)[None, :], (at + i < stop)[:, None], ALL_VISIBLE),
+        other=0.0,
+    )
+
+
+@triton.jit
+def add_counts(take, vrow, attn, at, BLOCK_N: tl.constexpr):
+    """Add what a tile `[M, N]` takes to vrow `[N]` and to attn, one number."""
+    per_key = tl.sum(take.to(tl.int32), axis=0)
+    tl.atomic_add(vrow + at + tl.arange(0, BLOCK_N), per_key, mask=per_key > 0)
+    tl.atomic_add(attn, tl.sum(per_key, axis=0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def prefill_kernel(
+    q, k, v, mask, key_real, real_rows, n, theta, table, v_mean, out, attn, vrow,
+    scale, sdc_scale, k_keep, first, q_len, kv_len, num_kv_heads, theta_len, table_len,
+    theta_stride, table_stride, n_stride, mask_batch, mask_row, key_real_batch, real_rows_batch,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, HAS_REAL_ROWS: tl.constexpr,
+    POST: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, COUNT: tl.constexpr,
+    SKIP: tl.constexpr,
+):  # fmt: skip
+    """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`.
+
+    SKIP: tiles where no row takes anything are left out. Without it their V is read and multiplied with
+    zeros, but Triton fetches V ahead, which it does not where a condition stands before it.
+    """
+    num_heads = num_kv_heads * GROUP
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = head // GROUP
+    # The last rows see most keys: they go first, so that none of them is left running alone at the end.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    query, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    in_rows, in_dim = query < q_len, d < HEAD_DIM
+    in_tile = in_rows[:, None] & in_dim[None, :]
+    q_tile = tl.load(
+        q + batch * q_batch + head * q_head + query[:, None].to(tl.int64) * q_row + d[None, :],
+        mask=in_tile,
+        other=0.0,
+    )
+    row_n = tl.load(n + batch * n_stride + query, mask=in_rows, other=0)
+    row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_rows)
+    least = least_above(row_theta)
+    k += batch * k_batch + kv_head * k_head
+    v += batch * v_batch + kv_head * v_head
+    stop, full = kv_len, 0
+    if CAUSAL:
+        stop = tl.minimum(kv_len, first + (block + 1) * BLOCK_M)
+        if not HAS_KEY_REAL:  # every row of the block sees every key of the tiles before this one
+            full = tl.minimum(kv_len, first + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
+    counted = in_rows
+    if HAS_REAL_ROWS:
+        real_row = tl.load(real_rows + batch * real_rows_batch + query, mask=in_rows, other=0)
+        counted = counted & (real_row != 0)
+    attn += batch * num_heads + head
+    vrow += (batch * num_kv_heads + kv_head) * kv_len
+
+    # Rows beyond the last have a peak that no score reaches, and take nothing.
+    peak = tl.where(in_rows, LOWEST, -LOWEST)
+    passed = tl.zeros((BLOCK_M,), tl.int1)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    taken = tl.zeros((BLOCK_M,), tl.float32)
+    count = tl.zeros((BLOCK_M,), tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for part in tl.static_range(2):  # 0: tiles that are visible as a whole
+        for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
+            s = tile_scores(
+                q_tile, k, at, stop, query, batch, mask, key_real,
+                scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
+                HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, part == 0,
+            )  # fmt: skip
+            if POST:
+                new_peak = tl.maximum(peak, tl.max(s, axis=1))
+                total = total * exp(peak - new_peak) + tl.sum(exp(s - new_peak[:, None]), axis=1)
+                peak = new_peak
+            else:
+                peak, total, taken, count, passed, kept, takes, factor = fold(
+                    s, least, peak, total, taken, count, passed, SDC == 1, SDC == 2, False
+                )
+                # Where no row takes anything, no factor differs from 1 either.
+                if (not SKIP) or tl.max(takes.to(tl.int32), axis=0) > 0:
+                    v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
+                    acc = acc * factor[:, None]
+                    acc += tl.dot(kept.to(v_tile.dtype), v_tile, input_precision="ieee")
+                if COUNT:
+                    add_counts((s >= least[:, None]) & counted[:, None], vrow, attn, at, BLOCK_N)
+
+    # The second sweep: weights against their thresholds, or the counts of rows that passed theirs nowhere,
+    # which is known only now.
+    again = POST
+    if COUNT and not POST:
+        counted = counted & (passed == 0) & (row_n > 0)
+        again = tl.max(counted.to(tl.int32), axis=0) > 0
+    if again:
+        least = least_exp(row_theta, total) if POST else peak
+        for part in tl.static_range(2):
+            for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
+                s = tile_scores(
+                    q_tile, k, at, stop, query, batch, mask, key_real,
+                    scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, part == 0,
+                )  # fmt: skip
+                if POST:
+                    exps = exp(s - peak[:, None])
+                    take = (s > float("-inf")) & (exps >= least[:, None])
+                    exps = tl.where(take, exps, 0.0)
+                    taken += tl.sum(exps, axis=1)
+                    if (not SKIP) or tl.max(tl.max(exps, axis=1), axis=0) > 0:
+                        v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
+                        acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
+                else:
+                    take = s >= least[:, None]
+                if COUNT:
+                    add_counts(take & counted[:, None], vrow, attn, at, BLOCK_N)
+
+    row_table = tl.zeros((BLOCK_M,), tl.float32)
+    if SDC == 3:
+        row_table = lookup(table, head, row_n, table_stride, table_len, in_rows)
+    denominator = final_denominator(total, taken, count, peak, row_n, row_theta, row_table, sdc_scale, SDC)
+    result = acc / denominator[:, None]
+    if VMC:
+        lost = tl.where(row_n > k_keep, 1.0 - taken / denominator, 0.0)
+        at_mean = ((batch * num_kv_heads + kv_head) * q_len + query)[:, None] * HEAD_DIM + d[None, :]
+        result += lost[:, None] * tl.load(v_mean + at_mean, mask=in_tile, other=0.0)
+    at_out = ((batch * q_len + query)[:, None] * num_heads + head) * HEAD_DIM + d[None, :]
+    tl.store(out + at_out, result.to(out.dtype.element_ty), mask=in_tile)
+
+
+def options(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages: the K and V tiles of all stages must fit in shared memory."""
+    if dtype == torch.float32:  # products without tensor cores
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if block_d > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return TILE
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: Tensor,
+    first: int | None,
+    mask: Tensor | None,
+    key_real: Tensor | None,
+    real: Tensor | None,
+    theta: Tensor,
+    table: Tensor | None,
+    v_mean: Tensor | None,
+    spec: LayerSpec,
+    scale: float,
+    count: bool,
+) -> tuple[Tensor, Counts | None]:
+    """Attention of any rows (not Top-k), `[B, Q, H, D]`, and counts if `count`.
+
+    n, real: `[B or 1, Q]`. Visible are the keys that are causal from position `first` and `key_real` `[B, N]`
+    or, if first is None, those of mask `[B, Q, N]` bool. theta, table: `[H or 1, L]`; v_mean, needed by VMC:
+    `[B, H_kv, Q, D]` float32. The last dimension of every tensor is contiguous.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    out = torch.empty(batch, q_len, num_heads, head_dim, device=q.device, dtype=q.dtype)
+    counts = None
+    if count:
+        counts = Counts(
+            attn=torch.zeros(batch, num_heads, dtype=torch.int64, device=q.device),
+            vrow=torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32, device=q.device),
+        )
+    block_d = triton.next_power_of_2(head_dim)
+    tile = options(q.dtype, block_d)
+    grid = (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch)
+    # What a build does not use still needs some address: q's.
+    prefill_kernel[grid](
+        q, k, v,
+        q if mask is None else mask,
+        q if key_real is None else key_real,
+        q if real is None else real,
+        n, theta,
+        theta if table is None else table,
+        theta if v_mean is None else v_mean,
+        out,
+        n if counts is None else counts.attn,
+        n if counts is None else counts.vrow,
+        scale, spec.sdc_scale, spec.k, first or 0, q_len, kv_len, num_kv_heads,
+        theta.shape[1], 1 if table is None else table.shape[1],
+        row_stride(theta), 0 if table is None else row_stride(table), row_stride(n),
+        0 if mask is None else row_stride(mask), 0 if mask is None else mask.stride(1),
+        0 if key_real is None else row_stride(key_real), 0 if real is None else row_stride(real),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile,
+        CAUSAL=first is not None, HAS_KEY_REAL=key_real is not None, HAS_REAL_ROWS=real is not None,
+        POST=spec.sparse and spec.placement == "post-softmax", SDC=sdc_code(spec), VMC=v_mean is not None,
+        COUNT=count, SKIP=SKIP and spec.sparse,
+    )  # fmt: skip
+    return out, counts

@@ -1,0 +1,1 @@
+"""What is kept: a file for each method, compensation, parameters."""

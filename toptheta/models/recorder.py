@@ -1,0 +1,155 @@
+"""How much attention keeps: elements per head and V rows per group, collected on the device (DESIGN section
+5).
+
+Covers counting during calls and handing the counts over in bulk after a request. Writing them is
+products.py's job.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toptheta.attention.effective_k import count_rows, empty_histogram
+from toptheta.attention.reference import Counts
+from toptheta.attention.rows import Rows
+
+PREFILL, DECODE = "prefill", "generative_decoding"
+
+
+@dataclass
+class LayerRecord:
+    """Counts of one layer for one prefill (summed over its rows) or one decode step; B sequences.
+
+    attn: `[B, H]` kept elements; vrow: `[B, H_kv]` V rows kept by any row; full: `[B]` elements dense
+    attention would use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a
+    sequence had no real row. popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
+    histogram: of the rows of a prefill longer than K, see effective_k.py, or None; a decode step is a
+    single row, which attn and n already tell.
+    """
+
+    attn: np.ndarray
+    vrow: np.ndarray
+    full: np.ndarray
+    topk: np.ndarray
+    n: np.ndarray
+    popularity: np.ndarray | None = None
+    histogram: np.ndarray | None = None
+
+
+@dataclass
+class _Open:
+    """A prefill under way: it may come in several calls (chunks, or answers behind a shared prompt)."""
+
+    attn: Tensor
+    vrow: Tensor
+    full: Tensor
+    topk: Tensor
+    n: Tensor
+
+
+class Recorder:
+    """Collects counts while a model runs. One request is one prefill and its decode steps; `drain` ends it.
+
+    phase: set it to PREFILL or DECODE to say what calls are; None judges by shape (one new row behind others:
+    decode). Nothing here reads a value back from the device before `drain`. effective_k: also count the
+    single rows of sparse layers; those of a prompt that several answers share count once, as computed.
+    """
+
+    def __init__(self, num_heads: int, keep_popularity: bool = False, effective_k: bool = False):
+        self.num_heads, self.keep_popularity, self.effective_k = num_heads, keep_popularity, effective_k
+        self.phase: str | None = None
+        self._histograms: dict[int, Tensor] = {}
+        self._open: dict[int, _Open] = {}
+        self._steps: dict[int, list[Tensor]] = {}
+        self._step_popularity: dict[int, list[Tensor]] = {}
+
+    def add(
+        self, layer: int, rows: Rows, k: int, counts: Counts | None, shape: tuple[int, int, int, int]
+    ) -> None:
+        """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible
+        is kept. k: the layer's K, 0 if it is left dense."""
+        batch, num_heads, num_kv_heads, kv_len = shape
+        n = rows.n if rows.real is None else rows.n * rows.real
+        n = n.expand(batch, -1)
+        full = n.sum(dim=-1)
+        topk = n.clamp(max=k).sum(dim=-1) if k > 0 else full
+        longest = n.amax(dim=-1)
+        if counts is None:
+            attn = full[:, None].expand(batch, num_heads)
+            # Only which V rows are used matters below; dense rows use all that the longest row sees.
+            vrow = (torch.arange(kv_len, device=n.device) < longest[:, None])[:, None].expand(
+                -1, num_kv_heads, -1
+            )
+        else:
+            attn, vrow = counts.attn, counts.vrow
+        phase = self.phase or (DECODE if n.shape[1] == 1 and kv_len > 1 else PREFILL)
+        if phase == DECODE:
+            packed = (attn, (vrow > 0).sum(dim=-1), full[:, None], topk[:, None], longest[:, None])
+            self._steps.setdefault(layer, []).append(torch.cat(packed, dim=1))
+            if self.keep_popularity:
+                self._step_popularity.setdefault(layer, []).append(vrow.int())
+            return
+        if self.effective_k and counts is not None:
+            if layer not in self._histograms:
+                self._histograms[layer] = empty_histogram(n.device)
+            # Of a single row attn says it already.
+            kept = counts.attn[..., None] if counts.row is None else counts.row
+            count_rows(self._histograms[layer], kept, n, n > k)
+        before = self._open.get(layer)
+        if before is None:
+            self._open[layer] = _Open(attn.clone(), vrow.int(), full, topk, longest)
+            return
+        if kv_len < before.vrow.shape[2] or batch != before.vrow.shape[0]:
+            raise RuntimeError(
+                "a new request began while the last one was open: call drain() after each request"
+            )
+        wide = vrow.new_zeros(before.vrow.shape[:2] + (kv_len,), dtype=torch.int32)
+        wide[..., : before.vrow.shape[2]] = before.vrow
+        self._open[layer] = _Open(
+            before.attn + attn,
+            wide + vrow,
+            before.full + full,
+            before.topk + topk,
+            torch.maximum(before.n, longest),
+        )
+
+    def repeat(self, index: Tensor) -> None:
+        """Reorder or repeat the sequences of the open prefill, as the cache is: `[new B]` indices of
+        sequences."""
+        for layer, o in self._open.items():
+            at = index.to(o.attn.device)
+            self._open[layer] = _Open(o.attn[at], o.vrow[at], o.full[at], o.topk[at], o.n[at])
+
+    def snapshot(self) -> dict[int, _Open]:
+        """The open prefill as it is now, to `restore` for another continuation of the same prompt."""
+        return dict(self._open)
+
+    def restore(self, snapshot: dict[int, _Open]) -> None:
+        self._open = dict(snapshot)
+
+    def drain(self) -> tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]]:
+        """End the request: its prefill record and its decode records, by layer, as numpy arrays."""
+        prefill = {
+            layer: LayerRecord(
+                attn=o.attn.cpu().numpy(),
+                vrow=(o.vrow > 0).sum(dim=-1).cpu().numpy(),
+                full=o.full.cpu().numpy(),
+                topk=o.topk.cpu().numpy(),
+                n=o.n.cpu().numpy(),
+                popularity=o.vrow.cpu().numpy() if self.keep_popularity else None,
+                histogram=self._histograms[layer].cpu().numpy() if layer in self._histograms else None,
+            )
+            for layer, o in self._open.items()
+        }
+        heads, decode = self.num_heads, {}
+        for layer, steps in self._steps.items():
+            packed = torch.stack(steps).cpu().numpy()  # [steps, B, H + H_kv + 3]
+            decode[layer] = [
+                LayerRecord(s[:, :heads], s[:, heads:-3], s[:, -3], s[:, -2], s[:, -1]) for s in packed
+            ]
+            for record, vrow in zip(decode[layer], self._step_popularity.get(layer, [])):
+                record.popularity = vrow.cpu().numpy()
+        self._open, self._steps, self._step_popularity, self._histograms = {}, {}, {}, {}
+        return prefill, decode

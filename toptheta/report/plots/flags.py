@@ -1,0 +1,115 @@
+"""The flags that the plot scripts share. Imports nothing heavy, so that --help answers at once."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from toptheta.util.errors import UsageError
+
+FORMATS = ("png", "pdf", "svg")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw and where to. None: the user left the choice."""
+
+    folder: Path
+    output: Path
+    format: str
+    title: str | None = None
+    layer_ids: tuple[int, ...] | None = None
+    head_ids: tuple[int, ...] | None = None
+    layers: int | None = None
+    heads: int | None = None
+
+
+class PlotParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence without the usage page; they exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the flags.\n")
+
+
+def plot_parser(description: str) -> PlotParser:
+    """A parser with the plot scripts' flags. Values stay text, for `check_request` to judge."""
+    # Without abbreviations, because --layer could mean --layers or --layer-ids.
+    parser = PlotParser(description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("-d", "--dir", "--products_dir_path", required=True, help="folder of the run, products/<timestamp>")
+    add("-t", "--title", help="title above every figure (default: model and method, or the folder's name)")
+    add(
+        "--layer-ids",
+        metavar="0,1,15",
+        help="draw these layers only (default: 4 spread out where each has its own line, else all)",
+    )
+    add(
+        "--head-ids",
+        metavar="0,1,2",
+        help="draw these query heads only (default: the first 4 where each has its own line, else all)",
+    )
+    add(
+        "--layers",
+        metavar="N",
+        help="layers of the model, for folders without config.json (default: from the files)",
+    )
+    add("--heads", metavar="N", help="query heads of a layer, likewise")
+    add("--format", default="png", metavar="|".join(FORMATS), help="picture format (default: png)")
+    add(
+        "--output", metavar="DIR", help="folder for the pictures, made if need be (default: the run's folder)"
+    )
+    return parser
+
+
+def parse_request(description: str) -> Request:
+    """The command line's flags as a Request. Ends the program with 2 and a sentence when a flag is wrong."""
+    parser = plot_parser(description)
+    try:
+        return check_request(parser.parse_args())
+    except UsageError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def check_request(args: argparse.Namespace) -> Request:
+    """The flags as a Request. Raises UsageError for the first that is wrong in itself."""
+    folder = Path(args.dir)
+    if not folder.is_dir():
+        raise UsageError(
+            f"-d/--dir is {args.dir!r}, which is no folder: name the folder of a run, products/<timestamp>."
+        )
+    if args.format not in FORMATS:
+        raise UsageError(f"--format is {args.format!r}, but must be one of {', '.join(FORMATS)}.")
+    output = folder if args.output is None else Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output is {args.output!r}, which is a file: name a folder.")
+    return Request(
+        folder=folder,
+        output=output,
+        format=args.format,
+        title=args.title,
+        layer_ids=_ids("--layer-ids", args.layer_ids),
+        head_ids=_ids("--head-ids", args.head_ids),
+        layers=_count("--layers", args.layers),
+        heads=_count("--heads", args.heads),
+    )
+
+
+def _ids(flag: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise UsageError(
+            f"{flag} is {text!r}, but must be numbers from 0 joined by commas: write {flag} 0,1,15."
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _count(flag: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise UsageError(
+            f"{flag} is {text!r}, but must be how many {flag[2:]} the model has: write {flag} 32."
+        )
+    return int(text)

@@ -1,0 +1,66 @@
+"""Figures inside a notebook: the same ones that the scripts write to files."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from toptheta.report.plots.flags import Request
+from toptheta.report.plots.report import Drawing, Run, open_run
+from toptheta.report.plots.style import look
+from toptheta.util.errors import UsageError
+
+DPI = 80  # as wide as a notebook's column, and small enough to be kept with it
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that a notebook shows as the value of a cell."""
+
+    png: bytes
+
+    def __repr__(self) -> str:
+        return "Picture()"
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
+def open_folder(
+    folder: Path | str,
+    title: str | None = None,
+    layer_ids: Sequence[int] | None = None,
+    head_ids: Sequence[int] | None = None,
+) -> Run:
+    """A run's folder for the `draw_...` functions; ids: draw these only. Raises UsageError."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError(f"{path} is no folder: name the folder of a run, products/<timestamp>.")
+    layers, heads = (None if ids is None else tuple(sorted(set(ids))) for ids in (layer_ids, head_ids))
+    return open_run(Request(path, path, "png", title, layers, heads))
+
+
+def show(draw: Callable[..., Figure | Drawing | tuple[Figure, list[str]]], *args: Any, **kw: Any) -> Picture:
+    """Call `draw` with the rest and return its figure as a picture; print what the figure lacks.
+
+    Raises UsageError when there is nothing to draw.
+    """
+    with look():
+        drawn = draw(*args, **kw)
+        notes: list[str] = []
+        if isinstance(drawn, Drawing):
+            notes, figure = drawn.notes, drawn.figure
+        elif isinstance(drawn, tuple):
+            figure, notes = drawn
+        else:
+            figure = drawn
+        if figure is None:
+            raise UsageError(" ".join(notes) or "there is nothing to draw.")
+        for note in notes:
+            print(note)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=DPI)
+    return Picture(png.getvalue())

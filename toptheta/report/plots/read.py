@@ -1,0 +1,298 @@
+"""Readers of a products folder: pandas DataFrames from the files of a run (formats: DESIGN section 5).
+
+Files may be plain or gzipped, of this program or of the published project. A reader returns None when its
+file is missing or empty, and raises UsageError with file and line number when a line is damaged. Tables are
+parsed in bulk, because a run of a large model leaves millions of lines; only the search for a damaged line
+goes line by line.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from toptheta.util.errors import UsageError
+from toptheta.util.files import find_file
+
+PHASES = ("prefill", "generative_decoding")
+_INT = r"\d{1,18}"
+_SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?"
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A line format. columns: name -> dtype; replace: bytes to turn into others, leaving one separator."""
+
+    columns: dict[str, str]
+    pattern: str
+    example: str
+    separator: str = r"\s+"
+    replace: tuple[tuple[bytes, bytes], ...] = ()
+
+
+_LAYER_HEAD = ((b"_H", b" "), (b"L", b""), (b":", b" "))
+_THRESHOLDS = _Format(
+    # K is a float because some published tables hold a mean there.
+    {"layer": "int64", "head": "int64", "n": "int64", "theta": "float64", "samples": "int64", "k": "float64"},
+    rf"L{_INT}_H{_INT}:{_INT} -?{_SIZE} {_INT} {_SIZE}",
+    "L0_H0:65 0.25 8 64",
+    replace=_LAYER_HEAD,
+)
+_LENGTHS = _Format({"n": "int64"}, _INT, "128")
+_COMPLETIONS = _Format({"prompt": "int64", "completion": "int64"}, rf"{_INT} {_INT}", "131 74")
+
+
+def read_thresholds(folder: Path) -> pd.DataFrame | None:
+    """th.txt: layer, head, n (row length, tokens), theta (score or weight), samples (calibration rows), k."""
+    frame = _read(folder, "th.txt", _THRESHOLDS)
+    # The published project appends to th.txt when it copies one; the last line of a row length counts.
+    if frame is None:
+        return None
+    return frame.drop_duplicates(["layer", "head", "n"], keep="last", ignore_index=True)
+
+
+def read_sizes(folder: Path, layer: int) -> pd.DataFrame | None:
+    """layer{i}.txt: layer, head, n (tokens), k, phase (one of PHASES), ratio (kept / what Top-k would
+    keep)."""
+    columns = {
+        "layer": "int64",
+        "head": "int64",
+        "n": "int64",
+        "k": "int64",
+        "phase": "category",
+        "ratio": "float64",
+    }
+    form = _Format(
+        columns,
+        rf"L{layer}_H{_INT}:{_INT} {_INT} (?:{'|'.join(PHASES)}) {_SIZE}",
+        f"L{layer}_H0:130 64 prefill 1.05",
+        replace=_LAYER_HEAD,
+    )
+    return _read(folder, f"layer{layer}.txt", form, layer)
+
+
+def read_kept(folder: Path, layer: int, kind: str, phase: str) -> pd.DataFrame | None:
+    """layer{i}_kept_{kind}_{phase}.csv. kind 'attn': layer, head, n, kept, full, counting attention elements;
+    kind 'vrow': layer, group, n, kept, full, counting V rows."""
+    unit = {"attn": "head", "vrow": "group"}[kind]
+    columns = {"layer": "int64", unit: "int64", "n": "int64", "kept": "float64", "full": "float64"}
+    pattern = rf"{layer},{_INT},{_INT},{_SIZE},{_SIZE}"
+    form = _Format(columns, pattern, f"{layer},0,130,64,130", separator=",")
+    return _read(folder, f"layer{layer}_kept_{kind}_{phase}.csv", form, layer)
+
+
+def read_effective_k(folder: Path) -> pd.DataFrame | None:
+    """effective_k.csv: layer, phase, n_low, n_high (tokens, both included), k, rows (counted rows of these
+    lengths), and the mean and percentiles of the elements that they keep."""
+    columns = dict.fromkeys(("layer", "phase", "n_low", "n_high", "k", "rows"), "int64")
+    columns |= {"phase": "category"} | dict.fromkeys(("mean", "p5", "p50", "p95"), "float64")
+    header = ",".join(columns)
+    sizes = ",".join([_SIZE] * 4)
+    form = _Format(
+        columns,
+        rf"{header}|{_INT},(?:{'|'.join(PHASES)}),{_INT},{_INT},{_INT},{_INT},{sizes}",
+        "3,prefill,91,107,64,1530,66.2,31.0,65.0,113.0",
+        separator=",",
+        replace=((header.encode(), b""),),
+    )
+    return _read(folder, "effective_k.csv", form)
+
+
+def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np.ndarray]] | None:
+    """layer{i}_kept_vrow_popularities_{phase}.txt: by group its lines in file order, each with how many (row,
+    head) pairs keep each V row, `[n]`."""
+    path = find_file(folder, f"layer{layer}_kept_vrow_popularities_{phase}.txt")
+    if path is None:
+        return None
+    groups: dict[int, list[np.ndarray]] = {}
+    for number, line in enumerate(_content(path).decode("latin-1").splitlines(), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(rf"{layer},({_INT}),({_INT}),\[([\d., ]*)\]", line.strip())
+        try:
+            counts = np.array(match[3].split(","), dtype=float) if match else np.empty(0)
+        except ValueError:
+            counts = np.empty(0)
+        if match is None or len(counts) != int(match[2]):
+            raise _damaged(path, number, line, f"{layer},0,4,[3, 0, 1, 3]")
+        groups.setdefault(int(match[1]), []).append(counts)
+    return groups or None
+
+
+def read_sequence_lengths(folder: Path) -> pd.DataFrame | None:
+    """sequence_lengths_per_example.csv: n (tokens), one row for an evaluated sequence."""
+    return _read(folder, "sequence_lengths_per_example.csv", _LENGTHS)
+
+
+def read_completion_lengths(folder: Path) -> pd.DataFrame | None:
+    """prompt_completion_lengths_per_sample.csv: prompt, completion, total (tokens), one row for a sample."""
+    frame = _read(folder, "prompt_completion_lengths_per_sample.csv", _COMPLETIONS)
+    return None if frame is None else frame.assign(total=frame["prompt"] + frame["completion"])
+
+
+def read_outcomes(folder: Path) -> pd.DataFrame | None:
+    """samples.jsonl_results.jsonl: task_id, passed, result; a row for each sample, in their order."""
+    path = find_file(folder, "samples.jsonl_results.jsonl")
+    if path is None:
+        return None
+    rows = []
+    for number, line in enumerate(_content(path).decode("utf-8", "replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row["passed"], bool):
+                raise TypeError
+            rows.append(
+                {
+                    "task_id": str(row["task_id"]),
+                    "passed": row["passed"],
+                    "result": str(row.get("result", "")),
+                }
+            )
+        except (json.JSONDecodeError, KeyError, TypeError):
+            example = '{"task_id": "HumanEval/0", "passed": true, "result": "passed"}'
+            raise _damaged(path, number, line, example) from None
+    return pd.DataFrame(rows) if rows else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, the settings of the run; empty for folders of the published project, which have none."""
+    return _read_json(folder, "config.json") or {}
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """results.json, as `tradeoff.draw_tradeoff` takes it."""
+    return _read_json(folder, "results.json")
+
+
+def read_task_results(path: Path | str, task: str) -> list[dict[str, Any]]:
+    """One task's results from a file that `read_results_by_task` reads. Raises UsageError if none are."""
+    tasks = read_results_by_task(path)
+    if task not in tasks:
+        raise UsageError(f"{path} has no results of {task}, but of {', '.join(tasks)}: name another file.")
+    return tasks[task]
+
+
+def read_results_by_task(path: Path | str) -> dict[str, list[dict[str, Any]]]:
+    """By task the results in a table's results.json or a run's summary.json. Raises UsageError when the file
+    is missing or holds none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: finish the run, or name another file.")
+    value = _json(path)
+    if (
+        not isinstance(value, list)
+        or not all(isinstance(r, dict) and "method" in r for r in value)
+        or not value
+    ):
+        raise UsageError(
+            f"{path} must hold a list of results: name a table's results.json or a summary.json."
+        )
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for result in value:
+        tasks.setdefault(str(result.get("task")), []).append(result)
+    return tasks
+
+
+def named_layers(folder: Path) -> list[int]:
+    """The layers that file names of the folder tell of, ascending."""
+    found = (
+        re.match(r"layer(\d{1,6})(?:_kept_\w+)?\.(?:txt|csv)(?:\.gz)?$", path.name)
+        for path in folder.iterdir()
+    )
+    return sorted({int(match[1]) for match in found if match})
+
+
+def _read(folder: Path, name: str, form: _Format, layer: int | None = None) -> pd.DataFrame | None:
+    path = find_file(folder, name)
+    if path is None:
+        return None
+    content = _content(path)
+    plain = content
+    for old, new in form.replace:
+        plain = plain.replace(old, new)
+    if not plain.strip():
+        return None
+    try:
+        # The extra column takes what a line has too much, so that pandas cannot turn a first field into an
+        # index.
+        frame = pd.read_csv(
+            io.BytesIO(plain),
+            sep=form.separator,
+            header=None,
+            names=[*form.columns, "extra"],
+            dtype={**form.columns, "extra": "object"},
+            encoding="latin-1",
+            quoting=csv.QUOTE_NONE,
+        )
+        extra = frame.pop("extra")
+        if not isinstance(frame.index, pd.RangeIndex) or extra.notna().any() or not _sound(frame, layer):
+            raise ValueError("a value out of its range")
+    except (ValueError, OverflowError) as error:
+        _find_damage(path, content, form)
+        raise UsageError(f"{path} cannot be read ({error}): make it anew.") from None
+    return frame
+
+
+def _sound(frame: pd.DataFrame, layer: int | None) -> bool:
+    for name, column in frame.items():
+        if name == "phase":
+            if column.isna().any() or not set(column.cat.categories) <= set(PHASES):
+                return False
+        elif not np.isfinite(column.to_numpy()).all() or (name != "theta" and (column < 0).any()):
+            return False
+    return layer is None or bool((frame["layer"] == layer).all())
+
+
+def _find_damage(path: Path, content: bytes, form: _Format) -> None:
+    pattern = re.compile(form.pattern)
+    for number, line in enumerate(content.decode("latin-1").split("\n"), 1):
+        if line.strip() and not pattern.fullmatch(re.sub(r"\s+", " ", line.strip())):
+            raise _damaged(path, number, line, form.example)
+
+
+def _damaged(path: Path, number: int, line: str, example: str) -> UsageError:
+    shown = line.strip() if len(line) <= 60 else line.strip()[:57] + "..."
+    return UsageError(
+        f"{path}, line {number}: {shown!r} is damaged, a line looks like {example!r}: mend or remove it."
+    )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{path} is not a whole gzip file ({error}): remove it, or make it anew.") from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}): allow reading it, or remove it."
+        ) from None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    path = find_file(folder, name)
+    if path is None:
+        return None
+    value = _json(path)
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}, line 1: it must hold a JSON object {{...}}: mend it, or remove the file.")
+    return value
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_content(path).decode())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}, line {error.lineno}: {error.msg}: mend it, or remove the file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text: mend it, or remove the file.") from None

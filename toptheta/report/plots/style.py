@@ -1,0 +1,118 @@
+"""How the figures look: colours that colour-blind readers tell apart (Okabe-Ito, PuOr, viridis), sizes,
+titles, saving.
+
+Figures are made without pyplot, so that nothing global changes and no window system is asked for.
+"""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from toptheta.util.errors import UsageError
+from toptheta.util.files import atomic_path
+
+# Okabe-Ito without its yellow, which is too pale for a line on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#767676"
+PHASE_COLOURS = {"prefill": COLOURS[0], "generative_decoding": COLOURS[1]}
+PHASE_MARKERS = {"prefill": "o", "generative_decoding": "s"}
+PHASE_NAMES = {"prefill": "prefill", "generative_decoding": "decode"}
+PASSED, FAILED = COLOURS[2], COLOURS[1]
+
+_RC: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "figure.titlesize": 11.0,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,  # text in PDF and SVG stays text, for search and for editing
+    "svg.fonttype": "none",
+    "agg.path.chunksize": 10000,
+}
+
+
+def new_figure(width: float, height: float, title: str, **options: Any) -> Figure:
+    """An empty figure of width x height inches with its title, to be filled within `look()`."""
+    figure = Figure(figsize=(width, height), layout="constrained", **options)
+    # A title is the user's text: a dollar sign in it starts no formula.
+    figure.suptitle(textwrap.fill(title, max(20, int(width * 11))), parse_math=False)
+    return figure
+
+
+def look() -> Any:
+    """A context in which figures get this project's look."""
+    return mpl.rc_context(_RC)
+
+
+def save_figure(figure: Figure, path: Path | str) -> None:
+    """Write the figure, whole or not at all, in the format of its suffix. Raises UsageError if it cannot."""
+    path = Path(path)
+    try:
+        with atomic_path(path) as temporary, look():
+            figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path} ({error.strerror}): name a folder to write to with --output."
+        ) from None
+
+
+def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend below all axes, in as many columns as fit the figure's width; text as it is, no formulas."""
+    for rows in range(1, len(handles) + 1):
+        columns = ceil(len(handles) / rows)
+        legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
+            return
+        legend.remove()
+
+
+def series_colours(count: int) -> list[Any]:
+    """`count` colours: distinct ones as far as they go, shades from dark to light beyond."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return list(mpl.colormaps["viridis"](np.linspace(0.0, 0.92, count)))
+
+
+def series_key(
+    figure: Figure, axes: Iterable[Axes], word: str, ids: Sequence[int], extra: Sequence[Artist] = ()
+) -> None:
+    """Say outside the axes which colour is which `word`: a legend, or a colour bar for many ids."""
+    colours = series_colours(len(ids))
+    handles: list[Artist] = list(extra)
+    if len(ids) <= len(COLOURS):
+        handles = [Line2D([], [], color=c, lw=2, label=f"{word} {i}") for c, i in zip(colours, ids)] + handles
+    else:
+        norm = BoundaryNorm(np.arange(len(ids) + 1) - 0.5, len(ids))
+        shown = np.unique(np.linspace(0, len(ids) - 1, min(len(ids), 12)).round().astype(int))
+        bar = figure.colorbar(
+            ScalarMappable(norm, ListedColormap(colours)),
+            ax=list(axes),
+            ticks=shown,
+            label=word,
+            aspect=max(30.0, 5.0 * figure.get_figheight()),
+            pad=0.01,
+        )
+        bar.set_ticklabels([str(ids[i]) for i in shown])
+        bar.minorticks_off()
+    if handles:
+        add_legend(figure, handles)
