@@ -9,12 +9,8 @@ import csv
 import gzip
 import io
 import json
-import platform
 import shutil
-import subprocess
-import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +24,6 @@ from toptheta.util.files import atomic_path, write_json, write_text
 CHECKPOINT_SECONDS = 20.0
 HISTOGRAMS = "effective_k.npz"  # of a partial folder: arrays {phase}/{layer}
 EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0}
-
-
-def timestamp() -> str:
-    """Now, in the published project's form: 2024-04-29_17-29-01_774054."""
-    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions, git commit and device that a run depends on, for config.json."""
-    import lm_eval
-    import torch
-    import transformers
-
-    import toptheta
-
-    try:
-        root = Path(toptheta.__file__).parent.parent
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    except OSError:
-        commit = ""
-    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else _cpu_name()
-    return {
-        "toptheta": toptheta.__version__,
-        "git_commit": commit or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lm_eval": getattr(lm_eval, "__version__", None),
-        "device": device,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 class Cell:
@@ -275,25 +225,3 @@ def _add_kept(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]
 def _add_histograms(totals: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> None:
     for name, histogram in more.items():
         totals[name] = totals[name] + histogram if name in totals else histogram
-
-
-def append_result(results_dir: Path, name: str, text: str) -> Path:
-    """Append a human-readable result to `results_dir/name`, as the published project does; returns the
-    file."""
-    results_dir.mkdir(parents=True, exist_ok=True)
-    path = results_dir / name
-    with open(path, "a") as file:  # one write call: runs in parallel do not mix their lines
-        file.write(text)
-    return path
-
-
-def log_line(path: Path, text: str) -> None:
-    """Append one dated line to a run's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal, apart from results on standard output."""
-    print(text, file=sys.stderr, flush=True)

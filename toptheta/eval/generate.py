@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from toptheta.eval.cell import say
 from toptheta.eval.run import cells, interrupted, open_run
 from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.settings import GenSettings, resolve_device
@@ -18,6 +17,7 @@ from toptheta.eval.tasks.qa import check_calib_task
 from toptheta.models.loading import find_model, load_config, load_model, load_tokenizer
 from toptheta.models.patch import update_model
 from toptheta.report import tables as report
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from toptheta.calibration.kept_samples import write_calibration_samples
 from toptheta.calibration.tables import BINARY_NAME, save_tables
-from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell, environment, log_line, say, timestamp
+from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
 from toptheta.eval.settings import QASettings, Settings, cell_folder, label, settings_from_json
 from toptheta.methods.params import TOP_THETA, AttentionParams
 from toptheta.models.control import (
@@ -26,8 +26,10 @@ from toptheta.models.control import (
 )
 from toptheta.models.patch import patched_layers
 from toptheta.report import tables as report
+from toptheta.util.console import say
+from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
-from toptheta.util.files import atomic_path, write_json, write_text
+from toptheta.util.files import atomic_path, log_line, timestamp, write_json, write_text
 
 
 @dataclass

@@ -20,14 +20,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from toptheta.eval.cell import say, timestamp
 from toptheta.eval.cli import Parser, parse_settings
 from toptheta.eval.run import Run, is_under_way, product_folder, saved_run, task_parts
 from toptheta.eval.settings import GenSettings, QASettings, Settings, resolve_device
 from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import TOP_THETA, AttentionParams
 from toptheta.report.sweep_table import write_table
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
+from toptheta.util.files import timestamp
 
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}

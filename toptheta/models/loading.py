@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from toptheta.util.environment import cache_folder
 from toptheta.util.errors import UsageError
 
 SMALL_MODEL = "smollm2"
@@ -182,7 +183,7 @@ def _why_not_loaded(source: ModelSource, error: Exception) -> str:
 def unpacked(source: ModelSource) -> ModelSource:
     """`source` itself, or for a small GGUF file the folder that keeps it unpacked (made at first use).
 
-    The folder is $TOPTHETA_CACHE or ~/.cache/toptheta; float32 weights and tokenizer as transformers reads
+    The folder is in `cache_folder()`; float32 weights and tokenizer as transformers reads
     them.
     """
     if source.gguf_file is None:
@@ -196,7 +197,7 @@ def unpacked(source: ModelSource) -> ModelSource:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} transformers {transformers.__version__}"
-    root = Path(os.environ.get("TOPTHETA_CACHE") or Path.home() / ".cache" / "toptheta")
+    root = cache_folder()
     folder = root / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         print(f"Unpacking {file.name} once into {folder}", file=sys.stderr)

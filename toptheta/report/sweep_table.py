@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from toptheta.eval.cell import say
 from toptheta.models.recorder import DECODE, PREFILL
 from toptheta.report import tables as report
 from toptheta.report.plots.tradeoff import draw_tradeoff
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json, write_text
 

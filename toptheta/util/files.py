@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,25 @@ def find_file(folder: Path | str, name: str) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def append_result(results_dir: Path, name: str, text: str) -> Path:
+    """Append a human-readable result to `results_dir/name`, as the published project does; returns the
+    file."""
+    results_dir.mkdir(parents=True, exist_ok=True)
+    path = results_dir / name
+    with open(path, "a") as file:  # one write call: runs in parallel do not mix their lines
+        file.write(text)
+    return path
+
+
+def log_line(path: Path, text: str) -> None:
+    """Append one dated line to a run's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+
+def timestamp() -> str:
+    """Now, in the published project's form: 2024-04-29_17-29-01_774054."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")

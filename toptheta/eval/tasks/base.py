@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from toptheta.eval.cell import Cell, append_result, say
+from toptheta.eval.cell import Cell
 from toptheta.eval.generation_flags import HUMANEVAL, LONGBENCH, PERPLEXITY
 from toptheta.eval.run import Run, finish_run, prepare, write_config
 from toptheta.eval.settings import GenSettings, label
@@ -21,7 +21,9 @@ from toptheta.models.control import record_statistics
 from toptheta.models.patch import model_device
 from toptheta.models.recorder import Recorder
 from toptheta.report import tables as report
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
+from toptheta.util.files import append_result
 
 CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, set_seed
 
-from toptheta.eval.cell import say
 from toptheta.eval.run import Run
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks import humaneval
 from toptheta.eval.tasks.base import CALIBRATION_ITEMS, Item, ReplyJob, end_tokens
 from toptheta.models import generation as chunked
 from toptheta.models.patch import model_device
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_text
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from toptheta.eval.cell import say
 from toptheta.eval.generation_flags import read_text
 from toptheta.eval.run import Run
 from toptheta.eval.settings import GenSettings
@@ -24,6 +23,7 @@ from toptheta.models.patch import model_device
 from toptheta.report import tables as report
 from toptheta.report.plots.perplexity import draw_perplexity
 from toptheta.report.plots.tradeoff import draw_tradeoff
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json, write_text
 

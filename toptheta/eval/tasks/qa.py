@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toptheta.eval.cell import Cell, append_result, say
+from toptheta.eval.cell import Cell
 from toptheta.eval.run import Run, cells, finish_run, interrupted, open_run, prepare, task_parts, write_config
 from toptheta.eval.settings import GenSettings, QASettings, Settings, label, resolve_device
 from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults, task_names
 from toptheta.methods.params import AttentionParams
 from toptheta.models.loading import find_model, load_config, load_tokenizer, unpacked
 from toptheta.report import tables as report
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import write_json, write_text
+from toptheta.util.files import append_result, write_json, write_text
 
 
 def run_qa(settings: QASettings, resume: str | None = None) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from toptheta.attention.reference import Counts, LayerSpec, mean_of_visible
 from toptheta.attention.rows import Rows
 from toptheta.methods.params import DENSE, SDC_METHODS, TOP_THETA
+from toptheta.util.environment import cache_folder
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fno-math-errno -fPIC -shared".split()
@@ -64,13 +65,6 @@ class Call(ctypes.Structure):
 
 
 # ---- Building ----
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept: $TOPTHETA_CACHE, else the user's cache folder."""
-    if os.environ.get("TOPTHETA_CACHE"):
-        return Path(os.environ["TOPTHETA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toptheta"
 
 
 def _cpu_name() -> str:
