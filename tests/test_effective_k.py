@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toptheta.plots import read
 from transformers import DynamicCache, LlamaForCausalLM
 
 from tests import reference
@@ -26,6 +25,7 @@ from toptheta.kernels.cpu import backend as cpu
 from toptheta.models.control import record_statistics
 from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, Recorder
 from toptheta.report import tables as report
+from toptheta.report.plots import read
 from toptheta.report.plots.flags import check_request, plot_parser
 from toptheta.report.plots.report import draw_report
 from toptheta.report.plots.thresholds import FIGURES, INPUTS

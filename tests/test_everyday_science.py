@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "toptheta" / "tasks" / "everyday_science"
+FOLDER = Path(__file__).resolve().parent.parent / "toptheta" / "eval" / "tasks" / "everyday_science"
 
 
 def rows(split: str) -> list[dict]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toptheta.plots import read
 
+from toptheta.report.plots import read
 from toptheta.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
