@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.paths import SHARED
 from toptheta.kernels import registry as kernels
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: one thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
 def tiny_config(**changes) -> LlamaConfig:

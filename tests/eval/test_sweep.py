@@ -13,11 +13,11 @@ import pytest
 
 import gen_llama
 import test_llama
+from tests.helpers.paths import ROOT
 from toptheta.eval.settings import QASettings
 from toptheta.eval.sweep import Found, SweepOptions, _plan, answer_key, missing_runs, run_sweep, scan
 from toptheta.util.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {"test_llama.py": test_llama.make_parser, "gen_llama.py": gen_llama.make_parser}
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.conftest import tiny_config
+from tests.helpers.paths import ROOT
 from toptheta.eval.settings import GenSettings, settings_from_json
 from toptheta.models import generation as chunked
 from toptheta.models.control import record_statistics, set_params
@@ -21,7 +22,6 @@ from toptheta.models.patch import patched_layers, update_model
 from toptheta.models.recorder import Recorder
 from toptheta.util.errors import UsageError
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"mode": 3, "placement": "none"},
     "top-k": {"mode": 1, "K": 12, "placement": "pre-softmax", "sdc": "exact", "vmc": True},

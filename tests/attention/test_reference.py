@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests import reference
+from tests.helpers import reference
 from toptheta.attention.reference import LayerSpec, sparse_attention
 from toptheta.attention.rows import Rows, rows_of, toptheta_mask
 from toptheta.methods.params import AttentionParams, check

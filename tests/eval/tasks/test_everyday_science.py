@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "toptheta" / "eval" / "tasks" / "everyday_science"
+from tests.helpers.paths import ROOT
+
+FOLDER = ROOT / "toptheta" / "eval" / "tasks" / "everyday_science"
 
 
 def rows(split: str) -> list[dict]:

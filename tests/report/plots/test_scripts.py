@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.paths import ROOT, SHARED
 from toptheta.report.plots import read
 from toptheta.util.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL_TABLE = ROOT.parent / "shared/golden/calibration/pre-softmax_tac1_sigma0.1_offline-calibrated.th.txt.gz"
+REAL_TABLE = SHARED / "golden/calibration/pre-softmax_tac1_sigma0.1_offline-calibrated.th.txt.gz"
 LAYERS, HEADS, GROUPS, K = 6, 9, 3, 64
 PNG = b"\x89PNG\r\n\x1a\n"
 

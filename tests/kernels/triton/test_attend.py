@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.test_kernels_cpu import SCALE, SPECS, K, case, in_float64, inputs, tables
+from tests.helpers.paths import ROOT
+from tests.kernels.cpu.test_attend import SCALE, SPECS, K, case, in_float64, inputs, tables
 from toptheta.attention.reference import LayerSpec, mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.triton import backend as gpu
@@ -49,10 +49,12 @@ if HAS_TRITON and gpu.INTERPRETED:
 @pytest.mark.skipif(HERE, reason="the tests run in this process")
 def test_in_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parent.parent
-    files = [__file__, *(f"tests/test_triton_{name}.py" for name in ("two_tier", "operators"))]
+    files = [
+        f"tests/kernels/{name}.py"
+        for name in ("triton/test_attend", "triton/test_operators", "test_int8_keys")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -13,7 +13,8 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 
 from notebooks.execute import execute as execute_book
-from tests.test_plots import make_products
+from tests.helpers.paths import ROOT
+from tests.report.plots.test_scripts import make_products
 from toptheta.calibration.kept_samples import write_calibration_samples
 from toptheta.report.plots.kept import draw_size_by_length
 from toptheta.report.plots.notebook import open_folder, show
@@ -24,7 +25,6 @@ from toptheta.report.plots.samples import samples_figure
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 150_000  # of a picture
 DECODE = "generative_decoding"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from tests import reference
 from tests.conftest import tiny_config
-from tests.test_cli import parse
-from tests.test_kernels_cpu import KINDS, K, case, inputs, needs_kernel, tables
+from tests.eval.test_cli import parse
+from tests.helpers import reference
+from tests.kernels.cpu.test_attend import KINDS, K, case, inputs, needs_kernel, tables
 from topk_llama import set_params, update_model
 from toptheta.attention import effective_k as effective
 from toptheta.attention.reference import LayerSpec, sparse_attention

@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM, StaticCache
 from bench.attention import MODELS, Case
 from bench.decode import METHODS, Bench
 from tests.conftest import tiny_config
-from tests.test_dropin import SPARSE, steer, tokens
-from tests.test_kernels_cpu import SCALE, K, tables
-from tests.test_kernels_triton import DEVICE, FEW, HERE, draw, here, needs_triton, on_device
+from tests.kernels.cpu.test_attend import SCALE, K, tables
+from tests.kernels.triton.test_attend import DEVICE, FEW, HERE, draw, here, needs_triton, on_device
+from tests.models.test_patch import SPARSE, steer, tokens
 from topk_llama import TopThetaCache
 from toptheta.attention.reference import LayerSpec
 from toptheta.attention.rows import rows_of

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "bench" / "end_to_end.py"
+from tests.helpers.paths import ROOT
+
+BENCH = ROOT / "bench" / "end_to_end.py"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
