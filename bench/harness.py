@@ -27,8 +27,9 @@ from bench.attention import device_name
 from bench.end_to_end import CALIBRATE, METHODS, PRE
 from toptheta.eval.lm_eval_model import TopThetaLM
 from toptheta.eval.tasks.lm_eval_tasks import BUNDLED_TASK, task_configs
-from toptheta.models.control import set_params
+from toptheta.models.control import record_statistics, set_params
 from toptheta.models.loading import find_model, load_tokenizer, unpacked
+from toptheta.models.recorder import Recorder
 
 SHOTS = 25
 RUNS = ["dense through us", "Top-k", "Top-theta pre"]
@@ -85,7 +86,8 @@ def main() -> None:
             if name != "stock harness":
                 lm = ours
                 set_params(ours.model, **METHODS[name])
-                ours.start_recording(False)
+                ours.recorder = Recorder(ours.config.num_attention_heads)
+                record_statistics(ours.model, ours.recorder)
             start = time.perf_counter()
             scores = lm.loglikelihood(question, disable_tqdm=True)
             if lm is ours:

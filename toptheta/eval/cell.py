@@ -11,6 +11,8 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 from toptheta.attention import effective_k as effective
 from toptheta.models.recorder import DECODE, PREFILL, LayerRecord
+from toptheta.report.results import Answer, CellResult, Kept, write_answers
 from toptheta.util.files import atomic_path, write_json, write_text
 
 CHECKPOINT_SECONDS = 20.0
@@ -27,12 +30,13 @@ EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0}
 
 
 class Cell:
-    """One setting's product folder. answers: what is done so far, by request key; kept: totals by phase;
-    effective_k: whether single rows are counted, which is Top-theta's alone too."""
+    """One setting's product folder. ratio_to_k: K per layer, for layer{i}.txt, where the method aims at K;
+    answers: what is done so far, by request key; kept: totals by phase; effective_k: whether single rows are
+    counted, which needs ratio_to_k."""
 
     def __init__(self, path: Path, ratio_to_k: tuple[int, ...] | None = None, effective_k: bool = False):
         self.path = path
-        self.ratio_to_k = ratio_to_k  # K per layer for layer{i}.txt, which is Top-theta's alone
+        self.ratio_to_k = ratio_to_k
         self.effective_k = effective_k and ratio_to_k is not None
         self.answers: dict[str, Any] = {}
         self.kept: dict[str, dict[str, int]] = {}
@@ -52,8 +56,8 @@ class Cell:
     def finished(self) -> bool:
         return (self.path / "results.json").is_file()
 
-    def results(self) -> dict[str, Any]:
-        return json.loads((self.path / "results.json").read_text())
+    def result(self) -> CellResult:
+        return CellResult.from_json(json.loads((self.path / "results.json").read_text()))
 
     def start_clock(self) -> None:
         """Time from here on counts as this cell's evaluation."""
@@ -153,10 +157,11 @@ class Cell:
             self._lines, self._new_answers, self._new_kept, self._new_histograms = {}, {}, {}, {}
         self._since = now
 
-    def finish(self, results: dict[str, Any]) -> None:
-        """Join the partial folders into the product files and write results.json, last.
+    def finish(self, result: CellResult, answers: Sequence[Answer]) -> CellResult:
+        """Join the partial folders into the product files, write answers.jsonl and, last, results.json.
 
-        With effective_k, results also get that: what effective.overall says of each phase.
+        Returns the result, which gets effective_k, if that is counted: what effective.overall says of each
+        phase.
         """
         self.checkpoint()
         chunks = self._chunks()
@@ -169,46 +174,46 @@ class Cell:
                     if (chunk / name).is_file():  # gzip members may simply follow each other
                         joined.write((chunk / name).read_bytes())
         if self.effective_k:
-            results["effective_k"] = self._write_effective_k(chunks)
-        write_json(self.path / "results.json", results)
+            result = replace(result, effective_k=self._write_effective_k(chunks))
+        write_answers(self.path, answers)
+        write_json(self.path / "results.json", result.to_json())
         shutil.rmtree(self.path / "partial", ignore_errors=True)
+        return result
 
     def _write_effective_k(self, chunks: list[Path]) -> list[dict[str, Any]]:
-        """Write effective_k.csv from the histograms of all partial folders; returns what is to be told."""
+        """Write effective_k.csv from the histograms of all partial folders; returns it over all lengths."""
         assert self.ratio_to_k is not None
         ks, totals = self.ratio_to_k, dict[str, np.ndarray]()
         for chunk in chunks:
             if (chunk / HISTOGRAMS).is_file():
                 with np.load(chunk / HISTOGRAMS) as saved:
                     _add_histograms(totals, dict(saved))
-        rows, told = list[dict[str, Any]](), list[dict[str, Any]]()
+        rows, total = list[dict[str, Any]](), list[dict[str, Any]]()
         for phase in (PREFILL, DECODE):
             found = {
                 layer: totals[f"{phase}/{layer}"] for layer in range(len(ks)) if f"{phase}/{layer}" in totals
             }
             for layer, histogram in found.items():
                 rows += effective.by_length(histogram, layer, phase, ks[layer])
-            told += effective.overall(found, phase, ks)
+            total += effective.overall(found, phase, ks)
         text = io.StringIO()
         table = csv.DictWriter(text, effective.COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
         write_text(self.path / "effective_k.csv", text.getvalue())
-        return told
+        return total
 
-    def kept_fractions(self) -> dict[str, dict[str, float] | None]:
+    def kept_shares(self) -> dict[str, Kept | None]:
         """Share of elements and V rows kept, by phase; None for a phase that did not occur. Call after
         `checkpoint`."""
-        fractions: dict[str, dict[str, float] | None] = {}
+        shares: dict[str, Kept | None] = {}
         for phase in (PREFILL, DECODE):
             totals = self.kept.get(phase)
-            if not totals or not totals["attn_full"]:
-                fractions[phase] = None
-            else:
-                fractions[phase] = {
-                    what: totals[f"{what}_kept"] / totals[f"{what}_full"] for what in ("attn", "vrow")
-                }
-        return fractions
+            shares[phase] = None
+            if totals and totals["attn_full"]:
+                attn, vrow = (totals[f"{what}_kept"] / totals[f"{what}_full"] for what in ("attn", "vrow"))
+                shares[phase] = Kept(attn, vrow)
+        return shares
 
     def _chunks(self) -> list[Path]:
         partial = self.path / "partial"

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from toptheta.eval.cell import Cell
-from toptheta.models.control import record_statistics
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import PREFILL, Recorder
 
@@ -24,8 +23,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 @register_model("toptheta")
 class TopThetaLM(HFLM):
-    """HFLM over a patched model. cell: where answers and counts go, None while calibrating. description: of
-    the bar."""
+    """HFLM over a patched model. cell: where answers and counts go, None while calibrating; recorder: what
+    counts, None where nothing is counted; description: of the bar; tokens: how many a prompt and its reply,
+    up to a stop sequence, have, by the prompt's text."""
 
     def __init__(self, *args, **kwargs):
         self.cell: Cell | None = None
@@ -33,21 +33,13 @@ class TopThetaLM(HFLM):
         self.description = "Evaluating"
         self.done: set[str] | None = None  # while calibrating: the requests that it has seen
         self.after_batch = lambda: None
+        self.tokens: dict[str, dict[str, int]] = {}
         self._generated_lengths: list[int] = []
         super().__init__(*args, **kwargs)
 
     def _create_model(self, *args, **kwargs) -> None:
         super()._create_model(*args, **kwargs)
         update_model(self._model)
-
-    def start_recording(self, keep_popularity: bool, effective_k: bool = False) -> None:
-        """Count kept elements and V rows from now on."""
-        self.recorder = Recorder(self.config.num_attention_heads, keep_popularity, effective_k)
-        record_statistics(self.model, self.recorder)
-
-    def stop_recording(self) -> None:
-        self.recorder = None
-        record_statistics(self.model, None)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -63,7 +55,9 @@ class TopThetaLM(HFLM):
             answers = self.cell.answers
             self.cell.start_clock()
         todo: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
-        for key, (_, context, continuation) in zip(keys, requests):
+        for key, (texts, context, continuation) in zip(keys, requests):
+            if texts is not None:  # None: a text that is read in windows
+                self.tokens[texts[0]] = {"prompt": len(context)}
             if key not in answers and key not in (self.done or ()):
                 context, continuation = self._fit(context, continuation)
                 todo.setdefault(tuple(context), {})[key] = tuple(continuation)
@@ -163,7 +157,8 @@ class TopThetaLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generated texts, batch by batch, each kept as soon as it is done."""
-        keys = [_key([], self.tok_encode(r.args[0]), repr(sorted(r.args[1].items()))) for r in requests]
+        prompts = [self.tok_encode(r.args[0]) for r in requests]
+        keys = [_key([], ids, repr(sorted(r.args[1].items()))) for ids, r in zip(prompts, requests)]
         answers: dict[str, Any] = {}
         if self.cell is not None:
             answers = self.cell.answers
@@ -194,7 +189,11 @@ class TopThetaLM(HFLM):
             self.after_batch()
             bar.update(len(found))
         bar.close()
-        return [answers.get(key, "") for key in keys]
+        replies = [answers.get(key, "") for key in keys]
+        for ids, request, text in zip(prompts, requests, replies):
+            reply = self.tok_encode(text, add_special_tokens=False)
+            self.tokens[request.args[0]] = {"prompt": len(ids), "reply": len(reply)}
+        return replies
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs

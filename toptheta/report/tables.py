@@ -1,78 +1,115 @@
-"""Results as a table that people read; the same numbers go to JSON."""
+"""Results as tables that people read: every table is built from columns, by one builder.
 
+Covers the text only; summary.py prints and writes it.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from toptheta.models.recorder import DECODE, PREFILL
+from toptheta.report.results import DECODE, PHASES, PREFILL, CellResult, Metric
 
 WORST_LAYERS = 3
-MAIN_METRICS = ("acc_norm", "acc", "pass@1")
+PHASE_WORDS = {PREFILL: "prefill", DECODE: "decode"}
+PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte")  # names that hold one of these are no shares of 1
 
 
-def main_metric(metrics: dict[str, dict[str, Any]]) -> str | None:
-    """The metric to show first: acc_norm, else acc, else pass@1, else whatever there is."""
-    for name in (*MAIN_METRICS, *metrics):
-        if name in metrics:
-            return name
-    return None
+@dataclass(frozen=True)
+class Column:
+    """A column: its header, and its text for a row, which may be of any type."""
+
+    header: str
+    text: Callable[[Any], str]
 
 
-def score(metric: dict[str, Any] | None, percent: bool = True) -> str:
-    """'45.0 ± 5.0 (n=100)'."""
-    if metric is None:
-        return "-"
-    factor = 100.0 if percent else 1.0
-    stderr = metric.get("stderr")
-    spread = "" if stderr is None else f" ± {factor * stderr:.1f}"
-    return f"{factor * metric['value']:.1f}{spread} (n={metric['count']})"
+def build(rows: Sequence[Any], columns: Sequence[Column]) -> str:
+    """A markdown table of `rows`."""
+    return table([[column.text(row) for column in columns] for row in rows], [c.header for c in columns])
 
 
-def percent(kept: dict[str, dict[str, float] | None] | None, phase: str, what: str) -> str:
-    values = kept.get(phase) if kept else None
-    return "-" if values is None else f"{100.0 * values[what]:.1f}"
-
-
-def table(rows: list[list[str]], header: list[str]) -> str:
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """A markdown table with aligned columns."""
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
 
-    def line(cells: list[str]) -> str:
+    def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(c).ljust(w) for c, w in zip(cells, widths)) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
-def results_table(results: list[dict[str, Any]]) -> str:
-    """One row per cell: method, every metric, kept shares, time."""
-    metrics = list(dict.fromkeys(name for result in results for name in result["metrics"]))
-    phases = [phase for phase in (PREFILL, DECODE) if any((r.get("kept") or {}).get(phase) for r in results)]
-    short = {PREFILL: "prefill", DECODE: "decode"}
-    header = ["method", *(f"{name} %" for name in metrics)]
-    for phase in phases:
-        header += [f"kept elements {short[phase]} %", f"kept V rows {short[phase]} %"]
-    header += ["calibration s", "evaluation s"]
-    rows = []
-    for result in results:
-        row = [result["method"], *(score(result["metrics"].get(name)) for name in metrics)]
-        for phase in phases:
-            row += [
-                percent(result.get("kept"), phase, "attn"),
-                percent(result.get("kept"), phase, "vrow"),
-            ]
-        seconds = result["seconds"]
-        row += [f"{seconds['calibration']:.0f}", f"{seconds['evaluation']:.0f}"]
-        rows.append(row)
-    return table(rows, header)
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of 1, which tables show in %."""
+    return not any(name in metric for name in PLAIN_METRICS)
 
 
-def effective_k(results: list[dict[str, Any]]) -> str:
+def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> str:
+    """'45.0 ± 5.0 (n=100)'."""
+    if metric is None:
+        return "-"
+    factor = 100.0 if in_percent else 1.0
+    text = f"{factor * metric.value:.{digits}f}"
+    if metric.stderr is not None:
+        text += f" ± {factor * metric.stderr:.{digits}f}"
+    return text if metric.count is None else f"{text} (n={metric.count})"
+
+
+def share(result: CellResult, phase: str, what: str) -> str:
+    """What was kept, in percent."""
+    value = result.kept_share(phase, what)
+    return "-" if value is None else f"{100.0 * value:.1f}"
+
+
+def metric_columns(results: Sequence[CellResult]) -> list[Column]:
+    """A column for each metric that a result has; with perplexity by context length, one for each length."""
+    lengths = [row["length"] for result in results[:1] for row in result.by_length]
+    if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
+        columns = [
+            Column(f"<= {length}", lambda result, i=i: f"{result.by_length[i]['ppl']:.2f}")
+            for i, length in enumerate(lengths)
+        ]
+        return [*columns, Column("all", lambda result: score(result.metrics.get("ppl"), False, 2))]
+    return [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
+
+
+def _metric_column(name: str) -> Column:
+    if is_share(name):
+        return Column(f"{name} %", lambda result: score(result.metrics.get(name)))
+    return Column(name, lambda result: score(result.metrics.get(name), False, 2))
+
+
+def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]:
+    """Kept elements and V rows of each phase that occurred; of a text that was only read, all rows are kept
+    by some row, so there are elements only."""
+    if results and all(result.by_length for result in results):
+        return [Column("kept elements %", lambda result: share(result, PREFILL, "attn"))]
+    columns = []
+    for phase in PHASES:
+        if any((result.kept or {}).get(phase) for result in results):
+            for what, words in (("attn", "kept elements"), ("vrow", "kept V rows")):
+                header = f"{words}{comma} {PHASE_WORDS[phase]} %"
+                columns.append(Column(header, lambda r, phase=phase, what=what: share(r, phase, what)))
+    return columns
+
+
+def results_table(results: Sequence[CellResult]) -> str:
+    """One row per cell of a run: method, every metric, kept shares, time."""
+    columns = [Column("method", lambda result: result.method)]
+    columns += metric_columns(results) + kept_columns(results)
+    for name in ("calibration", "evaluation"):
+        columns.append(Column(f"{name} s", lambda result, name=name: f"{result.seconds.get(name, 0.0):.0f}"))
+    return build(results, columns)
+
+
+def effective_k(results: Sequence[CellResult]) -> str:
     """What single rows keep against K: a row per cell, phase and K. Layers are ranked by how far their 5th or
     95th percentile is from K, as a factor."""
-    short = {PREFILL: "prefill", DECODE: "decode"}
     header = ["effective K", "phase", "K", "rows", "mean", "p5", "p95", "farthest layers: mean (p5 to p95)"]
     rows = []
     for result in results:
-        for one in result.get("effective_k") or []:
+        for one in result.effective_k or []:
             k = one["k"]
 
             def distance(layer: dict[str, Any], k: int = k) -> float:
@@ -81,10 +118,79 @@ def effective_k(results: list[dict[str, Any]]) -> str:
             worst = sorted(one["layers"], key=distance, reverse=True)[:WORST_LAYERS]
             layers = [f"{x['layer']}: {x['mean']:.0f} ({x['p5']:.0f} to {x['p95']:.0f})" for x in worst]
             numbers = [f"{one[name]:.1f}" for name in ("mean", "p5", "p95")]
-            rows.append([result["method"], short[one["phase"]], k, one["rows"], *numbers, ", ".join(layers)])
+            phase = PHASE_WORDS[one["phase"]]
+            rows.append([result.method, phase, k, one["rows"], *numbers, ", ".join(layers)])
     if not rows:
         return "Effective K: no evaluated row was longer than K."
     return table(rows, header)
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """A cell of a sweep's table. method: the table's name for it, without K; result: None if it was not
+    run."""
+
+    task: str
+    method: str
+    k: int | None
+    result: CellResult | None
+
+
+def sweep_markdown(title: str, table_name: str, rows: Sequence[SweepRow]) -> str:
+    """table.md of a sweep: what it was computed on, and a table for each task."""
+    text = f"# {title}\n\n`python reproduce.py --table {table_name}`{_machines(rows)}\n"
+    for task in dict.fromkeys(row.task for row in rows):
+        text += f"\n## {task}\n\n{_task_table([row for row in rows if row.task == task])}\n"
+    return text
+
+
+def _machines(rows: Sequence[SweepRow]) -> str:
+    """On what the cells were computed."""
+    environments = [row.result.extra["environment"] for row in rows if row.result is not None]
+    machines = {
+        f"{e['device_name']} ({e['device']}, {e['threads']} threads), torch {e['torch']}, "
+        f"transformers {e['transformers']}, lm-eval {e['lm_eval']}"
+        for e in environments
+    }
+    missing = len(rows) - len(environments)
+    text = f" on {'; '.join(sorted(machines))}. ± is the standard error, n the count."
+    return text + (f" {missing} of {len(rows)} cells were not run." if missing else "")
+
+
+def _task_table(rows: Sequence[SweepRow]) -> str:
+    results = [row.result for row in rows if row.result is not None]
+    columns = metric_columns(results) + kept_columns(results, ",")
+    columns.append(Column("minutes", lambda result: f"{sum(result.seconds.values()) / 60:.1f}"))
+    lines = []
+    for row in rows:
+        if row.result is None:
+            cells = ["not run"] + [""] * (len(columns) - 1)
+        else:
+            cells = [column.text(row.result) for column in columns]
+        lines.append([row.method, "-" if row.k is None else str(row.k), *cells])
+    return table(lines, ["method", "K", *(column.header for column in columns)])
+
+
+def sweep_csv(rows: Sequence[SweepRow]) -> str:
+    """table.csv of a sweep: a line per cell and metric; a cell that was not run has one without numbers."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    kept = [(phase, what) for phase in PHASES for what in ("attn", "vrow")]
+    header = ["task", "method", "k", "metric", "value", "stderr", "count"]
+    header += [*(f"kept_{what}_{phase}" for phase, what in kept), "calibration_s", "evaluation_s", "device"]
+    writer.writerow(header)
+    for row in rows:
+        result, first = row.result, [row.task, row.method, row.k]
+        if result is None:
+            writer.writerow([*first, *[""] * (len(header) - len(first))])
+            continue
+        shares = [result.kept_share(phase, what) for phase, what in kept]
+        seconds = [result.seconds["calibration"], result.seconds["evaluation"]]
+        device = result.extra["environment"]["device_name"]
+        for name, metric in result.metrics.items():
+            numbers = [metric.value, metric.stderr, metric.count]
+            writer.writerow([*first, name, *numbers, *shares, *seconds, device])
+    return out.getvalue()
 
 
 def settings_line(config: dict[str, Any]) -> str:

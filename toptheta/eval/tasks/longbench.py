@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from toptheta.eval.settings import GenSettings
-from toptheta.eval.tasks.base import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr, split_off
+from toptheta.eval.tasks.base import Outcome
+from toptheta.eval.tasks.items import (
+    CALIBRATION_ITEMS,
+    Item,
+    ReplyJob,
+    calibration_count,
+    mean_and_stderr,
+    split_off,
+)
 from toptheta.models.loading import hub_reachable
 from toptheta.util.errors import UsageError
 
@@ -79,8 +87,7 @@ class LongBenchJob(ReplyJob):
             self.items.append(item)
 
     def _calibration_rows(self, train: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        size = self.settings.calib_samples or min(CALIBRATION_ITEMS, len(train))
-        count = max(1, round(size * len(train))) if size < 1 else int(size)
+        count = calibration_count(self.settings, min(CALIBRATION_ITEMS, len(train)), len(train))
         if count > len(train):
             raise UsageError(
                 f"--calib_samples {count}: train.jsonl of {self.settings.dataset} has {len(train)} rows; "
@@ -119,8 +126,10 @@ class LongBenchJob(ReplyJob):
                 answer |= {"answers": references, "rouge_l": rouge_l(answer["reply"], references)}
         return answers
 
-    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-        return {"rouge_l": mean_and_stderr([answer["rouge_l"] for answer in answers])}
+    def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
+        scores = [{"rouge_l": answer["rouge_l"]} for answer in answers]
+        metric = mean_and_stderr([score["rouge_l"] for score in scores])
+        return Outcome({"rouge_l": metric}, self.answers(answers, scores))
 
 
 def rouge_l(prediction: str, references: list[str]) -> float:

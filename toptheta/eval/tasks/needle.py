@@ -10,15 +10,13 @@ import io
 import random
 import re
 from itertools import product as pairs
-from pathlib import Path
 from typing import Any
 
 from toptheta.eval.generation_flags import read_text
 from toptheta.eval.settings import GenSettings
-from toptheta.eval.tasks.base import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr
-from toptheta.report.plots.needle import draw_needle
+from toptheta.eval.tasks.base import Outcome
+from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ReplyJob, calibration_count, mean_and_stderr
 from toptheta.util.errors import UsageError
-from toptheta.util.files import write_text
 
 SHORTEST = 512  # of the default lengths
 REPLY_TOKENS = 24
@@ -86,9 +84,7 @@ class NeedleJob(ReplyJob):
         grid = list(pairs(self.lengths, self.depths))
         for (length, depth), i in pairs(grid, range(settings.needle_repeats)):
             self.items.append(self._item(f"{length}/{depth}/{i}", length, depth))
-        size = settings.calib_samples or CALIBRATION_ITEMS
-        count = max(1, round(size * len(grid))) if size < 1 else int(size)
-        for i in range(count):  # the lengths in turn, so that few prompts already cover all of them
+        for i in range(calibration_count(settings, CALIBRATION_ITEMS, len(grid))):  # the lengths in turn, so that few prompts already cover all of them
             length, depth = self.lengths[i % len(self.lengths)], self.depths[i % len(self.depths)]
             self.calibration.append(self._item(f"calibration{i}", length, depth))
 
@@ -131,11 +127,8 @@ class NeedleJob(ReplyJob):
             answer["found"] = item.facts["number"] in digits
         return answers
 
-    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-        return {"found": mean_and_stderr([float(answer["found"]) for answer in answers])}
-
-    def write(self, folder: Path, answers: list[dict[str, Any]], title: str) -> dict[str, Any]:
-        """needle.csv: length (tokens), depth (%), found (needles), count; and its picture, needle.png."""
+    def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
+        """With the grid as rows, and as needle.csv: length (tokens), depth (%), found (needles), count."""
         rows = []
         for length, depth in pairs(self.lengths, self.depths):
             here = [a["found"] for a in answers if (a["length"], a["depth"]) == (length, depth)]
@@ -144,9 +137,13 @@ class NeedleJob(ReplyJob):
         table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        write_text(folder / "needle.csv", text.getvalue())
-        draw_needle(rows, folder / "needle.png", title)
-        return {"grid": rows}
+        scores = [{"found": float(answer["found"])} for answer in answers]
+        return Outcome(
+            {"found": mean_and_stderr([score["found"] for score in scores])},
+            self.answers(answers, scores),
+            extra={"grid": rows},
+            files={"needle.csv": text.getvalue()},
+        )
 
 
 def default_lengths(max_seq_len: int) -> list[int]:

@@ -8,6 +8,7 @@ whose upper bounds are powers of two.
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,18 @@ import numpy as np
 import torch
 
 from toptheta.eval.generation_flags import read_text
-from toptheta.eval.run import Run
 from toptheta.eval.settings import GenSettings
-from toptheta.eval.tasks.base import CALIBRATION_ITEMS, GenJob, Item, split_off
+from toptheta.eval.tasks.base import Outcome
+from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ItemJob, split_off
 from toptheta.models import generation as chunked
 from toptheta.models.patch import model_device
-from toptheta.report import tables as report
-from toptheta.report.plots.perplexity import draw_perplexity
-from toptheta.report.plots.tradeoff import draw_tradeoff
-from toptheta.util.console import say
+from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
-from toptheta.util.files import write_json, write_text
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 
 
-class PerplexityJob(GenJob):
+class PerplexityJob(ItemJob):
     """Windows of the text; the answer to a window is its summed -log p and tokens in each bucket."""
 
     unit = "window"
@@ -73,63 +70,36 @@ class PerplexityJob(GenJob):
             for item, row in zip(batch, nll)
         ]
 
-    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-        """ppl = exp(mean -log p per token); its standard error from the spread between windows (the delta
-        method); count: windows."""
-        return {"ppl": perplexity([sum(a["nll"]) for a in answers], [sum(a["tokens"]) for a in answers])}
-
-    def write(self, folder: Path, answers: list[dict[str, Any]], title: str) -> dict[str, Any]:
-        """perplexity.csv: length (upper bound of the bucket), tokens, nll (mean, nats per token), ppl."""
-        rows = []
-        for i, bound in enumerate(self.bounds):
-            tokens = sum(answer["tokens"][i] for answer in answers)
-            here = perplexity([a["nll"][i] for a in answers], [a["tokens"][i] for a in answers])
-            nll = sum(answer["nll"][i] for answer in answers) / tokens
-            rows.append(
-                {
-                    "length": bound,
-                    "tokens": tokens,
-                    "nll": nll,
-                    "ppl": here["value"],
-                    "stderr": here["stderr"],
-                }
-            )
+    def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
+        """With perplexity by length, also as perplexity.csv: length (upper bound of the bucket), tokens, nll
+        (mean, nats per token), ppl. The score of a window is its nll per token."""
+        rows = [self._bucket(answers, i) for i in range(len(self.bounds))]
         text = io.StringIO()
-        table = csv.DictWriter(
-            text, ["length", "tokens", "nll", "ppl"], extrasaction="ignore", lineterminator="\n"
-        )
+        columns = ["length", "tokens", "nll", "ppl"]
+        table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-        write_text(folder / "perplexity.csv", text.getvalue())
-        write_json(folder / "perplexity.json", rows)
-        return {"by_length": rows}
+        nll, tokens = [sum(a["nll"]) for a in answers], [sum(a["tokens"]) for a in answers]
+        kept = [
+            Answer(item.key, item.hash, None, {"nll": one / count}, {"prompt": len(item.ids)})
+            for item, one, count in zip(self.items, nll, tokens)
+        ]
+        files = {"perplexity.csv": text.getvalue(), "perplexity.json": json.dumps(rows, indent=1) + "\n"}
+        return Outcome({"ppl": perplexity(nll, tokens)}, kept, {"by_length": rows}, files)
 
-    def finish(self, run: Run, results: list[dict[str, Any]], model_name: str) -> None:
-        """Print and save one row per cell: perplexity by context length, over all, and what was kept."""
-        title = f"{model_name}, perplexity of {Path(str(self.settings.text)).name}"
-        header = ["method", *(f"<= {row['length']}" for row in results[0]["by_length"]), "all"]
-        header += ["kept elements %", "calibration s", "evaluation s"]
-        rows = []
-        for result in results:
-            kept = report.percent(result["kept"], "prefill", "attn")
-            seconds = [f"{result['seconds'][name]:.0f}" for name in ("calibration", "evaluation")]
-            lengths = [f"{row['ppl']:.2f}" for row in result["by_length"]]
-            rows.append([result["method"], *lengths, _with_error(result["metrics"]["ppl"]), kept, *seconds])
-        text = report.table(rows, header)
-        if run.settings.effective_k:
-            text += "\n\n" + report.effective_k(results)
-        print(f"\n{title}, by context length in tokens\n\n{text}\n")
-        write_text(run.folder / "summary.md", f"# {title}, by context length in tokens\n\n{text}\n")
-        write_json(run.folder / "summary.json", results)
-        if any(result["k"] is not None and result["kept"] for result in results):
-            picture = run.folder / "tradeoff.png"
-            for left_out in draw_tradeoff(results, picture, title):
-                say(left_out)
-            print(f"Picture: {picture}")
-        picture = run.folder / "perplexity.png"
-        draw_perplexity(results, picture, title)
-        print(f"Picture: {picture}")
-        print(f"Products: {run.folder}")
+    def _bucket(self, answers: list[dict[str, Any]], i: int) -> dict[str, Any]:
+        nll, tokens = [answer["nll"][i] for answer in answers], [answer["tokens"][i] for answer in answers]
+        here = perplexity(nll, tokens)
+        return {
+            "length": self.bounds[i],
+            "tokens": sum(tokens),
+            "nll": sum(nll) / sum(tokens),
+            "ppl": here.value,
+            "stderr": here.stderr,
+        }
+
+    def title(self, model_name: str) -> str:
+        return f"{model_name}, perplexity of {Path(str(self.settings.text)).name}"
 
 
 def bucket_bounds(max_seq_len: int) -> list[int]:
@@ -142,17 +112,11 @@ def bucket_bounds(max_seq_len: int) -> list[int]:
     return [*bounds, max_seq_len]
 
 
-def perplexity(nll: list[float], tokens: list[int]) -> dict[str, Any]:
-    """Perplexity over windows of like size from their summed -log p; stderr is None for one window."""
-    mean = sum(nll) / sum(tokens)
-    value = float(np.exp(mean))
+def perplexity(nll: list[float], tokens: list[int]) -> Metric:
+    """exp(mean -log p per token) over windows of like size, from their summed -log p. The standard error
+    comes from the spread between windows (the delta method), None for one window; count: windows."""
+    value = float(np.exp(sum(nll) / sum(tokens)))
     if len(nll) < 2:
-        return {"value": value, "stderr": None, "count": len(nll)}
+        return Metric(value, None, len(nll))
     spread = np.std(np.array(nll) / np.array(tokens), ddof=1) / len(nll) ** 0.5
-    return {"value": value, "stderr": float(value * spread), "count": len(nll)}
-
-
-def _with_error(metric: dict[str, Any]) -> str:
-    """'12.3 ± 0.4 (n=5)'."""
-    spread = "" if metric["stderr"] is None else f" ± {metric['stderr']:.2f}"
-    return f"{metric['value']:.2f}{spread} (n={metric['count']})"
+    return Metric(value, float(value * spread), len(nll))

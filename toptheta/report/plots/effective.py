@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from toptheta.report.plots.kept import layer_axis
-from toptheta.report.plots.read import PHASES, read_effective_k, read_results
+from toptheta.report.plots.read import read_effective_k, read_results
 from toptheta.report.plots.report import Drawing, Run, missing_files, spread
 from toptheta.report.plots.style import (
     GREY,
@@ -22,6 +22,7 @@ from toptheta.report.plots.style import (
     add_legend,
     new_figure,
 )
+from toptheta.report.results import PHASES
 
 COLUMNS = 4
 KEPT_LABEL = "elements a row keeps"
@@ -83,7 +84,8 @@ def draw_effective_k(run: Run) -> Drawing:
 
 def _by_layer(run: Run, wanted: tuple[int, ...]) -> list[dict[str, Any]]:
     """layer, phase, k, mean, p5, p95 over all lengths, as results.json tells them."""
-    told = (read_results(run.folder) or {}).get("effective_k") or []
+    result = read_results(run.folder)
+    told = (result.effective_k if result is not None else None) or []
     return [
         layer | {"phase": one["phase"], "k": one["k"]}
         for one in told

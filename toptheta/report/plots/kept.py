@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from toptheta.report.plots.read import PHASES, read_kept, read_sizes
+from toptheta.report.plots.read import read_kept, read_sizes
 from toptheta.report.plots.report import Drawing, Run, missing_files, spread
 from toptheta.report.plots.style import (
     GREY,
@@ -26,6 +26,7 @@ from toptheta.report.plots.style import (
     series_colours,
     series_key,
 )
+from toptheta.report.results import PHASES
 from toptheta.util.files import find_file
 
 MAX_BINS = 40  # of row lengths

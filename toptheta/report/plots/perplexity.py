@@ -8,28 +8,29 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from toptheta.report.plots.style import MARKERS, add_legend, look, new_figure, save_figure, series_colours
+from toptheta.report.results import CellResult
 from toptheta.util.errors import UsageError
 
 SPREAD = 0.12  # of a step between two lengths: keeps the error bars of methods apart
 
 
-def draw_perplexity(results: Sequence[dict[str, Any]], path: Path | str, title: str) -> None:
-    """Draw results of a perplexity run (results.json, with by_length), and write the figure to `path`."""
+def draw_perplexity(results: Sequence[CellResult], path: Path | str, title: str) -> None:
+    """Draw results of a perplexity run, which have `by_length`, and write the figure to `path`."""
     with look():
         figure = perplexity_figure(results, title)
     save_figure(figure, path)
 
 
-def perplexity_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
+def perplexity_figure(results: Sequence[CellResult], title: str) -> Figure:
     """The figure that `draw_perplexity` writes, for a notebook to show. Raises UsageError when a result has
     no perplexity by length, or they have different lengths."""
-    bounds = [[row["length"] for row in result.get("by_length", [])] for result in results]
+    bounds = [[row["length"] for row in result.by_length] for result in results]
     if not bounds or not bounds[0] or any(other != bounds[0] for other in bounds):
         raise UsageError(
             "the results hold no perplexity by one and the same context lengths: draw one run's."
         )
-    dense = [result for result in results if result.get("mode") not in (0, 1)]
-    sparse = [result for result in results if result.get("mode") in (0, 1)]
+    dense = [result for result in results if result.dense]
+    sparse = [result for result in results if not result.dense]
     compared = bool(dense and sparse)
     figure = new_figure(11.0 if compared else 7.0, 4.2, title)
     panels = figure.subplots(1, 1 + compared, squeeze=False)[0]
@@ -38,7 +39,7 @@ def perplexity_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
     looks += list(zip(series_colours(len(sparse)), [*MARKERS[1:], MARKERS[0]] * len(sparse)))
     handles, stderr = [], False
     for i, (result, (colour, marker)) in enumerate(zip([*dense, *sparse], looks)):
-        rows = result["by_length"]
+        rows = result.by_length
         shift = SPREAD * (i - (len(results) - 1) / 2)
         errors = [row.get("stderr") or 0.0 for row in rows]
         stderr = stderr or any(errors)
@@ -54,9 +55,9 @@ def perplexity_figure(results: Sequence[dict[str, Any]], title: str) -> Figure:
             capsize=2.5,
         )
         line: dict[str, Any] = {"color": colour, "marker": marker, "ms": 5, "lw": 1.3}
-        handles.append(Line2D([], [], label=str(result["method"]), **line))
+        handles.append(Line2D([], [], label=result.method, **line))
         if compared:
-            above = [100 * (row["ppl"] / base["ppl"] - 1) for row, base in zip(rows, dense[0]["by_length"])]
+            above = [100 * (row["ppl"] / base["ppl"] - 1) for row, base in zip(rows, dense[0].by_length)]
             panels[1].plot(range(len(rows)), above, **line)
     lows = [1, *(bound + 1 for bound in bounds[0][:-1])]
     ranges = [f"{low:,} to\n{high:,}" for low, high in zip(lows, bounds[0])]

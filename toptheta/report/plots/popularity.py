@@ -9,8 +9,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from toptheta.report.plots.read import PHASES, read_config, read_popularities
+from toptheta.report.plots.read import read_config, read_popularities
 from toptheta.report.plots.style import COLOURS, new_figure
+from toptheta.report.results import PHASES
 from toptheta.util.errors import UsageError
 
 NOT_YET = "#d0d0d0"  # tokens that a step does not see: they come later

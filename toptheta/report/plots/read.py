@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from toptheta.report.results import PHASES, CellResult
 from toptheta.util.errors import UsageError
 from toptheta.util.files import find_file
 
-PHASES = ("prefill", "generative_decoding")
 _INT = r"\d{1,18}"
 _SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?"
 
@@ -169,12 +169,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder, "config.json") or {}
 
 
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """results.json, as `tradeoff.draw_tradeoff` takes it."""
-    return _read_json(folder, "results.json")
+def read_results(folder: Path) -> CellResult | None:
+    """results.json of a cell."""
+    value = _read_json(folder, "results.json")
+    try:
+        return None if value is None else CellResult.from_json(value)
+    except UsageError as error:
+        raise UsageError(f"{folder / 'results.json'}: {error}") from None
 
 
-def read_task_results(path: Path | str, task: str) -> list[dict[str, Any]]:
+def read_task_results(path: Path | str, task: str) -> list[CellResult]:
     """One task's results from a file that `read_results_by_task` reads. Raises UsageError if none are."""
     tasks = read_results_by_task(path)
     if task not in tasks:
@@ -182,24 +186,24 @@ def read_task_results(path: Path | str, task: str) -> list[dict[str, Any]]:
     return tasks[task]
 
 
-def read_results_by_task(path: Path | str) -> dict[str, list[dict[str, Any]]]:
+def read_results_by_task(path: Path | str) -> dict[str, list[CellResult]]:
     """By task the results in a table's results.json or a run's summary.json. Raises UsageError when the file
     is missing or holds none."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is missing: finish the run, or name another file.")
-    value = _json(path)
-    if (
-        not isinstance(value, list)
-        or not all(isinstance(r, dict) and "method" in r for r in value)
-        or not value
-    ):
+    values = _json(path)
+    try:
+        results = [CellResult.from_json(value) for value in values] if isinstance(values, list) else []
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if not results:
         raise UsageError(
             f"{path} must hold a list of results: name a table's results.json or a summary.json."
         )
-    tasks: dict[str, list[dict[str, Any]]] = {}
-    for result in value:
-        tasks.setdefault(str(result.get("task")), []).append(result)
+    tasks: dict[str, list[CellResult]] = {}
+    for result in results:
+        tasks.setdefault(result.task, []).append(result)
     return tasks
 
 

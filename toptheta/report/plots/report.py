@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from toptheta.report.plots.flags import Request
 from toptheta.report.plots.read import (
-    PHASES,
     named_layers,
     read_config,
     read_kept,
@@ -18,6 +17,7 @@ from toptheta.report.plots.read import (
     read_thresholds,
 )
 from toptheta.report.plots.style import look, save_figure
+from toptheta.report.results import PHASES
 from toptheta.util.errors import UsageError
 
 

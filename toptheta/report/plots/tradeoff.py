@@ -1,6 +1,5 @@
 """Accuracy against what attention kept: the picture that compares methods at the end of a series of runs."""
 
-import re
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -12,7 +11,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from toptheta.report.plots.labels import Label, place_labels
-from toptheta.report.plots.read import PHASES
 from toptheta.report.plots.style import (
     GREY,
     MARKERS,
@@ -23,6 +21,7 @@ from toptheta.report.plots.style import (
     save_figure,
     series_colours,
 )
+from toptheta.report.results import DECODE, PREFILL, CellResult
 from toptheta.util.errors import UsageError
 
 MIN_SPAN = 10.0  # of a panel, in % of dense
@@ -31,15 +30,14 @@ PANELS = (("attn", "kept attention elements"), ("vrow", "kept V rows"))
 
 
 def draw_tradeoff(
-    results: Sequence[dict[str, Any]], path: Path | str, title: str, phase: str | None = None
+    results: Sequence[CellResult], path: Path | str, title: str, phase: str | None = None
 ) -> list[str]:
     """Draw accuracy against kept attention elements and kept V rows (% of dense), and write it to `path`.
 
-    results: dicts as results.json holds them, of one task. Dense results (mode neither 0 nor 1) become a
-    horizontal line with a band of one stderr; of a sparse method the points of several K are joined. phase:
-    whose kept fractions; None: decode if every sparse result has it, else prefill. Returns a sentence for
-    each result that has no place. Raises UsageError when there is nothing to draw, or the results have
-    several tasks or no metric in common.
+    results: of one task. Dense ones become a horizontal line with a band of one stderr; of a sparse method
+    the points of several K are joined. phase: whose kept fractions; None: decode if every sparse result has
+    it, else prefill. Returns a sentence for each result that has no place. Raises UsageError when there is
+    nothing to draw, or the results have several tasks or no metric in common.
     """
     with look():
         figure, notes = tradeoff_figure(results, title, phase)
@@ -48,24 +46,24 @@ def draw_tradeoff(
 
 
 def tradeoff_figure(
-    results: Sequence[dict[str, Any]], title: str, phase: str | None = None
+    results: Sequence[CellResult], title: str, phase: str | None = None
 ) -> tuple[Figure, list[str]]:
     """The figure that `draw_tradeoff` writes, for a notebook to show, and its sentences."""
-    tasks = sorted({str(result.get("task")) for result in results})
+    tasks = sorted({result.task for result in results})
     if len(tasks) > 1:
         raise UsageError(
             f"results of several tasks ({', '.join(tasks)}) share no axis: draw one figure for each."
         )
     metric = _metric(results)
     scale = _scale(results, metric)
-    dense = [result for result in results if result.get("mode") not in (0, 1)]
-    sparse = [result for result in results if result.get("mode") in (0, 1)]
+    dense = [result for result in results if result.dense]
+    sparse = [result for result in results if not result.dense]
     if phase is None:
-        decode = all(_kept(result, PHASES[1], "attn") is not None for result in sparse)
-        phase = PHASES[1] if decode else PHASES[0]
-    placed = [r for r in sparse if any(_kept(r, phase, kind) is not None for kind, _ in PANELS)]
+        decode = all(result.kept_share(DECODE, "attn") is not None for result in sparse)
+        phase = DECODE if decode else PREFILL
+    placed = [result for result in sparse if result.kept_share(phase, "attn") is not None]
     notes = [
-        f"{result['method']} has no kept fractions for {PHASE_NAMES[phase]}: it is left out of the "
+        f"{result.method} has no kept fractions for {PHASE_NAMES[phase]}: it is left out of the "
         "figure; collect statistics in its run."
         for result in sparse
         if not any(result is r for r in placed)
@@ -76,22 +74,22 @@ def tradeoff_figure(
             "statistics collected."
         )
 
-    families: dict[str, list[dict[str, Any]]] = {}
+    families: dict[str, list[CellResult]] = {}
     for result in placed:
-        families.setdefault(_family(result["method"]), []).append(result)
+        families.setdefault(result.family, []).append(result)
     figure = new_figure(9.0, 4.4, title)
     all_axes = figure.subplots(1, 2, sharey=True)
     labels: dict[str, list[Label]] = {kind: [] for kind, _ in PANELS}
     handles: list[Any] = []
     for index, (name, members) in enumerate(families.items()):
         colour, marker = series_colours(len(families))[index], MARKERS[index % len(MARKERS)]
-        label = name if len(members) > 1 else members[0]["method"]
+        label = name if len(members) > 1 else members[0].method
         handles.append(Line2D([], [], color=colour, marker=marker, ms=6, lw=1.2, label=label))
         for (kind, _), axes in zip(PANELS, all_axes):
-            points = [(share, r) for r in members if (share := _kept(r, phase, kind)) is not None]
+            points = [(share, r) for r in members if (share := r.kept_share(phase, kind)) is not None]
             points.sort(key=lambda point: point[0])
             x = [100.0 * share for share, _ in points]
-            y = [scale * _value(r, metric) for _, r in points]
+            y = [scale * r.metrics[metric].value for _, r in points]
             errors = [scale * _stderr(r, metric) for _, r in points]
             axes.errorbar(
                 x, y, yerr=errors, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=0.9, capsize=2.5
@@ -100,12 +98,12 @@ def tradeoff_figure(
                 names = [_k_label(r) for _, r in points]
                 labels[kind] += [Label(*values) for values in zip(x, y, names, [colour] * len(x))]
     for index, result in enumerate(dense):
-        value, error = scale * _value(result, metric), scale * _stderr(result, metric)
+        value, error = scale * result.metrics[metric].value, scale * _stderr(result, metric)
         style = ("-", "--", ":", "-.")[index % 4]
         for axes in all_axes:
             axes.axhspan(value - error, value + error, color=GREY, alpha=0.18, lw=0, zorder=0)
             axes.axhline(value, color="black", lw=1.1, ls=style, zorder=1)
-        handles.insert(index, Line2D([], [], color="black", lw=1.1, ls=style, label=str(result["method"])))
+        handles.insert(index, Line2D([], [], color="black", lw=1.1, ls=style, label=result.method))
     if any(_stderr(result, metric) > 0.0 for result in (*placed, *dense)):
         handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="± stderr (band, bars)"))
     for (kind, words), axes in zip(PANELS, all_axes):
@@ -117,7 +115,7 @@ def tradeoff_figure(
         room = max(0.12 * (high - low), (MIN_SPAN - (high - low)) / 2)
         if np.isfinite(room):
             axes.set_xlim(max(low - room, 0.0), min(high + room, 101.0))
-    task = f" on {tasks[0]}" if tasks != ["None"] else ""
+    task = f" on {tasks[0]}" if tasks[0] else ""
     unit = " (%)" if scale == 100.0 else ""
     all_axes[0].set_ylabel(f"{metric}{task}{unit}", parse_math=False)
     add_legend(figure, handles)
@@ -126,51 +124,27 @@ def tradeoff_figure(
     return figure, notes
 
 
-def _metric(results: Sequence[dict[str, Any]]) -> str:
+def _metric(results: Sequence[CellResult]) -> str:
     """The metric to draw: the first of METRICS that all results have, else the first one they share."""
     if not results:
         raise UsageError("there are no results to draw: finish at least one run.")
-    first = [name for name in results[0].get("metrics", {}) if _has(results[0], name)]
-    for name in (*METRICS, *first):
-        if all(_has(result, name) for result in results):
+    for name in (*METRICS, *results[0].metrics):
+        if all(name in result.metrics and isfinite(result.metrics[name].value) for result in results):
             return name
     raise UsageError("the results have no metric in common: draw results of the same task and metrics.")
 
 
-def _has(result: dict[str, Any], metric: str) -> bool:
-    value = result.get("metrics", {}).get(metric, {})
-    return isinstance(value, dict) and _number(value.get("value")) is not None
+def _stderr(result: CellResult, metric: str) -> float:
+    """The standard error; 0, which draws no bar, where there is none."""
+    stderr = result.metrics[metric].stderr
+    return stderr if stderr is not None and isfinite(stderr) else 0.0
 
 
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and isfinite(value) else None
-
-
-def _value(result: dict[str, Any], metric: str) -> float:
-    return float(result["metrics"][metric]["value"])
-
-
-def _stderr(result: dict[str, Any], metric: str) -> float:
-    """The standard error; 0, which draws no bar, where there is none (the harness writes "N/A")."""
-    return _number(result["metrics"][metric].get("stderr")) or 0.0
-
-
-def _scale(results: Sequence[dict[str, Any]], metric: str) -> float:
+def _scale(results: Sequence[CellResult], metric: str) -> float:
     """100 for a share of right answers, which reads better in %, else 1."""
     is_share = metric.startswith(("acc", "pass@", "exact_match"))
-    return 100.0 if is_share and all(0.0 <= _value(result, metric) <= 1.0 for result in results) else 1.0
+    return 100.0 if is_share and all(0.0 <= r.metrics[metric].value <= 1.0 for r in results) else 1.0
 
 
-def _kept(result: dict[str, Any], phase: str, kind: str) -> float | None:
-    return _number(((result.get("kept") or {}).get(phase) or {}).get(kind))
-
-
-def _family(method: str) -> str:
-    """The method without its K, as in 'Top-theta' of 'Top-theta K=64'."""
-    return re.sub(r"[\s,]*\bk\s*=\s*[\w:.]+", "", method, flags=re.IGNORECASE).strip() or method
-
-
-def _k_label(result: dict[str, Any]) -> str:
-    k = result.get("k")
-    return f"K={k}" if isinstance(k, int) else str(result["method"])
+def _k_label(result: CellResult) -> str:
+    return result.method if result.k is None else f"K={result.k}"

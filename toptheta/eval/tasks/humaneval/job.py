@@ -1,22 +1,20 @@
-"""HumanEval: programs from their signature and description, run and scored by pass@k."""
+"""The HumanEval job: what goes through the model, and what becomes of the replies."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, set_seed
 
-from toptheta.eval.run import Run
+from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.settings import GenSettings
-from toptheta.eval.tasks import humaneval
-from toptheta.eval.tasks.base import CALIBRATION_ITEMS, Item, ReplyJob, end_tokens
+from toptheta.eval.tasks.base import Outcome
+from toptheta.eval.tasks.humaneval import completion, scoring
+from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ReplyJob, calibration_count, end_tokens
 from toptheta.models import generation as chunked
 from toptheta.models.patch import model_device
-from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import write_text
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.95, "typical_p": 0.95}  # the published project's, with --do_sample
 
@@ -40,7 +38,7 @@ class StopWhenDone(StoppingCriteria):
 
     def _done(self, text: str, item: Item) -> bool:
         if not self.chat:
-            return any(stop in text for stop in humaneval.STOP_SEQUENCES)
+            return any(stop in text for stop in completion.STOP_SEQUENCES)
         start = text.find(f"def {item.facts['entry_point']}")
         return start >= 0 and "\n```" in text[start:]  # the block that holds the function is closed
 
@@ -52,21 +50,23 @@ class HumanEvalJob(ReplyJob):
 
     def __init__(self, settings: GenSettings, tokenizer: Any):
         super().__init__(settings, tokenizer)
-        problems = list(humaneval.load_problems().values())[: settings.num_tasks]
+        problems = list(scoring.load_problems().values())[: settings.num_tasks]
         per_task = settings.num_samples_per_task
         self.items = [self._item(problem, i) for problem in problems for i in range(per_task)]
         tasks = self.items[::per_task]  # one sample of each
-        size = settings.calib_samples or CALIBRATION_ITEMS
-        self.calibration = tasks[: max(1, round(size * len(tasks))) if size < 1 else int(size)]
-        self.calibration_note = (
-            f"HumanEval has no other split: {len(self.calibration)} of the {len(tasks)} tasks that are "
-            "evaluated calibrate too; --calib_task names another task to calibrate on."
-        )
+        self.calibration = tasks[: calibration_count(settings, CALIBRATION_ITEMS, len(tasks))]
+        if not settings.calib_task:
+            self.calibration_note = (
+                f"HumanEval has no other split: {len(self.calibration)} of the {len(tasks)} tasks that are "
+                "evaluated calibrate too; --calib_task names another task to calibrate on."
+            )
+        notice = isolation_notice() if settings.allow_code_execution else None
+        self.notices += [notice] if notice else []
 
     def _item(self, problem: dict[str, Any], sample: int) -> Item:
         settings, prompt = self.settings, problem["prompt"]
         chat = settings.apply_chat_template
-        text = humaneval.chat_message(prompt) if chat else prompt
+        text = completion.chat_message(prompt) if chat else prompt
         text = settings.prompt_prefix + text + settings.prompt_suffix
         facts = {"task_id": problem["task_id"], "prompt": prompt, "entry_point": problem["entry_point"]}
         return Item(f"{problem['task_id']}#{sample}", self.prompt_ids(text), facts)
@@ -75,14 +75,18 @@ class HumanEvalJob(ReplyJob):
         replies, lengths = self._generate(model, batch)
         answers = []
         for item, reply, length in zip(batch, replies, lengths):
-            completion = (
-                humaneval.completion_from_reply(reply, item.facts["prompt"], item.facts["entry_point"])
-                if self.settings.apply_chat_template
-                else humaneval.truncate_base_completion(reply)
-            )
-            sample = {"task_id": item.facts["task_id"], "completion": completion, "reply": reply}
-            answers.append(sample | {"prompt_tokens": len(item.ids), "reply_tokens": length})
+            answer = {
+                "task_id": item.facts["task_id"],
+                "completion": self._completion(reply, item),
+                "reply": reply,
+            }
+            answers.append(answer | {"prompt_tokens": len(item.ids), "reply_tokens": length})
         return answers
+
+    def _completion(self, reply: str, item: Item) -> str:
+        if self.settings.apply_chat_template:
+            return completion.completion_from_reply(reply, item.facts["prompt"], item.facts["entry_point"])
+        return completion.truncate_base_completion(reply)
 
     @torch.no_grad()
     def _generate(self, model: Any, batch: list[Item]) -> tuple[list[str], list[int]]:
@@ -129,35 +133,25 @@ class HumanEvalJob(ReplyJob):
             "prompt_completion_lengths_per_sample.csv": lengths,
         }
 
-    def metrics(self, answers: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
+        """Scored, and with samples.jsonl_results.jsonl, only where running the programs is allowed."""
         if not self.settings.allow_code_execution:
-            return {}
-        return score(folder, [_sample(answer) for answer in answers], self.settings.num_samples_per_task)
+            return Outcome({}, self.answers(answers, [{} for _ in answers]))
+        problems, ks = scoring.load_problems(), range(1, self.settings.num_samples_per_task + 1)
+        metrics, rows = scoring.score_samples([_sample(answer) for answer in answers], problems, ks)
+        scores = [{"passed": float(row["passed"])} for row in rows]
+        files = {scoring.RESULTS: scoring.result_lines(rows)}
+        return Outcome(metrics, self.answers(answers, scores), files=files)
 
-    def finish(self, run: Run, results: list[dict[str, Any]], model_name: str) -> None:
-        super().finish(run, results, model_name)
-        if not self.settings.allow_code_execution:
-            say(
-                "The completions are not scored, because that runs generated programs. To run and "
-                "score them:\n"
-                f"  python gen_llama.py --score {run.folder} --allow_code_execution"
-            )
+    def hint(self, folder: str) -> str:
+        if self.settings.allow_code_execution:
+            return ""
+        return (
+            "The completions are not scored, because that runs generated programs. To run and score them:\n"
+            f"  python gen_llama.py --score {folder} --allow_code_execution"
+        )
 
 
 def _sample(answer: dict[str, Any]) -> dict[str, Any]:
     """What samples.jsonl keeps of an answer."""
     return {name: answer[name] for name in ("task_id", "completion", "reply")}
-
-
-def score(
-    folder: Path, samples: list[dict[str, Any]], num_samples_per_task: int
-) -> dict[str, dict[str, Any]]:
-    """Run the samples' programs, write their results beside them, and return pass@k."""
-    metrics, rows = humaneval.score_samples(
-        samples, humaneval.load_problems(), range(1, num_samples_per_task + 1)
-    )
-    write_text(folder / "samples.jsonl_results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        name: {"value": metric.value, "stderr": metric.stderr, "count": metric.count}
-        for name, metric in metrics.items()
-    }

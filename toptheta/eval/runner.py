@@ -1,0 +1,171 @@
+"""The one loop over cells, for all data sets of both scripts: calibrate, evaluate, save, report, resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from toptheta.eval.cell import Cell
+from toptheta.eval.checkpoint import prepare
+from toptheta.eval.run import Run, cells, interrupted, open_run, task_parts, write_config
+from toptheta.eval.settings import (
+    HUMANEVAL,
+    LONGBENCH,
+    NEEDLE,
+    PERPLEXITY,
+    GenSettings,
+    QASettings,
+    Settings,
+    cell_k,
+    resolve_device,
+)
+from toptheta.eval.tasks.base import Engine, Job, Outcome
+from toptheta.eval.tasks.harness import check_calib_task
+from toptheta.eval.tasks.humaneval.job import HumanEvalJob
+from toptheta.eval.tasks.items import ItemJob
+from toptheta.eval.tasks.longbench import LongBenchJob
+from toptheta.eval.tasks.needle import NeedleJob
+from toptheta.eval.tasks.perplexity import PerplexityJob
+from toptheta.eval.tasks.qa import qa_jobs
+from toptheta.methods.params import AttentionParams
+from toptheta.models.control import record_statistics
+from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
+from toptheta.models.recorder import Recorder
+from toptheta.report.results import CellResult
+from toptheta.report.summary import draw_cell, report_run, report_tasks
+from toptheta.report.tables import settings_line
+from toptheta.util.console import say
+from toptheta.util.errors import UsageError
+from toptheta.util.files import append_result, write_text
+
+SCRIPTS: dict[type[Settings], str] = {QASettings: "test_llama.py", GenSettings: "gen_llama.py"}
+DATA_SETS: dict[str, type[ItemJob]] = {
+    HUMANEVAL: HumanEvalJob,
+    **dict.fromkeys(LONGBENCH, LongBenchJob),
+    PERPLEXITY: PerplexityJob,
+    NEEDLE: NeedleJob,
+}
+
+
+def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
+    """Run every cell of the settings, those that a run to `resume` has not finished; returns their results
+    and prints a table for each task. Raises UsageError."""
+    source = find_model(settings.llama)
+    settings = resolve_device(settings)
+    config = load_config(source)
+    for cell in settings.cells():
+        if cell.sparse:
+            settings.layer_ks(cell, config.num_hidden_layers)
+    jobs = _jobs(settings, source, config)
+    for notice in jobs[0].notices:
+        say(notice)
+    run = open_run(settings, SCRIPTS[type(settings)], resume)
+    say(f"Run folder: {run.folder}")
+    parts, results = task_parts(run), []
+    engine: Engine | None = None
+    for part, job in zip(parts, jobs):
+        of_task = []
+        try:
+            for cell, product in cells(part, config.num_hidden_layers):
+                if product.finished:
+                    of_task.append(product.result())
+                    continue
+                engine = engine or job.load(source)
+                result = _run_cell(part, cell, product, engine, job, source.name)
+                if result is not None:
+                    of_task.append(result)
+        except KeyboardInterrupt:
+            interrupted(part)
+            raise
+        if of_task:
+            report_run(part.folder, of_task, job.title(source.name))
+            hint = job.hint(str(part.folder))
+            if hint:
+                say(hint)
+        results += of_task
+    if len(parts) > 1 and results:
+        report_tasks(run.folder, [part.folder for part in parts], results)
+    return results
+
+
+def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
+    """A job for each part of the run. Raises UsageError, before the model is loaded, for what cannot be
+    done."""
+    if isinstance(settings, QASettings):
+        return list(qa_jobs(settings))
+    assert isinstance(settings, GenSettings)
+    tokenizer = load_tokenizer(source)
+    if settings.apply_chat_template and tokenizer.chat_template is None:
+        raise UsageError(f"--apply_chat_template: {source.name} has no chat template; leave the flag out.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    check_calib_task(settings)
+    kind = DATA_SETS[settings.dataset]
+    if kind is not HumanEvalJob and settings.max_seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"--max_seq_len {settings.max_seq_len} is more than the {config.max_position_embeddings} tokens "
+            "that the model reads: lower it."
+        )
+    return [kind(settings, tokenizer)]
+
+
+def _run_cell(
+    run: Run, cell: AttentionParams, product: Cell, engine: Engine, job: Job, model_name: str
+) -> CellResult | None:
+    """Calibrate and evaluate one cell; None with --calibrate_only."""
+    settings, model = job.settings, engine.model
+    say(f"\n{cell.label}")
+    product.path.mkdir(parents=True, exist_ok=True)
+    write_config(run, cell, product, model, model_name, job.facts(cell))
+
+    def calibrate(after_batch, done: set[str]) -> None:
+        if job.calibration_note:
+            say(job.calibration_note)
+        job.calibrate(engine, f"Calibrating {cell.label}", after_batch, done)
+
+    record_statistics(model, None)
+    calibration_seconds = prepare(run, cell, product, model, calibrate)
+    if settings.calibrate_only:
+        say(f"Tables of {cell.label}: {product.path}")
+        return None
+    recorder = None
+    if settings.statistics:
+        heads = model.config.num_attention_heads
+        recorder = Recorder(heads, settings.vrow_popularity, product.effective_k)
+    record_statistics(model, recorder)
+    product.start_clock()
+    try:
+        outcome = job.evaluate(engine, product, recorder, f"Evaluating {cell.label}")
+    finally:
+        record_statistics(model, None)
+        product.checkpoint()
+    result = CellResult(
+        method=cell.label,
+        model=model_name,
+        task=job.task,
+        name=cell.method.name,
+        mode=cell.method.mode,
+        k=cell_k(cell),
+        dense=not cell.sparse,
+        num_fewshot=job.num_fewshot,
+        metrics=outcome.metrics,
+        kept=product.kept_shares() if settings.statistics else None,
+        seconds={"calibration": calibration_seconds, "evaluation": product.seconds},
+        folder=str(product.path),
+        extra=outcome.extra,
+    )
+    for name, text in outcome.files.items():
+        write_text(product.path / name, text)
+    draw_cell(result, product.path)
+    result = product.finish(result, outcome.answers)
+    _append(run, cell, product, result, outcome)
+    return result
+
+
+def _append(run: Run, cell: AttentionParams, product: Cell, result: CellResult, outcome: Outcome) -> None:
+    """Append to results-<Model>/..., as the published project does."""
+    config = json.loads((product.path / "config.json").read_text())
+    text = f"{run.top.name}\n{settings_line(config)}\n{outcome.summary}\n"
+    method = cell.method.folder(None) if cell.method.mode is None else f"mode{cell.method.mode}"
+    placement = cell.placement if cell.sparse else "none"
+    name = f"{result.model}_{result.task}_{method}_placement{placement}.txt"
+    append_result(Path(f"results-{result.model}"), name, text)

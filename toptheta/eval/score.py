@@ -1,0 +1,67 @@
+"""Scoring the saved completions of HumanEval, apart from generating them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toptheta.eval.sandbox.run import isolation_notice
+from toptheta.eval.tasks.humaneval import scoring
+from toptheta.report.results import ANSWERS, CellResult, read_answers, write_answers
+from toptheta.report.tables import results_table
+from toptheta.util.console import say
+from toptheta.util.errors import UsageError
+from toptheta.util.files import write_json, write_text
+
+
+def score_folder(folder: str) -> None:
+    """Score the saved completions of a run or of one cell, and print the table. Raises UsageError."""
+    root = Path(folder)
+    candidates = [root / "samples.jsonl", *root.glob("*/samples.jsonl")]
+    found = sorted(path.parent for path in candidates if path.is_file())
+    if not found:
+        raise UsageError(
+            f"--score {folder}: no samples.jsonl there or one folder down; name a folder of gen_llama.py."
+        )
+    notice = isolation_notice()
+    if notice:
+        say(notice)
+    results = []
+    for path in found:
+        samples, per_task = _samples(path / "samples.jsonl")
+        say(f"\n{path}")
+        metrics, rows = scoring.score_samples(samples, scoring.load_problems(), range(1, per_task + 1))
+        write_text(path / scoring.RESULTS, scoring.result_lines(rows))
+        _score_answers(path, rows)
+        results_file = path / "results.json"
+        if results_file.is_file():
+            result = CellResult.from_json(json.loads(results_file.read_text()))
+        else:
+            result = CellResult(path.name)
+        result = replace(result, metrics=metrics)
+        write_json(results_file, result.to_json())
+        results.append(result)
+    print("\n" + results_table(results))
+
+
+def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The samples of a file, and how many there are of each task."""
+    try:
+        samples = [json.loads(line) for line in path.read_text().splitlines() if line]
+        return samples, len(samples) // max(1, len({sample["task_id"] for sample in samples}))
+    except (ValueError, KeyError):
+        raise UsageError(f"{path} is damaged: lines of JSON with a task_id are needed.") from None
+
+
+def _score_answers(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Add to answers.jsonl, where there is one, which samples passed; those of a task are in order."""
+    if not (folder / ANSWERS).is_file():
+        return
+    passed, seen = dict[str, float](), dict[str, int]()
+    for row in rows:
+        number = seen[row["task_id"]] = seen.get(row["task_id"], -1) + 1
+        passed[f"{row['task_id']}#{number}"] = float(row["passed"])
+    answers = read_answers(folder)
+    known = [a for a in answers if a.key in passed]
+    scored = {a.key: replace(a, score=a.score | {"passed": passed[a.key]}) for a in known}
+    write_answers(folder, [scored.get(answer.key, answer) for answer in answers])

@@ -1,0 +1,187 @@
+"""lm-eval as the jobs use it: its tasks with their data, a run of them on a patched model, and what came out,
+typed.
+
+lm_eval is imported where it is used: it takes seconds.
+"""
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+from toptheta.eval.settings import Settings
+from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults
+from toptheta.report.results import Answer, Metric
+from toptheta.util.errors import UsageError
+
+
+def model_class() -> Any:
+    """The harness's class of a patched model."""
+    from lm_eval.api.registry import get_model
+
+    import toptheta.eval.lm_eval_model  # noqa: F401  (registers it)
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is about flags that are not ours
+    return get_model("toptheta")
+
+
+def check_calib_task(settings: Any) -> None:
+    """Raise UsageError unless --calib_task, if given, is known and its data can be had."""
+    if settings.calib_task is not None:
+        check_task(settings.calib_task, settings.data_dir, "--calib_task")
+        load_tasks(task_configs(settings.calib_task, settings.data_dir, True, "--calib_task"), settings, None)
+
+
+def calibrate_on_task(
+    lm: Any,
+    settings: Any,
+    task: str,
+    shots: int | None,
+    description: str,
+    after_batch: Callable[[], None],
+    done: set[str],
+) -> None:
+    """Run the prompts of a task's calibration twin through a model, but for those in `done`."""
+    size = settings.calib_samples or task_defaults(task).calib_samples
+    lm.done, lm.after_batch, lm.description = done, after_batch, description
+    try:
+        run_tasks(lm, settings, task_configs(task, settings.data_dir, True), shots, size)
+    finally:
+        lm.done, lm.after_batch = None, lambda: None
+
+
+def run_tasks(
+    lm: Any,
+    settings: Settings,
+    configs: list[dict[str, Any]],
+    shots: int | None,
+    size: float | None,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """The harness's output for tasks of these configs, on a seeded subset of `size` documents (below 1: a
+    share). log_samples: with what each document got."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tasks, chosen = load_tasks(configs, settings, shots), {}
+    docs = {task.config.task: len(task.eval_docs) for task in tasks}
+    for name, share in _shares(docs, size).items():
+        chosen[name] = sorted(random.Random(settings.seed).sample(range(docs[name]), share))
+    return simple_evaluate(
+        model=lm,
+        tasks=[task for task in tasks if chosen[task.config.task]],
+        samples={name: indices for name, indices in chosen.items() if indices},
+        apply_chat_template=settings.apply_chat_template,
+        bootstrap_iters=1000,
+        log_samples=log_samples,
+        task_manager=TaskManager(include_defaults=False),
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+        fewshot_random_seed=settings.seed,
+    )
+
+
+def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | None) -> list[Any]:
+    """The harness's task objects, with their data. Raises UsageError for data that cannot be had."""
+    from lm_eval.api.task import ConfigurableTask
+
+    tasks = []
+    for config in configs:
+        config = {key: value for key, value in config.items() if key not in ("tag", "group")}
+        try:
+            task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
+        except (OSError, ValueError) as error:  # no network; a damaged file; a gated or missing data set
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UsageError(
+                f"the data of task {config['task']} cannot be loaded ({reason}): "
+                + (
+                    "mend the files in --data_dir."
+                    if getattr(settings, "data_dir", None)
+                    else "connect to the network, or name a folder of local rows with --data_dir."
+                )
+            ) from None
+        task.set_fewshot_seed(settings.seed)
+        tasks.append(task)
+    return tasks
+
+
+def _shares(docs: dict[str, int], size: float | None) -> dict[str, int]:
+    """Documents to take of each sub-task: all, a share of each, or a count spread over them."""
+    if size is None:
+        return docs
+    if size < 1:
+        return {name: max(1, round(size * count)) for name, count in docs.items()}
+    left, shares = int(size), {}
+    for i, (name, count) in enumerate(sorted(docs.items(), key=lambda item: item[1])):
+        shares[name] = min(count, -(-left // (len(docs) - i)) if left else 0)
+        left -= shares[name]
+    return shares
+
+
+def metrics_of(output: dict[str, Any]) -> dict[str, Metric]:
+    """The metrics of a run; several sub-tasks are averaged by their size."""
+    counts = {name: int(n["effective"]) for name, n in output["n-samples"].items()}
+    sums: dict[str, list[tuple[float, float | None, int]]] = {}
+    for task, values in output["results"].items():
+        for key, value in values.items():
+            metric, comma, suffix = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = values.get(f"{metric}_stderr,{suffix}")
+            parts = sums.setdefault(_metric_name(metric, suffix), [])
+            parts.append((value, stderr if isinstance(stderr, float) else None, counts[task]))
+    metrics = {}
+    for name, parts in sums.items():
+        total = sum(n for _, _, n in parts)
+        known = all(stderr is not None for _, stderr, _ in parts)
+        variance = sum(((stderr or 0.0) * n) ** 2 for _, stderr, n in parts) / total**2 if known else None
+        value = sum(value * n for value, _, n in parts) / total
+        metrics[name] = Metric(value, None if variance is None else variance**0.5, total)
+    return metrics
+
+
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric}({filter_name})"
+
+
+def answers_of(output: dict[str, Any], tokens: dict[str, dict[str, int]]) -> list[Answer]:
+    """What each document got in a run with log_samples; tokens: of a prompt and its reply, by its text.
+
+    A document's key is `task/doc_id`, its place in the split. A task with several filters has one answer with
+    the scores of all.
+    """
+    answers: dict[str, Answer] = {}
+    for task, samples in output["samples"].items():
+        for sample in samples:
+            key = f"{task}/{sample['doc_id']}"
+            scores = {
+                _metric_name(name, sample["filter"]): float(sample[name])
+                for name in sample["metrics"]
+                if isinstance(sample[name], (bool, int, float))
+            }
+            if key in answers:
+                answers[key].score.update(scores)
+            else:
+                answers[key] = _answer(key, sample, scores, tokens)
+    return list(answers.values())
+
+
+def _answer(
+    key: str, sample: dict[str, Any], scores: dict[str, float], tokens: dict[str, dict[str, int]]
+) -> Answer:
+    arguments, target = sample["arguments"], sample["target"]
+    asked = hashlib.sha256(repr([list(map(str, one)) for one in arguments]).encode()).hexdigest()[:16]
+    counts = tokens.get(arguments[0][0], {})
+    first = sample["resps"][0][0]
+    if isinstance(first, str):
+        return Answer(key, asked, first, scores, counts, target=target)
+    likelihoods = [float(one[0] if isinstance(one, (tuple, list)) else one) for one in sample["filtered_resps"]]
+    if len(arguments) > 1 and arguments[-1][0] == "" != arguments[0][0]:
+        likelihoods = likelihoods[: len(likelihoods) // 2]  # the second half are the choices without a prompt
+    choices = [str(one[1]).strip() for one in arguments]
+    if isinstance(target, str) and target.strip() in choices:
+        target = choices.index(target.strip())
+    chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    return Answer(key, asked, chosen, scores, counts, likelihoods, target)

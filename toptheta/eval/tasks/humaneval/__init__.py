@@ -1,0 +1,1 @@
+"""HumanEval: programs from their signature and description, run and scored by pass@k."""

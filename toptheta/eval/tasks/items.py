@@ -1,0 +1,237 @@
+"""Jobs whose items, prompts or windows of text, go through the model batch by batch: all of gen_llama.py."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from toptheta.eval.cell import Cell
+from toptheta.eval.settings import GenSettings
+from toptheta.eval.tasks import harness
+from toptheta.eval.tasks.base import Engine, Job, Outcome
+from toptheta.eval.tasks.lm_eval_tasks import task_defaults
+from toptheta.models import generation as chunked
+from toptheta.models.loading import ModelSource, load_model
+from toptheta.models.patch import model_device, update_model
+from toptheta.models.recorder import Recorder
+from toptheta.report.results import Answer, Metric
+from toptheta.report.tables import table
+from toptheta.util.errors import UsageError
+
+CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
+
+
+@dataclass
+class Item:
+    """One thing to compute. key: names it within a cell, without spaces; ids: tokens of the prompt or
+    window; facts: what the job needs beside them."""
+
+    key: str
+    ids: list[int]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """Of what the model is asked, for answers.jsonl."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+
+
+class ItemJob(Job):
+    """items: what is evaluated; calibration: other items (HumanEval has none), for the thresholds. unit: of
+    the progress bar; options: settings that its line in results-<Model>/ names."""
+
+    unit = "text"
+    options: tuple[str, ...] = ("num_tasks", "max_seq_len", "text")
+    settings: GenSettings
+
+    def __init__(self, settings: GenSettings, tokenizer: Any):
+        super().__init__(settings, settings.dataset)
+        self.tokenizer = tokenizer
+        self.items: list[Item] = []
+        self.calibration: list[Item] = []
+
+    @abstractmethod
+    def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
+        """Answers to a batch, as JSON saves them."""
+
+    @abstractmethod
+    def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
+        """What the answers to all items amount to."""
+
+    def decode_steps(self, answers: list[dict[str, Any]]) -> np.ndarray | None:
+        """`[B]` how many decode steps of each sequence count; None: all."""
+        return None
+
+    def lines(self, answer: dict[str, Any]) -> dict[str, str]:
+        """Lines that an answer adds to product files, by file name."""
+        return {}
+
+    def load(self, source: ModelSource) -> Engine:
+        settings = self.settings
+        several = settings.device == "cuda" and torch.cuda.device_count() > 1
+        model = load_model(source, settings.dtype, "auto" if several else settings.device)
+        return Engine(update_model(model))
+
+    def calibrate(
+        self, engine: Engine, description: str, after_batch: Callable[[], None], done: set[str]
+    ) -> None:
+        settings, task = self.settings, self.settings.calib_task
+        if task is not None:
+            lm = harness.model_class()(
+                pretrained=engine.model, tokenizer=self.tokenizer, batch_size=settings.batch_size
+            )
+            plain = replace(settings, apply_chat_template=False)  # the task has its own format
+            shots = task_defaults(task).num_fewshot
+            harness.calibrate_on_task(lm, plain, task, shots, description, after_batch, done)
+            return
+        todo = [item for item in self.calibration if item.key not in done]
+        for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):
+            self.run(engine.model, batch)
+            done.update(item.key for item in batch)
+            after_batch()
+
+    def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
+        todo = [item for item in self.items if item.key not in product.answers]
+        finished = len(self.items) - len(todo)
+        bar = tqdm(total=len(self.items), desc=description, unit=self.unit, initial=finished)
+        try:
+            for batch in _batches(todo, self.settings.batch_size):
+                answers = self.run(engine.model, batch)
+                prefill, decode = recorder.drain() if recorder is not None else ({}, {})
+                for answer in answers:
+                    for file, line in self.lines(answer).items():
+                        product.add_lines(file, [line])
+                by_key = {item.key: answer for item, answer in zip(batch, answers)}
+                product.add(by_key, prefill, decode, self.decode_steps(answers))
+                bar.update(len(batch))
+        finally:
+            bar.close()
+            product.checkpoint()  # here: scoring is not part of the evaluation's time
+        outcome = self.outcome([product.answers[item.key] for item in self.items])
+        rows = [[name, f"{metric.value:1.4f}"] for name, metric in outcome.metrics.items()]
+        options = " ".join(f"{name}:{getattr(self.settings, name)!r}" for name in self.options)
+        outcome.summary = f"dataset:{self.task} {options}\n{table(rows, ['Metric', 'Score'])}\n"
+        return outcome
+
+
+class ReplyJob(ItemJob):
+    """A job that reads the reply to a prompt. max_new: most tokens of a reply."""
+
+    max_new = 0
+
+    def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
+        return reply(model, self.tokenizer, batch, self.max_new, self.settings.prefill_chunk)
+
+    def decode_steps(self, answers: list[dict[str, Any]]) -> np.ndarray:
+        return np.array([answer["reply_tokens"] - 1 for answer in answers])  # the first comes out of prefill
+
+    def lines(self, answer: dict[str, Any]) -> dict[str, str]:
+        lengths = f"{answer['prompt_tokens']} {answer['reply_tokens']}\n"
+        return {
+            "predictions.jsonl": json.dumps(answer) + "\n",
+            "prompt_completion_lengths_per_sample.csv": lengths,
+        }
+
+    def answers(self, answers: list[dict[str, Any]], scores: list[dict[str, float]]) -> list[Answer]:
+        """Lines of answers.jsonl: the replies to all items, and the scores of each."""
+        return [
+            Answer(
+                item.key,
+                item.hash,
+                answer["reply"],
+                score,
+                {"prompt": answer["prompt_tokens"], "reply": answer["reply_tokens"]},
+            )
+            for item, answer, score in zip(self.items, answers, scores)
+        ]
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Tokens of a prompt, within the chat template if that is asked for."""
+        if self.settings.apply_chat_template:
+            chat = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text)["input_ids"]
+
+
+def reply(
+    model: Any, tokenizer: Any, batch: list[Item], max_new: int, prefill_chunk: int | None
+) -> list[dict[str, Any]]:
+    """Greedy replies of at most `max_new` tokens: key, reply, prompt_tokens, reply_tokens of each item."""
+    tokens = tokenizer.pad(
+        {"input_ids": [item.ids for item in batch]}, padding_side="left", return_tensors="pt"
+    ).to(model_device(model))
+    ends = end_tokens(model, tokenizer)
+    out = chunked.generate(
+        model,
+        tokens,
+        prefill_chunk,
+        max_new_tokens=max_new,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    answers = []
+    for item, row in zip(batch, out.tolist()):
+        length = min([len(row), *(i + 1 for i, token in enumerate(row) if token in ends)])
+        text = tokenizer.decode(row[:length], skip_special_tokens=True)
+        answers.append(
+            {"key": item.key, "reply": text, "prompt_tokens": len(item.ids), "reply_tokens": length}
+        )
+    return answers
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a reply: the tokenizer's, the model's, and Llama 3's end of turn."""
+    configured = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    end_of_turn = tokenizer.get_vocab().get("<|eot_id|>")
+    return sorted(token for token in ends | {end_of_turn} if token is not None)
+
+
+def split_off(
+    entries: Sequence[Any], settings: GenSettings, most: int, what: str
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The first entries, to calibrate on, and the rest, to evaluate: `most` of them unless --calib_samples
+    says how many. Raises UsageError when nothing would be left."""
+    count = calibration_count(settings, most, len(entries))
+    if count >= len(entries):
+        raise UsageError(
+            f"--dataset {settings.dataset}: there are {len(entries)} {what}, and {count} of them to "
+            "calibrate on leave none to evaluate: set --calib_samples lower, or give more text."
+        )
+    return entries[:count], entries[count:]
+
+
+def calibration_count(settings: GenSettings, usual: int, available: int) -> int:
+    """How many of `available` entries calibrate: --calib_samples, a count or a share below 1, else `usual`.
+
+    With --calib_task that flag counts the task's prompts: what a data set holds back for calibration, and so
+    what it evaluates, stays the same whatever calibrates.
+    """
+    size = usual if settings.calib_task else settings.calib_samples or usual
+    return max(1, round(size * available)) if size < 1 else int(size)
+
+
+def mean_and_stderr(values: Sequence[float]) -> Metric:
+    """The mean of independent values, its standard error (None for a single value) and their count."""
+    array = np.asarray(values, dtype=float)
+    stderr = float(array.std(ddof=1) / len(array) ** 0.5) if len(array) > 1 else None
+    return Metric(float(array.mean()), stderr, len(array))
+
+
+def _batches(items: list[Item], size: int) -> list[list[Item]]:
+    """Items of like length together; one by one keeps their order."""
+    if size > 1:
+        items = sorted(items, key=lambda item: len(item.ids))
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,82 @@
+"""What a finished cell, run or sweep leaves for people: tables, printed and written, and pictures.
+
+Plots are imported where something is drawn: matplotlib takes a second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from toptheta.report import tables
+from toptheta.report.results import CellResult
+from toptheta.util.console import say
+from toptheta.util.errors import UsageError
+from toptheta.util.files import write_json, write_text
+
+
+def draw_cell(result: CellResult, folder: Path) -> None:
+    """The pictures of a single cell, if it has any: needle.png."""
+    if result.grid:
+        from toptheta.report.plots.needle import draw_needle
+
+        draw_needle(result.grid, folder / "needle.png", f"{result.model}, {result.method}")
+
+
+def report_run(folder: Path, results: Sequence[CellResult], title: str) -> None:
+    """Print the table of a run's cells; write it, its JSON and its pictures into the run's folder."""
+    text, by_length = tables.results_table(results), all(result.by_length for result in results)
+    if any(result.effective_k is not None for result in results):
+        text += "\n\n" + tables.effective_k(results)
+    heading = f"{title}, by context length in tokens" if by_length else title
+    print(f"\n{heading}\n\n{text}\n")
+    write_text(folder / "summary.md", f"# {heading}\n\n{text}\n")
+    write_json(folder / "summary.json", [result.to_json() for result in results])
+    if any(not result.dense and result.metrics and result.kept for result in results):
+        from toptheta.report.plots.tradeoff import draw_tradeoff
+
+        for left_out in draw_tradeoff(results, folder / "tradeoff.png", title):
+            say(left_out)
+        print(f"Picture: {folder / 'tradeoff.png'}")
+    if by_length:
+        from toptheta.report.plots.perplexity import draw_perplexity
+
+        draw_perplexity(results, folder / "perplexity.png", title)
+        print(f"Picture: {folder / 'perplexity.png'}")
+    print(f"Products: {folder}")
+
+
+def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResult]) -> None:
+    """Join the summaries of a run's tasks, each in a folder of its own, into the run's."""
+    write_text(folder / "summary.md", "\n".join((part / "summary.md").read_text() for part in parts))
+    write_json(folder / "summary.json", [result.to_json() for result in results])
+    say(f"All tasks: {folder / 'summary.md'}")
+
+
+def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[tables.SweepRow]) -> None:
+    """Write table.md, table.csv, results.json and <task>.png of a sweep into `folder`, and print the
+    table."""
+    text = tables.sweep_markdown(title, table_name, rows)
+    write_text(folder / "table.md", text)
+    write_text(folder / "table.csv", tables.sweep_csv(rows))
+    written, results = [folder / "table.md", folder / "table.csv"], []
+    for task in dict.fromkeys(row.task for row in rows):
+        named = [_named(row, row.result) for row in rows if row.task == task and row.result is not None]
+        results += named
+        if any(not result.dense and result.kept for result in named):
+            from toptheta.report.plots.tradeoff import draw_tradeoff
+
+            picture = folder / f"{task}.png"
+            try:
+                for left_out in draw_tradeoff(named, picture, f"{title}: {task}"):
+                    say(left_out)
+                written.append(picture)
+            except UsageError as error:
+                say(f"{task}: no picture, because {error}")
+    write_json(folder / "results.json", [result.to_json() for result in results])
+    print(text)
+    say(f"Written: {', '.join(map(str, written))}")
+
+
+def _named(row: tables.SweepRow, result: CellResult) -> CellResult:
+    """A result under the table's name for it, without the folder that it came from."""
+    return replace(result, method=row.method if row.k is None else f"{row.method} K={row.k}", folder=None)
