@@ -91,8 +91,8 @@ class Block:
     x: `[B, H, R, E]` what is compared, over the first E of the call's keys: scores, or weights with placement
     post-softmax; -inf where not visible. row_max: `[B, H, R, 1]` the largest of each row. n: `[B or 1, R]`
     visible keys of each row. real: `[B or 1, R]` rows that are not padding, or None (all). q: `[B, H, R, D]`
-    scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last rows of
-    the call. state: what the method remembers, None for a method without.
+    scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last
+    rows of the call. state: what the method remembers, None for a method without.
     """
 
     x: Tensor
@@ -139,14 +139,14 @@ class Method:
         raise NotImplementedError
 
     def after(self, block: Block, weights: Tensor) -> None:
-        """Called with the rows' final weights `[B, H, R, E]`, 0 where not kept: what `state` takes of them."""
+        """What `state` takes of the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""
 
     def kernel_spec(self) -> KernelSpec | None:
         """The selection as kernels know it, without what is the layer's; None: the reference path only."""
         return None
 
     def while_calibrating(self, tac: bool) -> "Method":
-        """What attention computes while this method's thresholds are calibrated. tac: top-k at calibration."""
+        """What attention computes while thresholds are calibrated. tac: top-k at calibration."""
         return REGISTRY["dense"]()
 
     def check(self, flag: Callable[[str], str] = str) -> None:
@@ -176,7 +176,7 @@ class Method:
         if self.mode is not None and not self.options():
             parts = [f"mode{self.mode}"]
         else:
-            parts = [self.name, *(f"{name}{value}" for name, value in self.options().items())]
+            parts = [self.name, *(name if v is True else f"{name}{v}" for name, v in self.options().items())]
         return "_".join([*parts, f"k{k}"] if self.uses_k and k is not None else parts)
 
 
