@@ -18,7 +18,7 @@ from toptheta.calibration.kept_samples import (
     write_calibration_samples,
 )
 from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, LayerTable, load_tables
-from toptheta.eval.cli import parse_settings, shared_flags
+from toptheta.eval.cli import parse_settings, settings_flags
 from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.models.control import (
     begin_calibration,
@@ -262,7 +262,7 @@ def test_bad_parameters(tiny_model: LlamaForCausalLM, params: dict, message: str
 )
 def test_bad_flags(flags: str, message: str) -> None:
     parser = argparse.ArgumentParser()
-    shared_flags(parser)
+    settings_flags(parser, Settings)
     with pytest.raises(UsageError, match=message):
         parse_settings(Settings, parser.parse_args(flags.split()))
 

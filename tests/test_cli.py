@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from toptheta.eval.cli import parse_settings, shared_flags
-from toptheta.eval.settings import GenSettings, QASettings, Settings, label, settings_from_json
+from toptheta.eval.cli import parse_settings, settings_flags, settings_from_json
+from toptheta.eval.settings import GenSettings, QASettings, Settings, label
 from toptheta.eval.tasks.lm_eval_tasks import TASKS, check_task, task_configs
 from toptheta.models.loading import find_model
 from toptheta.util.errors import UsageError
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parse(flags: str) -> Settings:
     parser = argparse.ArgumentParser()
-    shared_flags(parser)
+    settings_flags(parser, Settings)
     return parse_settings(Settings, parser.parse_args(flags.split()))
 
 
@@ -71,7 +71,7 @@ def test_cells() -> None:
         "Top-k K=64",
         "dense",
     ]
-    assert [cell.capk for cell in cells] == [True, True, False, False, False]
+    assert [getattr(cell.method, "capk", False) for cell in cells] == [True, True, False, False, False]
     assert settings.layer_ks(cells[0], 4) == (512, 0, 32, 32)
     with pytest.raises(UsageError, match="--layerk names layer 1, but the model has layers 0 to 0"):
         settings.layer_ks(cells[0], 1)

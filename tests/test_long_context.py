@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.conftest import tiny_config
-from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.settings import GenSettings
 from toptheta.models import generation as chunked
 from toptheta.models.control import record_statistics, set_params
 from toptheta.models.patch import patched_layers, update_model

@@ -22,16 +22,15 @@ WORDS = {int: "a whole number", float: "a number"}
 class Option:
     """What is declared of a field beside its type and default.
 
-    help, metavar, group: of its flag. choices: the values there are; hint: name the nearest of them to who
-    gives another. rule: a test of a value, and what to do when it fails ("give at least 1"); a default of
-    None passes.
-    parse: reads the flag's text, where its type does not say how. answers: whether it can change an answer.
-    serves: the data sets that it has an effect on; empty: all.
+    help, metavar, group: of its flag. choices: the values there are. hint: whether a wrong value is answered
+    with the nearest of them. rule: a test of a value, and what to do when it fails ("give at least 1"); a
+    default of None passes. parse: reads the flag's text, where its type does not say how. answers: whether it
+    can change an answer. serves: the data sets that it has an effect on; empty: all.
     """
 
     help: str
     metavar: str | None = None
-    group: str = "options"
+    group: str = ""
     choices: tuple[str, ...] = ()
     hint: bool = False
     rule: tuple[Callable[[Any], bool], str] | None = None
@@ -64,7 +63,7 @@ def options_of(kind: Any) -> Iterator[tuple[str, Option, Any]]:
 def add_flags(parser: argparse.ArgumentParser, kind: type) -> dict[str, Any]:
     """Add a flag for every option of a dataclass; returns the groups by title. A switch that is on by default
     gets a flag --no_NAME. A flag that is not given leaves None, so that it is known which are."""
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"": parser}
     for name, facts, default in options_of(kind):
         if facts.group not in groups:
             groups[facts.group] = parser.add_argument_group(facts.group)
