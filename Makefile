@@ -22,8 +22,8 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -n 2 --ignore tests/test_sandbox.py
-	$(PY) -m pytest tests/test_sandbox.py  # Ctrl-C reaches the main thread only, which a worker's tests are not in
+	$(PY) -m pytest -n 2 --ignore tests/eval/sandbox
+	$(PY) -m pytest tests/eval/sandbox  # Ctrl-C reaches the main thread only, which a worker's tests are not in
 
 notebooks: $(STAMP)
 	$(PY) notebooks/execute.py

@@ -53,7 +53,7 @@ MEMORY_LENGTH = 8192
 
 def text_tokens() -> Tensor:
     """`[1, T]`: this project's Python files, one after the other."""
-    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("toptheta/**/*.py"), *ROOT.glob("tests/*.py")])
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("toptheta/**/*.py"), *ROOT.glob("tests/**/*.py")])
     text = "\n".join(path.read_text() for path in files)
     return load_tokenizer(find_model("smollm2"))(text, return_tensors="pt", verbose=False).input_ids
 

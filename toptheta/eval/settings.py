@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from toptheta.eval.tasks.lm_eval_tasks import BUNDLED_TASK
 from toptheta.methods.base import Method, of_mode, parse_method, parse_methods
-from toptheta.methods.params import CALIBRATION_GROUP, AttentionParams, MethodOptions
+from toptheta.methods.params import CALIBRATION_GROUP, AttentionParams, MethodOptions, expand_k
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option
 
@@ -162,14 +162,8 @@ class Settings(MethodOptions, CellOptions):
 
     def layer_ks(self, cell: AttentionParams, num_layers: int) -> tuple[int, ...]:
         """K of every layer in a cell. Raises UsageError for a --layerk layer that the model does not have."""
-        for layer in self.layerk:
-            if not 0 <= layer < num_layers:
-                raise UsageError(
-                    f"--layerk names layer {layer}, but the model has layers 0 to {num_layers - 1}: "
-                    "name one of those."
-                )
         assert isinstance(cell.K, int)
-        return tuple(self.layerk.get(layer, cell.K) for layer in range(num_layers))
+        return expand_k(self.layerk, num_layers, cell.K, "--layerk")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -80,6 +80,10 @@ class State:
         """Reorder or repeat the sequences: `[new B]` indices of sequences."""
         self.tensors = {name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()}
 
+    def repeat(self, repeats: int) -> None:
+        """Repeat each sequence, as torch.repeat_interleave does."""
+        self.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.tensors.items()}
+
     def clear(self) -> None:
         self.tensors, self.numbers = {}, {}
 
@@ -148,6 +152,10 @@ class Method:
     def while_calibrating(self, tac: bool) -> "Method":
         """What attention computes while thresholds are calibrated. tac: top-k at calibration."""
         return REGISTRY["dense"]()
+
+    def for_sdc_samples(self) -> "Method":
+        """The selection whose missing denominator calibration samples."""
+        return self
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         """Raise UsageError for an option whose value makes no sense."""

@@ -6,6 +6,7 @@ Covers what `set_params` and the scripts' flags share. Does not cover flags abou
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from toptheta.methods import compensation
@@ -40,7 +41,8 @@ class LayerSpec:
             not self.method.is_dense and self.placement != "none" and (self.k > 0 or not self.method.uses_k)
         )
 
-    def kernel_spec(self) -> KernelSpec | None:
+    @cached_property
+    def kernel(self) -> KernelSpec | None:
         """The same for a kernel; None: the reference path only."""
         if not self.sparse:
             return KernelSpec()
@@ -186,7 +188,7 @@ class AttentionParams(MethodOptions):
             method = method if type(chosen) is type(method) else chosen
         if "capk" in given:
             if hasattr(method, "capk"):
-                method = replace(method, capk=bool(given["capk"]))
+                method = replace(method, capk=bool(given["capk"]))  # type: ignore[call-arg]
             elif given["capk"]:
                 raise UsageError(
                     f"{flag('capk')} caps what a threshold keeps: use it with {flag('mode')} 0 only."

@@ -34,6 +34,9 @@ class TopTheta(Method):
     def while_calibrating(self, tac: bool) -> Method:
         return TopK() if tac else super().while_calibrating(tac)
 
+    def for_sdc_samples(self) -> Method:
+        return TopTheta()  # as the published project: no cap while calibrating
+
 
 def keep_above(x: Tensor, theta: Tensor, row_max: Tensor) -> Tensor:
     """Keep what is strictly greater than theta; where nothing is, keep the row's largest (all of them on a

@@ -1,0 +1,90 @@
+"""Flags that make no sense are one sentence before anything is loaded; SIGTERM is an interrupt."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from tests.eval.helpers import parse
+from tests.helpers.paths import ROOT
+from toptheta.eval.cli import parse_settings, settings_flags
+from toptheta.eval.settings import Settings
+from toptheta.util.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--mode 0 --calib_interp cubic", "--calib_interp is 'cubic'"),
+        ("--mode 0 --calib_smooth -2", "--calib_smooth is -2"),
+        ("--mode 0 --calib_smooth wide", "--calib_smooth is 'wide'"),
+        ("--mode 1 --calib_interp fit", "--calib_interp fit has no effect without calibration"),
+        ("--calib_smooth 4", "--calib_smooth 4 has no effect without calibration"),
+        ("--mode 3 --calib_dump_samples", "--calib_dump_samples has no effect without calibration"),
+        ("--mode 0 --calib_load_path . --calib_dump_samples", "has no effect with --calib_load_path"),
+        ("--mode 1 --sdc offline-calibrated --calib_dump_samples", "use it with --mode 0"),
+    ],
+)
+def test_bad_flags(flags: str, message: str) -> None:
+    parser = argparse.ArgumentParser()
+    settings_flags(parser, Settings)
+    with pytest.raises(UsageError, match=message):
+        parse_settings(Settings, parser.parse_args(flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mode two", "--mode is 'two': give a whole number"),
+        ("--mode 0 --k 0", "--k 0 keeps nothing"),
+        ("--mode 1 --k 64,-2", "--k -2 keeps nothing"),
+        ("--mode 1 --layerk 3=4", "--layerk is '3=4'"),
+        ("--mode 1 --layerk 3:-4", "--layerk takes K of at least 0"),
+        ("--mode 1 --vmc", "--vmc has nothing to compensate"),
+        ("--vmc", "--vmc has no effect on dense attention"),
+        ("--capk", "--capk has no effect on dense attention"),
+        ("--mode 1 --capk", "--capk is for thresholds"),
+        ("--mode 1,3 --calib_tac", "--calib_tac is for thresholds"),
+        ("--mode 1 --sdc exp-threshold", "--sdc exp-threshold needs a threshold"),
+        ("--mode 0,1 --sdc exp-threshold", "--sdc exp-threshold needs a threshold"),
+        ("--sdc exact", "--sdc has no effect on dense"),
+        ("--mode 0 --sdc some", "--sdc is 'some': choose one of none, exact"),
+        ("--mode 0 --placement before", "--placement is 'before'"),
+        ("--mode 1 --placement post-softmax --sdc exact", "needs --placement pre-softmax"),
+        ("--mode 0 --calib_sample_frac 1.5", "--calib_sample_frac is 1.5"),
+        ("--mode 0 --calib_load_path /nowhere", "there is no such folder"),
+        ("--mode 1 --calib_load_path /nowhere", "serves --mode 0"),
+        ("--mode 1 --calibrate_only", "needs something to calibrate"),
+        ("--mode 0 --calib_samples 2.5", "give a count, or a share"),
+        ("--dtype float8", "--dtype is 'float8'"),
+        ("--device gpu", "--device is 'gpu'"),
+        ("--batch_size 0", "--batch_size is 0"),
+        ("--batch_size many", "--batch_size is 'many'"),
+        ("--sdc_scale x", "--sdc_scale is 'x': give a number"),
+        ("--vrow_popularity --no_statistics", "needs statistics"),
+    ],
+)
+def test_flags_that_make_no_sense(flags: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(flags)
+
+
+def test_sigterm_is_an_interrupt() -> None:
+    """A cluster's notice before it kills a job: the job saves what it has, as at Ctrl-C."""
+    script = (
+        "import os, signal, time\n"
+        "from toptheta.eval.cli import run_main\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(10)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('saved', flush=True)\n"
+        "        raise\n"
+        "run_main(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130 and done.stdout == "saved\n"

@@ -1,0 +1,194 @@
+"""Sweeps: what is planned, skipped, resumed and run, and the table that comes out, with real runs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import gen_llama
+import test_llama
+from tests.helpers.paths import ROOT
+from toptheta.eval.settings import QASettings
+from toptheta.eval.sweep import Found, SweepOptions, _plan, answer_key, missing_runs, run_sweep, scan
+from toptheta.util.errors import UsageError
+
+PARSERS = {"test_llama.py": test_llama.make_parser, "gen_llama.py": gen_llama.make_parser}
+
+
+@pytest.fixture
+def tables(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of tables with one small table, on the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "tables.json"
+    flags = {"llama": folder_model, "num_fewshot": 3, "num_samples": 4, "calib_samples": 3, "device": "cpu"}
+    part = {
+        "script": "test_llama.py",
+        "tasks": ["everyday_science"],
+        "methods": ["dense", "Top-k", "Top-theta"],
+        "k": [8, 16],
+        "flags": {"calib_sample_frac": 1.0},
+    }
+    methods = {
+        "dense": {"mode": 3},
+        "Top-k": {"mode": 1, "sdc": "exact", "vmc": True},
+        "Top-theta": {"mode": 0},
+    }
+    table = {"title": "A tiny model", "flags": flags, "parts": [part]}
+    file.write_text(json.dumps({"methods": methods, "tables": {"tiny": table}}))
+    return file
+
+
+def options(tables: Path, /, **changes) -> SweepOptions:
+    return SweepOptions(**({"table": "tiny", "file": str(tables)} | changes))
+
+
+def plan(file: Path):
+    content = json.loads(file.read_text())
+    return _plan(content["tables"]["tiny"], content["methods"], options(file), PARSERS)
+
+
+def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_sweep(options(tables, only="dense", jobs=2), PARSERS, ROOT) == 0
+    first = {p.name for p in (tmp_path / "products").iterdir()}
+    assert len(first) == 2 and "tables" in first  # one run
+    assert run_sweep(options(tables, jobs=2), PARSERS, ROOT) == 0
+    assert "1 of 5 cells are finished, 2 runs are left" in capsys.readouterr().err
+    runs = {p.name for p in (tmp_path / "products").iterdir()}
+    assert len(runs) == 4 and first < runs
+    folder = tmp_path / "products" / "tables" / "tiny"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert {(row["method"], row["k"]) for row in rows} == {
+        ("dense", ""),
+        *((m, k) for m in ("Top-k", "Top-theta") for k in ("8", "16")),
+    }
+    by_cell = {(r["method"], r["k"], r["metric"]): r for r in rows}
+    assert float(by_cell["Top-k", "8", "acc"]["kept_attn_prefill"]) < float(
+        by_cell["Top-k", "16", "acc"]["kept_attn_prefill"]
+    )
+    assert by_cell["dense", "", "acc"]["kept_attn_prefill"] == "1.0"
+    text = (folder / "table.md").read_text()
+    assert "| Top-theta | 16 " in text and "not run" not in text and "(n=4)" in text
+    assert (folder / "everyday_science.png").stat().st_size > 10_000
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results) == 5 and all("folder" not in result for result in results)
+
+    capsys.readouterr()
+    assert run_sweep(options(tables, dry_run=True), PARSERS, ROOT) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "" and "5 of 5 cells are finished, 0 runs" in printed.err
+    # Another number of questions is another answer.
+    assert run_sweep(options(tables, dry_run=True, samples="5"), PARSERS, ROOT) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_unfinished_runs_are_resumed_and_never_count(tables: Path, tmp_path: Path) -> None:
+    assert run_sweep(options(tables, only="Top-k*K=8"), PARSERS, ROOT) == 0
+    (run,) = [p for p in (tmp_path / "products").iterdir() if p.name != "tables"]
+    cells = plan(tables)
+    key = next(cell.key for cell in cells if cell.name == "everyday_science Top-k K=8")
+    assert key in scan(Path("products"), PARSERS).results
+    (run / "results.json").unlink()  # as if it had been cut short
+    found = scan(Path("products"), PARSERS)
+    assert not found.results and found.unfinished == {Path("products") / run.name: ("test_llama.py", {key})}
+    commands = missing_runs(cells, found, "products")
+    assert commands[0] == ["test_llama.py", "--resume", f"products/{run.name}"] and len(commands) == 4
+    assert ["--k", "16", "--output_dir", "products"] in [command[-4:] for command in commands]
+    assert run_sweep(options(tables, only="Top-k*K=8"), PARSERS, ROOT) == 0
+    assert key in scan(Path("products"), PARSERS).results
+    (run / "results.json").write_text("{half")
+    assert key not in scan(Path("products"), PARSERS).results
+
+
+def test_a_run_under_way_is_left_alone(tables: Path, tmp_path: Path) -> None:
+    """A started run holds a lock: a second process neither resumes it nor starts the same again."""
+    command = missing_runs([c for c in plan(tables) if c.method == "Top-theta"], Found(), "products")[0]
+    command[command.index("--num_samples") + 1] = "90"  # long enough to look at it
+    content = json.loads(tables.read_text())
+    content["tables"]["tiny"]["flags"]["num_samples"] = 90
+    tables.write_text(json.dumps(content))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / command[0]), *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        for _ in range(600):
+            if list(Path("products").glob("*/run.json")):
+                break
+            time.sleep(0.1)
+        found = scan(Path("products"), PARSERS)
+        assert len(found.under_way) == 2 and not found.unfinished
+        assert len(missing_runs(plan(tables), found, "products")) == 2
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert process.returncode == 130
+    assert len(scan(Path("products"), PARSERS).unfinished) == 1
+
+
+def test_keys_hold_what_changes_an_answer() -> None:
+    base = QASettings(mode=(0, 1, 3), k=(64,), calib_tac=True)
+
+    def keys(settings: QASettings) -> list[str]:
+        return [answer_key(settings, cell) for cell in settings.cells()]
+
+    theta, topk, dense = keys(base)
+    assert len({theta, topk, dense}) == 3
+    assert keys(replace(base, output_dir="x", batch_size=4, device="cuda")) == [theta, topk, dense]
+    changed = keys(replace(base, calib_tac=False, calib_samples=7.0, seed=42))
+    assert changed[0] != theta and changed[1:] == [topk, dense]
+    changed = keys(replace(base, sdc="exact", vmc=True, k=(32,), layerk={0: 128}))
+    assert changed[0] != theta and changed[1] != topk and changed[2] == dense
+    assert not set(keys(replace(base, seed=1))) & {theta, topk, dense}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"table": "tinny"}, "near it are tiny"),
+        ({"only": "Topk"}, "near it are Top-k"),
+        ({"jobs": 0}, "--jobs is 0: give at least 1"),
+        ({"file": "nowhere.json"}, "nowhere.json"),
+        ({"samples": "many"}, "--num_samples"),
+        ({"data_dir": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_flags(tables: Path, changes: dict, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        run_sweep(options(tables, **changes), PARSERS, ROOT)
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tables: Path, capsys: pytest.CaptureFixture) -> None:
+    content = json.loads(tables.read_text())
+    content["tables"]["tiny"]["parts"][0]["k"] = [16, 100_000]  # no prompt is that long
+    tables.write_text(json.dumps(content))
+    assert run_sweep(options(tables), PARSERS, ROOT) == 1
+    printed = capsys.readouterr()
+    assert "failed with exit code 2" in printed.err and "K=100000" in printed.err
+    assert "not run" in printed.out and "Top-k" in printed.out
+
+
+def test_every_table_of_the_project_is_sound() -> None:
+    """Each cell of reproduce.json is a command line that the scripts accept."""
+    content = json.loads((ROOT / "reproduce.json").read_text())
+    for name, table in content["tables"].items():
+        cells = _plan(table, content["methods"], SweepOptions(table=name), PARSERS)
+        assert len({cell.key for cell in cells}) == len(cells) >= 4
+
+
+def test_slurm(tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Submission through submitit, on this machine in place of a cluster."""
+    monkeypatch.setenv("SUBMITIT_CLUSTER", "local")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run_sweep(options(tables, only="dense", slurm="short"), PARSERS, ROOT) == 0
+    assert "test_llama.py" in capsys.readouterr().out
+    for _ in range(900):
+        if list(Path("products").glob("*/results.json")):
+            break
+        time.sleep(0.1)
+    assert run_sweep(options(tables, only="dense", table_only=True), PARSERS, ROOT) == 0
+    assert "dense" in capsys.readouterr().out

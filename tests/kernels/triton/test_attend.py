@@ -1,0 +1,172 @@
+"""The Triton kernels against plain PyTorch (toptheta/attention/reference.py): outputs and counts.
+
+Inputs and tolerance are those of the CPU kernel's tests. Not every option meets every kind of rows, for the
+interpreter is slow.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers.kernel_cases import SCALE, SPECS, K, case, in_float64, tables
+from tests.kernels.triton.helpers import DEVICE, FEW, draw, here, on_device
+from toptheta.attention.reference import LayerSpec, mean_of_visible, sparse_attention
+from toptheta.attention.rows import Rows, rows_of
+from toptheta.kernels.triton import backend as gpu
+
+
+def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more) -> None:
+    """Same counts, and an error against float64 of at most twice plain PyTorch's, plus two roundings."""
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    moved, device_rows = [x.to(DEVICE) for x in (q, k, v)], on_device(rows)
+    worst = torch.zeros(3)
+    for spec in specs:
+        assert gpu.unsupported(*moved, device_rows, spec) is None, spec
+        theta, table = tables(spec, q.shape[1], k.shape[2])
+        plain, expected = sparse_attention(q, k, v, rows, spec, SCALE, theta, table, count=True)
+        at = (theta.to(DEVICE), table.to(DEVICE))
+        out, counts = gpu.attend(*moved, device_rows, spec, SCALE, *at, count=True, **more)
+        out = out.cpu()
+        assert out.dtype == dtype
+        assert torch.equal(counts.attn.cpu(), expected.attn), spec
+        assert torch.equal(counts.vrow.cpu(), expected.vrow), spec
+        exact = in_float64(q, k, v.double(), rows, spec, theta, table)
+        errors = [(x.double() - exact).abs().max() for x in (out, plain)]
+        rounding = (out + 0.3 - 0.3 - out).abs().max()
+        worst = worst.maximum(torch.stack([*errors, rounding]).float())
+    ours, theirs, rounding = worst.tolist()
+    assert ours <= 2 * theirs + 2 * rounding, worst
+    uncounted, none = gpu.attend(*moved, device_rows, spec, SCALE, *at, **more)
+    assert none is None and torch.equal(uncounted.cpu(), out)
+
+
+def supported(q_len: int) -> list[LayerSpec]:
+    return [s for s in SPECS if not (s.sparse and (s.capk or (s.mode == 1 and q_len > 1)))]
+
+
+@here
+@pytest.mark.parametrize("kind", ["padded decode", "padded chunk"])
+def test_every_option(kind):
+    torch.manual_seed(0)
+    rows, batch, q_len, kv_len = case(kind)
+    check(*draw(batch, (2, 1, 16), q_len, kv_len), rows, supported(q_len))
+
+
+@here
+@pytest.mark.parametrize(
+    "kind, heads",
+    [
+        ("static decode", (8, 2, 24)),
+        ("static decode", (3, 3, 16)),
+        ("static decode", (20, 1, 16)),
+        ("decode", (3, 1, 80)),  # many splits
+        ("left padding", (2, 1, 24)),
+        ("right padding", (2, 2, 16)),
+        ("prefill", (2, 1, 16)),
+        ("any mask", (2, 1, 16)),
+        ("static cache", (2, 2, 16)),
+    ],
+    ids=str,
+)
+def test_every_kind_of_rows(kind, heads):
+    torch.manual_seed(1)
+    rows, batch, q_len, kv_len = case(kind)
+    more = [LayerSpec(1, "pre-softmax", K, "exact", vmc=True)] if q_len == 1 else []
+    check(*draw(batch, heads, q_len, kv_len), rows, FEW + more)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["padded decode", "padded chunk"])
+def test_low_precision(kind, dtype):
+    if gpu.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    torch.manual_seed(1)
+    rows, batch, q_len, kv_len = case(kind)
+    check(*draw(batch, (3, 1, 16), q_len, kv_len), rows, FEW, dtype)
+
+
+@here
+def test_any_strides():
+    """Slices of a larger cache, and K and V whose head_dim is not contiguous."""
+    torch.manual_seed(2)
+    rows, batch, q_len, kv_len = case("padded decode")
+    q, k, v = draw(batch, (4, 2, 16), q_len, kv_len)
+    wide_k, wide_v = torch.full((2, batch, 3, kv_len + 9, 40), math.nan)
+    inside = (slice(None), slice(0, 2), slice(5, 5 + kv_len), slice(8, 24))
+    wide_k[inside], wide_v[inside] = k, v
+    check(q, wide_k[inside], wide_v[inside], rows, FEW[:1])
+    check(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, rows, FEW[:1])
+
+
+@here
+def test_other_k():
+    """K below 1 and rows shorter than K are dense."""
+    torch.manual_seed(2)
+    rows = rows_of(None, 1, 70, torch.device("cpu"))
+    q, k, v = draw(1, (2, 1, 16), 1, 70)
+    check(
+        q, k, v, rows, [LayerSpec(1, "pre-softmax", 500, "exact", vmc=True), LayerSpec(1, "post-softmax", 0)]
+    )
+    check(q, k, v, rows, [replace(FEW[0], k=70), replace(FEW[2], k=69), replace(FEW[0], k=0)])
+
+
+@here
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize(
+    "spec", [LayerSpec(), LayerSpec(0, "pre-softmax", K, "exact")], ids=["dense", "theta"]
+)
+def test_threshold_of_minus_infinity_is_dense_bit_for_bit(q_len, spec):
+    torch.manual_seed(3)
+    q, k, v = (x.to(DEVICE) for x in draw(1, (3, 1, 16), q_len, 200))
+    rows = on_device(rows_of(None, q_len, 200, torch.device("cpu")))
+    theta = torch.full((3, 201), -math.inf, device=DEVICE)
+    dense, _ = gpu.attend(q, k, v, rows, LayerSpec(), SCALE)
+    assert torch.equal(gpu.attend(q, k, v, rows, spec, SCALE, theta)[0], dense)
+
+
+@here
+@pytest.mark.parametrize("placement", ["pre-softmax", "post-softmax"])
+def test_ties(placement):
+    """All keys alike: Top-k keeps exactly K; Top-theta, where nothing passes, all that tie for the peak."""
+    q, k = torch.ones(1, 3, 1, 16, device=DEVICE), torch.ones(1, 1, 300, 16, device=DEVICE)
+    v = torch.randn(1, 1, 300, 16).to(DEVICE)
+    rows = on_device(rows_of(None, 1, 300, torch.device("cpu")))
+    _, counts = gpu.attend(q, k, v, rows, LayerSpec(1, placement, K), SCALE, count=True)
+    assert counts is not None and counts.attn.tolist() == [[K] * 3]
+    theta = torch.full((3, 301), 1e9, device=DEVICE)
+    out, counts = gpu.attend(q, k, v, rows, LayerSpec(0, placement, K), SCALE, theta, count=True)
+    assert counts is not None and counts.attn.tolist() == [[300] * 3]
+    torch.testing.assert_close(out[0, :, 0], v[0, 0].mean(dim=0).expand(3, 16), rtol=1e-5, atol=1e-5)
+
+
+@here
+@pytest.mark.parametrize("spec", FEW[:1] + FEW[2:], ids=["pre", "post"])
+def test_mostly_empty_cache(spec):
+    """A static cache that is nearly unused, sequences of unlike lengths: splits have few keys, or none. What
+    lies beyond is not read."""
+    torch.manual_seed(7)
+    kv_len = 900
+    q, k, v = draw(3, (4, 2, 16), 1, kv_len)
+    at = torch.arange(kv_len)
+    mask = torch.stack([(at >= 3) & (at < 150), at < 1, (at >= 400) & (at < 700)])[:, None, None]
+    k[~mask.expand(-1, 2, -1, -1)[:, :, 0]] = 7.0  # would win every row
+    rows = rows_of(mask, 1, kv_len, torch.device("cpu"))
+    check(q, k, v, rows, [spec])
+    k[:, :, 700:] = v[:, :, 700:] = math.nan
+    theta, table = (x.to(DEVICE) for x in tables(spec, 4, kv_len))
+    moved = [x.to(DEVICE) for x in (q, k, v)]
+    v_sum = torch.zeros(3, 2, 16, device=DEVICE)
+    out, _ = gpu.attend(*moved, on_device(rows), spec, SCALE, theta, table, v_sum=v_sum)
+    assert out.isfinite().all()
+
+
+@here
+def test_v_sum_replaces_reading_v():
+    torch.manual_seed(4)
+    rows, batch, q_len, kv_len = case("static decode")
+    q, k, v = draw(batch, (4, 2, 16), q_len, kv_len)
+    total = (mean_of_visible(v, rows)[:, :, 0] * rows.n[..., None]).to(DEVICE)
+    check(q, k, v, rows, [LayerSpec(0, "pre-softmax", K, "exact", vmc=True)], v_sum=total)

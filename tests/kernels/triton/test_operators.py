@@ -1,0 +1,70 @@
+"""The Triton kernels as operators: torch.compile and CUDA graphs."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.kernel_cases import SCALE, K, tables
+from tests.kernels.triton.helpers import DEVICE, FEW, draw, here, on_device
+from toptheta.attention.reference import LayerSpec
+from toptheta.attention.rows import rows_of
+from toptheta.kernels import int8_keys as two_tier
+from toptheta.kernels.triton import backend as gpu
+
+
+@here
+def test_operators_have_true_fakes():
+    """The shapes and types that torch.compile is told are those that come out."""
+    q, k, v = (x.to(DEVICE) for x in draw(2, (4, 2, 16), 1, 40))
+    n, theta = torch.full((1, 1), 40, device=DEVICE), torch.full((1, 1), 0.5, device=DEVICE)
+    settings = (SCALE, 0, "pre-softmax", K, "none", 1.0, True)
+    checks = ("test_schema", "test_faketensor")
+    int8 = two_tier.quantized(k)
+    for tiers in ((None,) * 4, (int8.codes, int8.steps, int8.slacks, int8.mean)):
+        decode = (q, k, v, n, None, None, theta, None, None, *tiers, *settings)
+        torch.library.opcheck(gpu._decode, decode, test_utils=checks)
+    n = torch.arange(1, 2, device=DEVICE)[None]
+    prefill = (q, k, v, n, 0, None, None, None, theta, None, None, *settings)
+    torch.library.opcheck(gpu._prefill, prefill, test_utils=checks)
+
+
+@here
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_compiles_whole(q_len):
+    """One graph without a break, and thresholds that change in place count at once."""
+    torch.manual_seed(8)
+    q, k, v = (x.to(DEVICE) for x in draw(1, (2, 1, 16), q_len, 70 if q_len == 1 else q_len))
+    rows = on_device(rows_of(None, q_len, k.shape[2], torch.device("cpu")))
+    theta = torch.full((2, 71), -math.inf, device=DEVICE)
+    call = torch.compile(
+        lambda: gpu.attend(q, k, v, rows, FEW[0], SCALE, theta)[0], fullgraph=True, backend="aot_eager"
+    )
+    for value in (-math.inf, 1.0, 2.0):
+        theta[:, K + 1 :] = value
+        expected = gpu.attend(q, k, v, rows, FEW[0], SCALE, theta)[0]
+        torch.testing.assert_close(call(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("spec", [*FEW, LayerSpec(1, "pre-softmax", K, "exact")], ids=str)
+def test_cuda_graph(spec):
+    """Nothing waits for the device, and a replay takes the thresholds and queries that are there by then."""
+    torch.manual_seed(9)
+    q, k, v = (x.to(DEVICE) for x in draw(2, (8, 2, 64), 1, 1000))
+    rows = on_device(rows_of(None, 1, 1000, torch.device("cpu")))
+    theta, table = (x.to(DEVICE) for x in tables(spec, 8, 1001))
+
+    def call() -> Tensor:
+        return gpu.attend(q, k, v, rows, spec, SCALE, theta, table)[0]
+
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for _ in range(3):
+        q.mul_(0.9)
+        theta.mul_(0.8)
+        graph.replay()
+        assert torch.equal(out, call())
