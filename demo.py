@@ -4,6 +4,7 @@ one table.
 `make demo` runs it. It calls what test_llama.py and gen_llama.py call, with the settings printed below.
 """
 
+from pathlib import Path
 from typing import Any
 
 from toptheta.eval.cli import run_main
@@ -36,40 +37,29 @@ def main() -> None:
     print(f"  python gen_llama.py {FLAGS} --num_tasks 4 --calib_samples 3 --max_seq_len 640 \\")
     print("    --apply_chat_template --allow_code_execution")
 
-    from toptheta.eval.generate import run_generation
-    from toptheta.eval.tasks.qa import run_qa
-    from toptheta.models.recorder import DECODE, PREFILL
-    from toptheta.report import tables as report
+    from toptheta.eval.runner import evaluate
+    from toptheta.report.results import DECODE, PREFILL, CellResult
+    from toptheta.report.tables import Column, build, score, share
 
-    answers = run_qa(qa)
-    programs = run_generation(generation)
-    rows = []
-    for answer, program in zip(answers, programs):
-        seconds = sum(answer["seconds"].values()) + sum(program["seconds"].values())
-        rows.append(
-            [
-                answer["method"],
-                report.score(answer["metrics"]["acc"]),
-                report.score(program["metrics"]["pass@1"]),
-                report.percent(answer["kept"], PREFILL, "attn"),
-                report.percent(program["kept"], DECODE, "attn"),
-                report.percent(program["kept"], DECODE, "vrow"),
-                f"{seconds:.0f}",
-            ]
-        )
-    header = [
-        "method",
-        "Q&A accuracy %",
-        "HumanEval pass@1 %",
-        "kept elements, prefill %",
-        "kept elements, decode %",
-        "kept V rows, decode %",
-        "time s",
+    answers, programs = evaluate(qa), evaluate(generation)
+
+    def seconds(pair: tuple[CellResult, CellResult]) -> float:
+        return sum(sum(result.seconds.values()) for result in pair)
+
+    columns = [
+        Column("method", lambda pair: pair[0].method),
+        Column("Q&A accuracy %", lambda pair: score(pair[0].metrics["acc"])),
+        Column("HumanEval pass@1 %", lambda pair: score(pair[1].metrics["pass@1"])),
+        Column("kept elements, prefill %", lambda pair: share(pair[0], PREFILL, "attn")),
+        Column("kept elements, decode %", lambda pair: share(pair[1], DECODE, "attn")),
+        Column("kept V rows, decode %", lambda pair: share(pair[1], DECODE, "vrow")),
+        Column("time s", lambda pair: f"{seconds(pair):.0f}"),
     ]
-    print(f"\nSmolLM2-135M-Instruct: bundled Q&A task, and HumanEval\n\n{report.table(rows, header)}\n")
+    table = build(list(zip(answers, programs)), columns)
+    print(f"\nSmolLM2-135M-Instruct: bundled Q&A task, and HumanEval\n\n{table}\n")
     print("A few questions show that it works; they cannot tell methods apart (see the standard errors).")
     for results in (answers, programs):
-        print(f"Products and picture: {results[0]['folder'].rsplit('/', 1)[0]}")
+        print(f"Products and picture: {Path(str(results[0].folder)).parent}")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@
 are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, parse_settings, run_main, shared_flags
-from toptheta.eval.generation_flags import generation_flags
-from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.eval.cli import Parser, parse_settings, run_main, settings_flags, settings_from_json
+from toptheta.eval.settings import GENERATION, GenSettings
 from toptheta.util.errors import UsageError
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="gen_llama.py", description=__doc__.splitlines()[0])
-    shared_flags(parser)
-    generation_flags(parser)
+    groups = settings_flags(parser, GenSettings)
+    groups[GENERATION].add_argument(
+        "--score", metavar="DIR", help="generate nothing: score the completions saved in DIR"
+    )
     return parser
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     if arguments.score:
         if not arguments.allow_code_execution:
             raise UsageError("--score runs generated programs: add --allow_code_execution to agree to that.")
-        from toptheta.eval.generate import score_folder
+        from toptheta.eval.score import score_folder
 
         score_folder(arguments.score)
         return
@@ -32,9 +33,9 @@ def main() -> None:
         settings = settings_from_json(GenSettings, check_resume(arguments.resume, "gen_llama.py"))
     else:
         settings = parse_settings(GenSettings, arguments)
-    from toptheta.eval.generate import run_generation
+    from toptheta.eval.runner import evaluate
 
-    run_generation(settings, arguments.resume)
+    evaluate(settings, arguments.resume)
 
 
 if __name__ == "__main__":

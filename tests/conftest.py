@@ -1,34 +1,23 @@
 """What the tests share: a tiny random Llama, the small real model, reference data where it is there."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from tests.helpers.models import tiny_config
 from tests.helpers.paths import SHARED
 from toptheta.kernels import registry as kernels
+from toptheta.models.control import record_statistics
+from toptheta.models.patch import restore_model, update_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: one thread each
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-
-def tiny_config(**changes) -> LlamaConfig:
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,  # what the CPU kernel takes
-        "max_position_embeddings": 512,
-        "initializer_range": 0.3,  # spreads the scores: with the usual 0.02 every attention row is flat
-    }
-    return LlamaConfig(**(sizes | changes))
 
 
 @pytest.fixture
@@ -90,3 +79,32 @@ def local_data() -> Path:
 def no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty folder that the test runs in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def here_with_text(here: Path) -> Path:
+    """The folder that the test runs in, with a file text.txt."""
+    (here / "text.txt").write_text("The hills were green, and the town below slept. " * 120)
+    return here
+
+
+@pytest.fixture(scope="module")
+def patched_model(small_model):
+    """The small real model, patched."""
+    update_model(small_model)
+    yield small_model
+    record_statistics(small_model, None)
+    restore_model(small_model)
+
+
+@pytest.fixture(scope="module")
+def token_ids(golden: Path) -> dict:
+    """The prompts of the reference numbers."""
+    return json.loads((golden / "token_ids.json").read_text())

@@ -1,26 +1,36 @@
-"""Bad input: one sentence and exit code 2, before anything is loaded where that can be known before."""
+"""Flags that make no sense are one sentence before anything is loaded; SIGTERM is an interrupt."""
 
 import argparse
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.eval.helpers import parse
 from tests.helpers.paths import ROOT
-from toptheta.eval.cli import parse_settings, shared_flags
-from toptheta.eval.settings import GenSettings, QASettings, Settings, label, settings_from_json
-from toptheta.eval.tasks.lm_eval_tasks import TASKS, check_task, task_configs
-from toptheta.models.loading import find_model
+from toptheta.eval.cli import parse_settings, settings_flags
+from toptheta.eval.settings import Settings
 from toptheta.util.errors import UsageError
 
 
-def parse(flags: str) -> Settings:
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--mode 0 --calib_interp cubic", "--calib_interp is 'cubic'"),
+        ("--mode 0 --calib_smooth -2", "--calib_smooth is -2"),
+        ("--mode 0 --calib_smooth wide", "--calib_smooth is 'wide'"),
+        ("--mode 1 --calib_interp fit", "--calib_interp fit has no effect without calibration"),
+        ("--calib_smooth 4", "--calib_smooth 4 has no effect without calibration"),
+        ("--mode 3 --calib_dump_samples", "--calib_dump_samples has no effect without calibration"),
+        ("--mode 0 --calib_load_path . --calib_dump_samples", "has no effect with --calib_load_path"),
+        ("--mode 1 --sdc offline-calibrated --calib_dump_samples", "use it with --mode 0"),
+    ],
+)
+def test_bad_flags(flags: str, message: str) -> None:
     parser = argparse.ArgumentParser()
-    shared_flags(parser)
-    return parse_settings(Settings, parser.parse_args(flags.split()))
+    settings_flags(parser, Settings)
+    with pytest.raises(UsageError, match=message):
+        parse_settings(Settings, parser.parse_args(flags.split()))
 
 
 @pytest.mark.parametrize(
@@ -58,101 +68,6 @@ def parse(flags: str) -> Settings:
 def test_flags_that_make_no_sense(flags: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(flags)
-
-
-def test_cells() -> None:
-    settings = parse("--mode 0,1,3 --k 32,64 --sdc exact --vmc --calib_tac --capk --layerk {0:512,1:0}")
-    cells = settings.cells()
-    assert [label(cell) for cell in cells] == [
-        "Top-theta K=32",
-        "Top-theta K=64",
-        "Top-k K=32",
-        "Top-k K=64",
-        "dense",
-    ]
-    assert [cell.capk for cell in cells] == [True, True, False, False, False]
-    assert settings.layer_ks(cells[0], 4) == (512, 0, 32, 32)
-    with pytest.raises(UsageError, match="--layerk names layer 1, but the model has layers 0 to 0"):
-        settings.layer_ks(cells[0], 1)
-    assert [label(cell) for cell in parse("--mode 0 --placement none").cells()] == ["dense"]
-    again = settings_from_json(Settings, settings.to_json())
-    assert again == settings
-
-
-def test_settings_of_each_script() -> None:
-    with pytest.raises(UsageError, match="add --do_sample"):
-        settings_from_json(GenSettings, GenSettings(num_samples_per_task=3).to_json())
-    with pytest.raises(UsageError, match="does not fit this script"):
-        settings_from_json(QASettings, GenSettings().to_json())
-
-
-def test_models(tmp_path: Path) -> None:
-    assert find_model("3-8").location == "meta-llama/Meta-Llama-3-8B"
-    assert find_model("3-8").name == "Llama-3-8B"
-    assert find_model("owner/name").location == "owner/name"
-    for name, message in (
-        ("3-9", "no alias"),
-        ("a/b/c", "no alias"),
-        (str(tmp_path / "x.gguf"), "no such file"),
-        (str(tmp_path), "no config.json"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            find_model(name)
-
-
-def test_tasks(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such folder"):
-        check_task("arc_easy", str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="has no folder 'arc_easy'"):
-        check_task("arc_easy", str(tmp_path))
-    (tmp_path / "arc_easy").mkdir()
-    with pytest.raises(UsageError, match="holds no test.jsonl"):
-        task_configs("arc_easy", str(tmp_path), False)
-    for name in TASKS:
-        for config, twin in zip(task_configs(name, None, False), task_configs(name, None, True)):
-            assert twin["task"] == config["task"] + "_calibration"
-            assert twin["test_split"] != (config.get("test_split") or config.get("validation_split"))
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("test_llama.py --no_such_flag", "no_such_flag"),
-        ("test_llama.py --llama 9-9", "no alias"),
-        ("test_llama.py --mode 1 --k 64 --layerk 99:64", "--layerk names layer 99"),
-        ("test_llama.py --task hellaswagg", "near it are hellaswag"),
-        ("test_llama.py --resume /nowhere", "no run.json"),
-        ("test_llama.py --llama owner/model-that-is-not-here", "cannot be reached|no such model"),
-        ("test_llama.py --task arc_easy", "data of task arc_easy cannot be loaded"),
-        ("test_llama.py --mod 0", "--mod 0"),
-        ("gen_llama.py --dataset code", "--dataset is 'code'"),
-        ("gen_llama.py --max_seq_len 5", "--max_seq_len is 5"),
-        ("gen_llama.py --score /nowhere", "add --allow_code_execution"),
-        ("gen_llama.py --score /nowhere --allow_code_execution", "no samples.jsonl"),
-    ],
-)
-def test_scripts_exit_with_2(command: str, message: str, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, *command.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        # No network, and nothing downloaded before.
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-    )
-    assert result.returncode == 2, result.stderr
-    assert re.search(message, result.stderr), result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.count("error: ") == 1
-
-
-def test_not_a_llama(tmp_path: Path) -> None:
-    from transformers import GPT2Config
-
-    GPT2Config(n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
-    command = [sys.executable, "test_llama.py", "--llama", str(tmp_path / "gpt2")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and "of type 'gpt2'" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_sigterm_is_an_interrupt() -> None:

@@ -54,10 +54,10 @@ def plan(file: Path):
 
 
 def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run_sweep(options(tables, only="dense", jobs="2"), PARSERS, ROOT) == 0
+    assert run_sweep(options(tables, only="dense", jobs=2), PARSERS, ROOT) == 0
     first = {p.name for p in (tmp_path / "products").iterdir()}
     assert len(first) == 2 and "tables" in first  # one run
-    assert run_sweep(options(tables, jobs="2"), PARSERS, ROOT) == 0
+    assert run_sweep(options(tables, jobs=2), PARSERS, ROOT) == 0
     assert "1 of 5 cells are finished, 2 runs are left" in capsys.readouterr().err
     runs = {p.name for p in (tmp_path / "products").iterdir()}
     assert len(runs) == 4 and first < runs
@@ -151,7 +151,7 @@ def test_keys_hold_what_changes_an_answer() -> None:
     [
         ({"table": "tinny"}, "near it are tiny"),
         ({"only": "Topk"}, "near it are Top-k"),
-        ({"jobs": "none"}, "--jobs"),
+        ({"jobs": 0}, "--jobs is 0: give at least 1"),
         ({"file": "nowhere.json"}, "nowhere.json"),
         ({"samples": "many"}, "--num_samples"),
         ({"data_dir": "nowhere"}, "nowhere"),

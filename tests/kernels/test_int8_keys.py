@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cpu.test_attend import SCALE, K, case, tables
-from tests.kernels.triton.test_attend import DEVICE, draw, here, on_device
+from tests.helpers.kernel_cases import SCALE, K, case, tables
+from tests.kernels.triton.helpers import DEVICE, draw, here, on_device
 from toptheta.attention.reference import LayerSpec
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels import int8_keys as two_tier

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from tests.models.test_patch import SPARSE, steer, tokens
+from tests.helpers.models import SPARSE, steer, tokens
 from topk_llama import TopThetaCache, set_params
 from toptheta.kernels import registry as kernels
 from toptheta.util.errors import UsageError

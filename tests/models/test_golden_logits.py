@@ -6,61 +6,18 @@ depends on the processor, because matrix products round differently on each.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from topk_llama import restore_model, set_params, update_model
-from toptheta.calibration.tables import CalibrationTables, load_tables, save_tables
-from toptheta.models.control import calibrated_tables, record_statistics
+from tests.helpers.golden import SWITCHED_OFF, calibrate, compare_tables, forward, read_reference
+from topk_llama import set_params
+from toptheta.calibration.tables import save_tables
+from toptheta.models.control import record_statistics
 from toptheta.models.recorder import Recorder
 
 MEDIAN, WORST = 2e-3, 0.5
-SWITCHED_OFF = {
-    "calibrate": False,
-    "sdc": "none",
-    "sdc_scale": 1.0,
-    "vmc": False,
-    "capk": False,
-    "calib_tac": False,
-}
-
-
-@pytest.fixture(scope="module")
-def model(small_model):
-    update_model(small_model)
-    yield small_model
-    record_statistics(small_model, None)
-    restore_model(small_model)
-
-
-@pytest.fixture(scope="module")
-def token_ids(golden: Path) -> dict:
-    return json.loads((golden / "token_ids.json").read_text())
-
-
-def forward(model, ids: list[int], cache=None):
-    with torch.no_grad():
-        return model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-
-
-def calibrate(model, token_ids: dict, **params) -> CalibrationTables:
-    set_params(
-        model, **(SWITCHED_OFF | {"mode": 0, "K": 64, "calib_sample_frac": 1.0, "calibrate": True} | params)
-    )
-    for ids in token_ids["calibration"]:
-        forward(model, ids)
-    return calibrated_tables(model)
-
-
-def read_reference(golden: Path, folder: Path, name: str) -> CalibrationTables:
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = name.split(".")[-3]
-    shutil.copy(golden / "calibration" / name, folder / f"{kind}.txt.gz")
-    return load_tables(folder, 30, 9)
 
 
 def check_counts(differences: list[np.ndarray]) -> None:
@@ -72,29 +29,15 @@ def check_counts(differences: list[np.ndarray]) -> None:
     assert np.mean(counts <= 2) >= 0.999 and counts.max() <= 6
 
 
-def compare_tables(ours: dict, theirs: dict, relative: bool) -> float:
-    """Median difference; lengths and sample counts must be the same."""
-    differences = []
-    for layer in range(30):
-        a, b = ours[layer], theirs[layer]
-        length = min(a.values.shape[1], b.values.shape[1])
-        assert not a.samples[:, length:].any() and not b.samples[:, length:].any()
-        np.testing.assert_array_equal(a.samples[:, :length], b.samples[:, :length])
-        known = b.samples[:, :length] > 0
-        x, y = a.values[:, :length][known], b.values[:, :length][known]
-        differences.append(np.abs(x - y) / (np.abs(y) if relative else 1.0))
-    return float(np.median(np.concatenate(differences)))
-
-
 @pytest.fixture(scope="module")
-def tables(model, golden: Path, token_ids: dict, tmp_path_factory) -> dict[str, Path]:
+def tables(patched_model, golden: Path, token_ids: dict, tmp_path_factory) -> dict[str, Path]:
     """Folders with the tables of the theta cases: the published ones where they are there, else our own."""
     root = tmp_path_factory.mktemp("tables")
     post = root / "post-softmax"
     read_reference(golden, post, "post-softmax_tac1_sigma0.1_none.th.txt.gz")
     pre = root / "pre-softmax"
     ours = calibrate(
-        model,
+        patched_model,
         token_ids,
         placement="pre-softmax",
         sdc="offline-calibrated",
@@ -108,21 +51,7 @@ def tables(model, golden: Path, token_ids: dict, tmp_path_factory) -> dict[str, 
     return {"pre-softmax": pre, "post-softmax": post}
 
 
-def test_thresholds_without_tac(model, golden: Path, token_ids: dict, tmp_path: Path) -> None:
-    theirs = read_reference(golden, tmp_path, "pre-softmax_tac0_sigma0.0_none.th.txt.gz")
-    ours = calibrate(model, token_ids, placement="pre-softmax")
-    assert theirs.k == ours.k == dict.fromkeys(range(30), 64)
-    assert compare_tables(ours.theta, theirs.theta, relative=False) < 1e-4
-
-
-def test_thresholds_with_tac_and_sigma(model, golden: Path, token_ids: dict, tmp_path: Path) -> None:
-    theirs = read_reference(golden, tmp_path, "post-softmax_tac1_sigma0.1_none.th.txt.gz")
-    ours = calibrate(model, token_ids, placement="post-softmax", calib_tac=True, calib_add_sigma=0.1)
-    # Weights are small numbers: relative, so that the bound means something.
-    assert compare_tables(ours.theta, theirs.theta, relative=True) < 1e-4
-
-
-def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
+def test_published_dense_and_topk(patched_model, golden: Path, token_ids: dict) -> None:
     """Prefill of all cases, and greedy decoding of those without SDC (the published decode forgets it)."""
     reference = np.load(golden / "dense_and_topk.npz")
     columns = reference["vocab_columns"]
@@ -130,11 +59,11 @@ def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
     errors: list[float] = []
     counts: list[np.ndarray] = []
     for case, params in json.loads((golden / "dense_and_topk.json").read_text()).items():
-        set_params(model, **(SWITCHED_OFF | params))
-        record_statistics(model, recorder)
+        set_params(patched_model, **(SWITCHED_OFF | params))
+        record_statistics(patched_model, recorder)
         for name, ids in token_ids["prompts"].items():
             key = f"{case}/{name}"
-            out = forward(model, ids)
+            out = forward(patched_model, ids)
             errors.append(np.abs(out.logits[0, -8:].numpy()[:, columns] - reference[f"{key}/logits"]).max())
             prefill, _ = recorder.drain()
             kept = np.stack([prefill[layer].attn[0] for layer in range(30)])
@@ -144,7 +73,7 @@ def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
             tokens = []
             for _ in range(8):
                 tokens.append(int(out.logits[0, -1].argmax()))
-                out = forward(model, tokens[-1:], out.past_key_values)
+                out = forward(patched_model, tokens[-1:], out.past_key_values)
             _, decode = recorder.drain()
             kept = np.stack([[step.attn[0] for step in decode[layer]] for layer in range(30)])
             assert tokens == reference[f"{key}/decode_tokens"].tolist(), key
@@ -158,7 +87,7 @@ def test_published_dense_and_topk(model, golden: Path, token_ids: dict) -> None:
 
 @pytest.mark.parametrize("file", ["theta", "topk_sdc_decode"])
 def test_theta_and_sdc_in_decode(
-    file: str, model, golden: Path, token_ids: dict, tables: dict[str, Path]
+    file: str, patched_model, golden: Path, token_ids: dict, tables: dict[str, Path]
 ) -> None:
     """Prefill of all but the last 4 tokens, then those one by one, against the separate implementation."""
     reference = np.load(golden / f"{file}.npz")
@@ -172,8 +101,8 @@ def test_theta_and_sdc_in_decode(
     for case, params in json.loads((golden / f"{file}.json").read_text()).items():
         params = {key: value for key, value in params.items() if key not in ("thresholds", "sdc_table")}
         load = {"calib_load_path": str(tables[params["placement"]])} if params["mode"] == 0 else {}
-        set_params(model, **(SWITCHED_OFF | params | load))
-        record_statistics(model, recorder)
+        set_params(patched_model, **(SWITCHED_OFF | params | load))
+        record_statistics(patched_model, recorder)
         for name, ids in token_ids["prompts"].items():
             key = f"{case}/{name}"
             if f"{key}/prefill_logits" not in reference:
@@ -183,13 +112,13 @@ def test_theta_and_sdc_in_decode(
                 # rounding. Here a change of 1e-5 in a threshold moves our own logits by up to 0.9, so there
                 # is nothing to compare.
                 continue
-            out = forward(model, ids[:-4])
+            out = forward(patched_model, ids[:-4])
             cache = out.past_key_values
             errors.append(
                 np.abs(out.logits[0, -4:].numpy()[:, columns] - reference[f"{key}/prefill_logits"]).max()
             )
             for i, token in enumerate(ids[-4:]):
-                step = forward(model, [token], cache).logits[0, -1].numpy()[columns]
+                step = forward(patched_model, [token], cache).logits[0, -1].numpy()[columns]
                 errors.append(np.abs(step - reference[f"{key}/decode_logits"][i]).max())
             prefill, decode = recorder.drain()
             kept = np.stack([prefill[layer].attn[0] for layer in range(30)])

@@ -1,16 +1,18 @@
 """Rows: which keys each query sees, how many those are, and which queries are real (DESIGN section 1).
 
-Covers the mask function that transformers calls for our attention, and what it learns on the way. A mask of
-None is the plain causal mask of an unpadded batch: no `[Q, KV]` tensor is ever made for it.
+A mask of None is the plain causal mask of an unpadded batch: no `[Q, KV]` tensor is ever made for it.
 """
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_ROWS = "_toptheta_rows"  # attribute under which a mask carries its Rows from layer to layer
+# The Rows of a mask that is alive. transformers makes the mask once for all layers and hands each of them the
+# tensor alone: this is the one place where what was found about it can wait for the layers.
+_rows_of_mask = WeakTensorKeyDictionary()
 
 
 @dataclass
@@ -30,7 +32,9 @@ class Rows:
     first: int | None = None
     key_real: Tensor | None = None
     causal: bool = False
-    _span: Tensor | None = field(default=None, init=False, repr=False)  # of this mask: no copy takes it along
+    # Of this mask, found once for all layers; no copy takes them along.
+    _span: Tensor | None = field(default=None, init=False, repr=False)
+    _continued: tuple[weakref.ref[Tensor], int, bool] | None = field(default=None, init=False, repr=False)
 
     def span(self) -> Tensor | None:
         """`[B, 2]` int32: the first key that any row of a sequence sees, and the one after the last; `[0, 0]`
@@ -42,6 +46,16 @@ class Rows:
         stop = torch.where(seen, at + 1, 0).amax(dim=1)
         self._span = torch.stack([torch.where(seen, at, stop[:, None]).amin(dim=1), stop], dim=1)
         return self._span
+
+    def continues(self, before: Tensor | None, end: int) -> bool:
+        """Whether `key_real` goes on from `before`, the one of an earlier step, over its first `end` keys.
+        All layers of a step ask for the same: compared once, for on a GPU that waits for the device."""
+        if self.key_real is None or before is None:
+            return self.key_real is before
+        if self._continued is None or self._continued[0]() is not before or self._continued[1] != end:
+            same = torch.equal(self.key_real[:, :end], before[:, :end])
+            self._continued = (weakref.ref(before), end, same)
+        return self._continued[2]
 
     def end(self, stop: int, kv_len: int) -> int:
         """Number of leading keys that rows before `stop` can see at most."""
@@ -61,8 +75,7 @@ class Rows:
 
 
 def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Rows:
-    """The Rows for the mask that an attention layer is handed; counted once and kept on the mask for the next
-    layers.
+    """The Rows for the mask that an attention layer is handed; counted once for all layers.
 
     A float mask is read as additive (0 = visible). Without a mask the rows are plain causal, aligned at the
     first key as scaled_dot_product_attention does; a single row then sees every key.
@@ -71,7 +84,8 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
         if q_len == 1:
             return Rows(n=torch.full((1, 1), kv_len, device=device), first=kv_len - 1, causal=True)
         return Rows(n=torch.arange(1, q_len + 1, device=device)[None], first=0, causal=True)
-    known = getattr(mask, _ROWS, None)
+    traced = torch.compiler.is_compiling()  # a traced tensor is no key: counted again in each layer
+    known = None if traced else _rows_of_mask.get(mask)
     if known is not None:
         return known
     bool_mask = mask if mask.dtype == torch.bool else mask >= 0
@@ -80,71 +94,11 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     # corner.
     itself = bool_mask[:, 0].diagonal(offset=kv_len - q_len, dim1=-2, dim2=-1)
     rows = Rows(n=n, real=itself & (n > 0), mask=bool_mask)
-    try:
-        setattr(mask, _ROWS, rows)
-    except (
-        AttributeError,
-        RuntimeError,
-    ):  # a traced tensor takes no attributes: count again in the next layer
-        pass
+    if not traced:
+        _rows_of_mask[mask] = rows
     return rows
 
 
-def toptheta_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs,
-) -> Tensor | None:
-    """Mask function for transformers' AttentionMaskInterface: bool `[B, 1, Q, KV]`, True = attend, or None.
-
-    None is returned only where `rows_of(None, ...)` means the same: stock `sdpa_mask` also skips the mask for
-    one query over a static cache, where the unused tail must stay hidden.
-    """
-    if isinstance(q_offset, Tensor) and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
-        q_offset = int(q_offset)  # a static cache's; on a GPU reading it would wait for the device
-    offset_known = isinstance(q_offset, int)
-    same = (
-        offset_known
-        and kv_offset == 0
-        and (
-            q_offset == 0
-            and q_length > 1
-            or q_length == kv_length
-            or q_length == 1
-            and q_offset + 1 == kv_length
-        )
-    )
-    mask = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip and same,
-        **kwargs,
-    )
-    if mask is None or mask_function is not causal_mask_function or torch.compiler.is_compiling():
-        return mask
-    rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=True)
-    if isinstance(q_offset, int):
-        first = rows.first = q_offset - kv_offset
-        if attention_mask is not None:
-            key_real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-            if key_real.shape[1] < kv_length:  # a static cache's unused tail
-                key_real = torch.nn.functional.pad(key_real, (0, kv_length - key_real.shape[1]))
-            rows.key_real = key_real
-            rows.real = key_real[:, first : first + q_length]
-    else:
-        at = torch.arange(q_length, device=mask.device) + (q_offset - kv_offset)
-        at = at[None, :, None].expand(mask.shape[0], -1, 1)
-        rows.real = mask[:, 0].gather(-1, at)[..., 0]  # a row of a sequence sees itself
-    setattr(mask, _ROWS, rows)
-    return mask
+def remember(mask: Tensor, rows: Rows) -> None:
+    """Keep what is known of a mask for the layers that will be handed it."""
+    _rows_of_mask[mask] = rows

@@ -1,75 +1,18 @@
-"""Calibration of one layer: running sums of samples per (head, row length), kept on the device (DESIGN
-section 4).
+"""Calibration of one layer: which rows are sampled, and what a sample is (DESIGN section 4).
 
-Covers which rows are sampled, what a sample is, and how sums become thresholds. Files and whole models are
-the business of tables.py.
+Sums stay on the device (statistics.py). Files and whole models are the business of tables.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from toptheta.attention.reference import NEG_INF, Block, top_k_keep, top_theta_keep
-from toptheta.methods.params import TOP_THETA
-
-
-class RunningSums:
-    """Count, sum and sum of squares of samples per (head, n); grows with the longest row, not with the
-    samples.
-
-    float64 holds the sum of squares: a variance taken from float32 sums loses its digits after some hundred
-    samples.
-    """
-
-    def __init__(self, num_heads: int, device: torch.device):
-        self.count = torch.zeros(num_heads, 0, dtype=torch.int64, device=device)
-        self.total = torch.zeros(num_heads, 0, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(num_heads, 0, dtype=torch.float64, device=device)
-
-    def reserve(self, max_n: int) -> None:
-        """Make room for row lengths up to `max_n`."""
-        missing = max_n + 1 - self.count.shape[1]
-        if missing > 0:
-            self.count, self.total, self.squares = (
-                torch.nn.functional.pad(sums, (0, missing)) for sums in (self.count, self.total, self.squares)
-            )
-
-    def add(self, samples: Tensor, n: Tensor, sampled: Tensor) -> None:
-        """Add samples `[B, H, R]` of rows with lengths n `[B, R]`, where sampled `[B, R]` holds."""
-        num_heads = samples.shape[1]
-        index = torch.where(sampled, n, 0).reshape(
-            -1
-        )  # length 0 does not occur: it takes what is not sampled
-        values = torch.where(sampled[:, None], samples, 0.0).double().transpose(0, 1).reshape(num_heads, -1)
-        self.count.index_add_(1, index, sampled.reshape(-1).long().expand(num_heads, -1))
-        self.total.index_add_(1, index, values)
-        self.squares.index_add_(1, index, values * values)
-
-    def mean(self) -> Tensor:
-        """`[H, L]` float64; NaN where nothing was sampled."""
-        return self.total / self.count
-
-    def threshold(self, add_sigma: float) -> Tensor:
-        """mean + add_sigma * population standard deviation, `[H, L]` float64; NaN where nothing was
-        sampled."""
-        mean = self.mean()
-        if add_sigma == 0.0:
-            return mean
-        variance = (self.squares / self.count - mean * mean).clamp_min(0.0)
-        # One sample has no spread; rounding in the line above must not give it any.
-        return mean + add_sigma * torch.where(self.count > 1, variance.sqrt(), 0.0)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"count": self.count, "total": self.total, "squares": self.squares}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        device = self.count.device
-        self.count, self.total, self.squares = (
-            state[key].to(device) for key in ("count", "total", "squares")
-        )
+from toptheta.calibration.statistics import RunningSums
+from toptheta.methods.base import NEG_INF, Block, Method, RowTables
 
 
 class KeptSamples:
@@ -96,16 +39,17 @@ class LayerCalibration:
     """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them
     all.
 
-    mode, add_sigma: as they will be used, for the SDC samples of Top-theta. with_sdc: also sample R of SDC
-    'exact'. sample_frac: share of a prompt's eligible rows that are sampled, drawn with a generator seeded by
-    `seed`. keep_samples: keep each sample of thresholds, in the computer's memory.
+    method, placement, add_sigma: as they will be used. with_sdc: also sample R of SDC 'exact', for what the
+    method would drop. sample_frac: share of a prompt's eligible rows that are sampled, drawn with a generator
+    seeded by `seed`. keep_samples: keep each sample of thresholds, in the computer's memory.
     """
 
     def __init__(
         self,
         ks: Sequence[int],
         num_heads: int,
-        mode: int,
+        method: Method,
+        placement: str = "pre-softmax",
         with_sdc: bool = False,
         add_sigma: float = 0.0,
         sample_frac: float = 1.0,
@@ -114,11 +58,11 @@ class LayerCalibration:
         keep_samples: bool = False,
     ):
         self.ks = tuple(ks)
-        self.mode, self.with_sdc = mode, with_sdc
+        self.method, self.placement, self.with_sdc = method, placement, with_sdc
         self.add_sigma, self.sample_frac = add_sigma, sample_frac
         self.device = torch.device(device)
         self.thresholds = (
-            {k: RunningSums(num_heads, self.device) for k in self.ks} if mode == TOP_THETA else {}
+            {k: RunningSums(num_heads, self.device) for k in self.ks} if method.needs_thresholds else {}
         )
         self.missing = {k: RunningSums(num_heads, self.device) for k in self.ks} if with_sdc else {}
         self.kept = {k: KeptSamples(num_heads) for k in self.thresholds} if keep_samples else {}
@@ -150,7 +94,7 @@ class LayerCalibration:
 
     def observe(self, block: Block) -> None:
         """Take the samples of one block: its (K+1)-th largest, and R of what would be dropped."""
-        x, rows = block.scores, block.scores.shape[2]
+        x, rows = block.x, block.x.shape[2]
         n = block.n.expand(x.shape[0], -1)
         assert self.chosen is not None
         chosen = self.chosen[:, block.start : block.start + rows]
@@ -164,10 +108,11 @@ class LayerCalibration:
             if k >= largest.shape[-1]:  # no row of this block is longer than K
                 continue
             sampled = chosen & (n > k)
-            if self.mode == TOP_THETA:
+            if self.thresholds:
                 self._add(k, largest[..., k], n, sampled)
             if self.with_sdc:
-                self.missing[k].add(self._dropped(x, k, n, largest[..., :1]), n, sampled)
+                rows_of_k = replace(block, x=x, row_max=largest[..., :1], n=n, budget=k)
+                self.missing[k].add(self._dropped(rows_of_k), n, sampled)
 
     def take(self, samples: Tensor | None, missing: Tensor | None, n: Tensor) -> None:
         """Take what a kernel has sampled of a whole call: `[len(ks), B, H, Q]` samples of thresholds (None:
@@ -176,7 +121,7 @@ class LayerCalibration:
         n = n.expand(self.chosen.shape[0], -1)
         for i, k in enumerate(self.ks):
             sampled = self.chosen & (n > k)
-            if samples is not None and self.mode == TOP_THETA:
+            if samples is not None and self.thresholds:
                 self._add(k, samples[i], n, sampled)
             if missing is not None:
                 self.missing[k].add(missing[i], n, sampled)
@@ -195,14 +140,16 @@ class LayerCalibration:
         """Thresholds from the samples so far, `[H, L]` float32; NaN where nothing was sampled."""
         return self.thresholds[k].threshold(self.add_sigma).float()
 
-    def _dropped(self, scores: Tensor, k: int, n: Tensor, peak: Tensor) -> Tensor:
-        """R of SDC 'exact' for the block's rows, `[B, H, R]`, by the thresholds so far or by Top-k."""
-        if self.mode == TOP_THETA:
+    def _dropped(self, block: Block) -> Tensor:
+        """R of SDC 'exact' for the block's rows, `[B, H, R]`, by the thresholds so far, if the method has
+        any."""
+        k, scores, row_max = block.budget, block.x, block.row_max
+        tables = RowTables()
+        if self.thresholds:
             theta = self.running_threshold(k).to(scores.dtype)
-            keep = top_theta_keep(scores, theta[:, n].transpose(0, 1).unsqueeze(-1), peak)
-        else:
-            keep = top_k_keep(scores, k)
-        exps = torch.exp(scores - peak.clamp_min(torch.finfo(scores.dtype).min))
+            tables.theta = theta[:, block.n].transpose(0, 1).unsqueeze(-1)
+        keep = self.method.for_sdc_samples().keep(block, tables)
+        exps = torch.exp(scores - row_max.clamp_min(torch.finfo(scores.dtype).min))
         return exps.masked_fill_(keep, 0.0).sum(dim=-1)
 
     def state(self) -> dict[str, Tensor]:

@@ -13,42 +13,31 @@ Memory: head_dim + 8 bytes for each token and KV head, beside the 4 head_dim of 
 cache at head_dim 128. Bytes read in a decode step, with a share c of keys in question and f kept, for each
 element of K: 1 + 2c + 2f instead of 2 + 2f, or 4 dense. Off unless asked for.
 
-Plain PyTorch: the copy itself, and what the kernel in triton_filtered.py computes from it, as the reference.
+Plain PyTorch: the copy itself, and what the kernel in triton/filtered.py computes from it, as the reference.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from toptheta.attention.reference import LayerSpec, missing_denominator, per_row, top_theta_keep
+from toptheta.attention.call import AttentionCall, Int8Keys, per_row
 from toptheta.attention.rows import Rows
-from toptheta.methods.params import TOP_THETA
+from toptheta.methods.base import NEG_INF, KernelSpec, Selection
+from toptheta.methods.compensation import missing_denominator
+from toptheta.methods.top_theta import keep_above
 
-NEG_INF = float("-inf")
 LARGEST_CODE = 127
 TINY = 2e-18  # what squares below the smallest float may add up to in a norm
 
 
-@dataclass(frozen=True)
-class Int8Keys:
-    """The int8 copy of K. codes: `[B, H_kv, N, D]` int8; steps, slacks: `[B, H_kv, N]` float32; mean: `[B,
-    H_kv, D]` float32, any vector, best the mean of K over the prompt."""
-
-    codes: Tensor
-    steps: Tensor
-    slacks: Tensor
-    mean: Tensor
-
-    def followed_by(self, k: Tensor) -> "Int8Keys":
-        """The copy of these keys and then those of `k` `[B, H_kv, M, D]`."""
-        new = quantized(k, self.mean)
-        return Int8Keys(
-            torch.cat([self.codes, new.codes], dim=2),
-            torch.cat([self.steps, new.steps], dim=2),
-            torch.cat([self.slacks, new.slacks], dim=2),
-            self.mean,
-        )
+def followed_by(keys: Int8Keys, k: Tensor) -> Int8Keys:
+    """The copy of these keys and then those of `k` `[B, H_kv, M, D]`."""
+    new = quantized(k, keys.mean)
+    return Int8Keys(
+        torch.cat([keys.codes, new.codes], dim=2),
+        torch.cat([keys.steps, new.steps], dim=2),
+        torch.cat([keys.slacks, new.slacks], dim=2),
+        keys.mean,
+    )
 
 
 def quantized(k: Tensor, mean: Tensor | None = None) -> Int8Keys:
@@ -104,47 +93,44 @@ def wanted_keys(q: Tensor, keys: Int8Keys, theta: Tensor, rows: Rows, scale: flo
     return in_question.view(batch, num_kv_heads, -1, about.shape[-1]).any(dim=2)
 
 
-def two_tier_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Int8Keys,
-    rows: Rows,
-    spec: LayerSpec,
-    scale: float,
-    theta: Tensor,
-    table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def serves(spec: KernelSpec) -> bool:
+    """Whether the copy can tell what this selection may keep: thresholds on scores."""
+    return spec.sparse and (spec.selection, spec.placement) == (Selection.THRESHOLD, "pre-softmax")
+
+
+def two_tier_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention of the only row of each sequence, `[B, H, 1, D]` float32, and what it keeps, `[B, H, N]`.
 
-    spec: mode 0, pre-softmax, without capk and VMC; the rest as for `sparse_attention`. The reference of the
-    kernel: it reads all of K, but uses only what the kernel reads.
+    call: with thresholds on scores, an int8 copy, without capk and VMC. The reference of the kernel: it reads
+    all of K, but uses only what the kernel reads.
     """
-    if spec.mode != TOP_THETA or spec.placement != "pre-softmax" or spec.capk or spec.vmc:
-        raise ValueError(f"two tiers of K compute thresholds on scores, not {spec}")
+    q, k, v, rows, keys, spec, theta = call.q, call.k, call.v, call.rows, call.int8, call.kernel, call.theta
+    if spec is None or keys is None or theta is None or not serves(spec) or spec.capk or spec.vmc:
+        raise ValueError(f"two tiers of K compute thresholds on scores, not {call.spec}")
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
-    exact = (q.float().view(batch, num_kv_heads, group, head_dim) @ k.float().transpose(2, 3)) * scale
+    exact = (q.float().view(batch, num_kv_heads, group, head_dim) @ k.float().transpose(2, 3)) * call.scale
     exact = exact.view(batch, num_heads, kv_len)
-    at_n = per_row(theta, rows.n)
+    tables = call.tables_of(rows.n)
+    assert tables.theta is not None
     seen = torch.ones_like(exact, dtype=torch.bool) if rows.mask is None else rows.mask[:, :, 0]
-    wanted = wanted_keys(q, keys, theta, rows, scale).repeat_interleave(group, dim=1)
+    wanted = wanted_keys(q, keys, theta, rows, call.scale).repeat_interleave(group, dim=1)
     # A row that passes nowhere needs its largest score: its group reads all of K.
-    empty = ~(exact.masked_fill(~(wanted & seen), NEG_INF) > at_n[:, :, 0]).any(dim=-1)
+    empty = ~(exact.masked_fill(~(wanted & seen), NEG_INF) > tables.theta[:, :, 0]).any(dim=-1)
     empty = empty.view(batch, num_kv_heads, group).any(dim=-1).repeat_interleave(group, dim=1)
     wanted = (wanted | empty[..., None]) & seen
     known = exact.masked_fill(~wanted, NEG_INF)
-    whole = torch.where(wanted, exact, estimates(q, keys, scale)[0]).masked_fill(~seen, NEG_INF)[:, :, None]
-    peak = whole.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    keep = top_theta_keep(known[:, :, None], at_n, peak)
-    exps = (whole - peak).exp()
-    taken = exps.masked_fill(~keep, 0.0)
-    denominator = taken.sum(dim=-1, keepdim=True)
+    about = estimates(q, keys, call.scale)[0]
+    whole = torch.where(wanted, exact, about).masked_fill(~seen, NEG_INF)[:, :, None]
+    row_max = whole.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    keep = keep_above(known[:, :, None], tables.theta, row_max)
+    exps = (whole - row_max).exp()
+    kept_exps = exps.masked_fill(~keep, 0.0)
+    denominator = kept_exps.sum(dim=-1, keepdim=True)
     if spec.sdc != "none":
-        at_table = None if table is None else per_row(table, rows.n)
-        missing = missing_denominator(spec, exps, keep, peak, rows.n, at_n, at_table)
+        missing = missing_denominator(spec.sdc, exps, keep, row_max, rows.n, tables)
         denominator = denominator + spec.sdc_scale * missing
-    weights = taken / denominator.clamp_min(torch.finfo(torch.float32).tiny)
+    weights = kept_exps / denominator.clamp_min(torch.finfo(torch.float32).tiny)
     out = weights.view(batch, num_kv_heads, group, kv_len) @ v.float()
     return out.view(batch, num_heads, 1, head_dim), keep[:, :, 0]

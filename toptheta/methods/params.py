@@ -5,48 +5,143 @@ Covers what `set_params` and the scripts' flags share. Does not cover flags abou
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
 
+from toptheta.methods import compensation
+from toptheta.methods.base import KernelSpec, Method, of_mode, parse_method
+from toptheta.methods.compensation import SDC_METHODS
+from toptheta.methods.dense import Dense
 from toptheta.util.errors import UsageError
+from toptheta.util.options import check_options, option
 
-TOP_THETA, TOP_K, DENSE = 0, 1, 3
-INTERPOLATIONS = ("nearest", "linear", "fit")  # of row lengths, see calibration/interpolation.py
 PLACEMENTS = ("pre-softmax", "post-softmax", "none")
-SDC_METHODS = ("none", "exact", "exp-threshold", "offline-calibrated")
-METHOD_NAMES = {TOP_THETA: "Top-theta", TOP_K: "Top-k"}
+INTERPOLATIONS = ("nearest", "linear", "fit")  # of row lengths, see calibration/interpolation.py
+CALIBRATION_GROUP = "calibration of thresholds"  # of flags
+PUBLISHED = ("mode", "capk")  # names of the published project that are parts of `method` here
 
 
 @dataclass(frozen=True)
-class AttentionParams:
-    """Everything that `set_params` steers, under the published project's names (DESIGN sections 1-4)."""
+class LayerSpec:
+    """What one layer computes: the resolved parameters of DESIGN sections 2-3. k <= 0 leaves every row dense,
+    unless the method has no K."""
 
-    K: int | Sequence[int] | Mapping[int, int] = 256
-    mode: int = DENSE
-    placement: str = "pre-softmax"
+    method: Method = field(default_factory=Dense)
+    placement: str = "none"
+    k: int = 0
     sdc: str = "none"
     sdc_scale: float = 1.0
     vmc: bool = False
-    capk: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        """Whether any row may be sparse."""
+        return (
+            not self.method.is_dense and self.placement != "none" and (self.k > 0 or not self.method.uses_k)
+        )
+
+    @cached_property
+    def kernel(self) -> KernelSpec | None:
+        """The same for a kernel; None: the reference path only."""
+        if not self.sparse:
+            return KernelSpec()
+        spec = self.method.kernel_spec()
+        if spec is None:
+            return None
+        return replace(
+            spec, placement=self.placement, k=self.k, sdc=self.sdc, sdc_scale=self.sdc_scale, vmc=self.vmc
+        )
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The options of sparse attention that `set_params` and the scripts' flags share, beside the method and
+    its K. calib_interp and calib_smooth act when tables are used; the tables themselves stay as calibrated.
+    """
+
+    placement: str = option(
+        "pre-softmax",
+        "pre-softmax (default), post-softmax or none",
+        metavar="WHERE",
+        group="method",
+        choices=PLACEMENTS,
+    )
+    sdc: str = option(
+        "none",
+        f"softmax denominator compensation: {', '.join(SDC_METHODS)}",
+        metavar="HOW",
+        group="method",
+        choices=SDC_METHODS,
+    )
+    sdc_scale: float = option(
+        1.0,
+        "factor on the compensated part of the denominator (default 1)",
+        metavar="X",
+        group="method",
+        rule=(lambda scale: scale >= 0.0, "give a number of at least 0"),
+    )
+    vmc: bool = option(
+        False, "V-mean compensation: add the mean V row, weighted by the lost mass", group="method"
+    )
+    calib_tac: bool = option(
+        False, "compute with Top-k while calibrating (recommended)", group=CALIBRATION_GROUP
+    )
+    calib_add_sigma: float = option(
+        0.0, "add X standard deviations to the mean threshold", metavar="X", group=CALIBRATION_GROUP
+    )
+    calib_sample_frac: float = option(
+        0.1,
+        "share of a prompt's rows to sample (default 0.1)",
+        metavar="F",
+        group=CALIBRATION_GROUP,
+        rule=(lambda share: 0.0 < share <= 1.0, "give a share of rows above 0 and up to 1"),
+    )
+    calib_interp: str = option(
+        "nearest",
+        "row lengths that calibration never saw: nearest (default), linear (between calibrated ones) or fit "
+        "(a smooth curve per head instead of the table; also beyond the longest)",
+        metavar="HOW",
+        group=CALIBRATION_GROUP,
+        choices=INTERPOLATIONS,
+    )
+    calib_smooth: int = option(
+        0,
+        "average calibrated values over row lengths up to W tokens apart (default 0; the files keep them as "
+        "they are)",
+        metavar="W",
+        group=CALIBRATION_GROUP,
+        rule=(
+            lambda width: type(width) is int and width >= 0,
+            "give a whole number of tokens, 0 for no smoothing",
+        ),
+    )
+    calib_load_path: str = option(
+        "", "load th.txt / sdc.txt from DIR instead of calibrating", metavar="DIR", group=CALIBRATION_GROUP
+    )
+
+
+@dataclass(frozen=True)
+class AttentionParams(MethodOptions):
+    """Everything that `set_params` steers, under the published project's names (DESIGN sections 1-4), except
+    for `mode` and `capk`, which `method` stands for."""
+
+    K: int | Sequence[int] | Mapping[int, int] = 256
+    method: Method = field(default_factory=Dense)
     test_layer: int | None = None
     calibrate: bool = False
-    calib_tac: bool = False
-    calib_add_sigma: float = 0.0
-    calib_sample_frac: float = 0.1
-    calib_load_path: str = ""
-    calib_interp: str = "nearest"  # of lengths that calibration never saw; both act when tables are used,
-    calib_smooth: int = 0  # in tokens to either side; the tables themselves stay as calibrated
     calibration_requests: int | None = (
         None  # accepted for the published project's users; calibration ends explicitly
     )
 
     @property
     def sparse(self) -> bool:
-        """Whether any row may be sparse: mode 0 or 1, placed somewhere."""
-        return self.mode in (TOP_THETA, TOP_K) and self.placement != "none"
+        """Whether any row may be sparse: a method that drops something, placed somewhere."""
+        return not self.method.is_dense and self.placement != "none"
 
     @property
     def needs_thresholds(self) -> bool:
-        return self.sparse and self.mode == TOP_THETA
+        return self.sparse and self.method.needs_thresholds
 
     @property
     def needs_sdc_table(self) -> bool:
@@ -56,14 +151,50 @@ class AttentionParams:
     def needs_calibration(self) -> bool:
         return self.needs_thresholds or self.needs_sdc_table
 
+    @property
+    def label(self) -> str:
+        """Its name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
+        return self.method.label(self.K if isinstance(self.K, int) else None) if self.sparse else Dense.title
+
     def k_per_layer(self, num_layers: int, default: int = 256) -> tuple[int, ...]:
         """K of every layer; raises UsageError for a list of the wrong length or a layer that is not there."""
         return expand_k(self.K, num_layers, default)
 
+    def layer(self, k: int) -> LayerSpec:
+        """What a layer with this K computes."""
+        return LayerSpec(self.method, self.placement, k, self.sdc, self.sdc_scale, self.vmc)
 
-def method_name(mode: int, placement: str = "pre-softmax") -> str:
-    """The method's name in tables: 'Top-theta', 'Top-k' or 'dense'."""
-    return "dense" if placement == "none" else METHOD_NAMES.get(mode, "dense")
+    def changed(self, given: Mapping[str, Any], flag: Callable[[str], str] = str) -> "AttentionParams":
+        """These parameters with those that are given, by the names of the fields or the published project's;
+        unchecked. method: a Method, or text as `parse_method` reads it. Raises UsageError for a name that is
+        unknown, and for a method that is given twice."""
+        known = [*(f.name for f in fields(self)), *PUBLISHED]
+        for name in given:
+            if name not in known:
+                raise UsageError(f"set_params knows no parameter {name!r}: choose from {', '.join(known)}.")
+        method = self.method
+        if "method" in given:
+            if "mode" in given:
+                raise UsageError(
+                    f"{flag('method')} and {flag('mode')} both name the method: give one of them."
+                )
+            method = given["method"]
+            method = parse_method(method, flag("method")) if isinstance(method, str) else method
+        elif "mode" in given:
+            mode = given["mode"]
+            if isinstance(mode, bool) or not isinstance(mode, int):
+                raise UsageError(f"{flag('mode')} is {mode!r}: give 0 (Top-theta), 1 (Top-k) or 3 (dense).")
+            chosen = of_mode(mode)
+            method = method if type(chosen) is type(method) else chosen
+        if "capk" in given:
+            if hasattr(method, "capk"):
+                method = replace(method, capk=bool(given["capk"]))  # type: ignore[call-arg]
+            elif given["capk"]:
+                raise UsageError(
+                    f"{flag('capk')} caps what a threshold keeps: use it with {flag('mode')} 0 only."
+                )
+        rest = {name: value for name, value in given.items() if name not in ("method", *PUBLISHED)}
+        return replace(self, method=method, **rest)
 
 
 def expand_k(
@@ -94,53 +225,19 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
 
     `flag` turns a parameter's name into what its user typed: `set_params` leaves it, the scripts add '--'.
     """
-    mode, placement = params.mode, params.placement
-    if placement not in PLACEMENTS:
-        raise UsageError(f"{flag('placement')} is {placement!r}: choose one of {', '.join(PLACEMENTS)}.")
-    if params.sdc not in SDC_METHODS:
-        raise UsageError(f"{flag('sdc')} is {params.sdc!r}: choose one of {', '.join(SDC_METHODS)}.")
-    if not isinstance(mode, int):
-        raise UsageError(f"{flag('mode')} is {mode!r}: give 0 (Top-theta), 1 (Top-k) or 3 (dense).")
-    if not params.sdc_scale >= 0.0:
-        raise UsageError(f"{flag('sdc_scale')} is {params.sdc_scale}: give a number of at least 0.")
-    if not 0.0 < params.calib_sample_frac <= 1.0:
-        raise UsageError(
-            f"{flag('calib_sample_frac')} is {params.calib_sample_frac}: give a share of rows above 0 "
-            "and up to 1."
-        )
-    if params.calib_interp not in INTERPOLATIONS:
-        raise UsageError(
-            f"{flag('calib_interp')} is {params.calib_interp!r}: choose one of {', '.join(INTERPOLATIONS)}."
-        )
-    smooth = params.calib_smooth
-    if isinstance(smooth, bool) or not isinstance(smooth, int) or smooth < 0:
-        raise UsageError(
-            f"{flag('calib_smooth')} is {smooth!r}: give a whole number of tokens, 0 for no smoothing."
-        )
+    check_options(params, flag)
+    method = params.method
+    if not isinstance(method, Method):
+        raise UsageError(f"{flag('method')} is {method!r}: give a method's name, or one of toptheta.methods.")
+    method.check(flag)
     for k in params.K.values() if isinstance(params.K, Mapping) else [params.K]:
         for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise UsageError(f"{flag('K')} is {value!r}: give whole numbers.")
     if not params.sparse:
         return params
-    if params.sdc != "none" and placement != "pre-softmax":
-        raise UsageError(
-            f"{flag('sdc')} {params.sdc} mends a softmax taken over kept scores only, so it needs "
-            f"{flag('placement')} pre-softmax: change the placement, or use {flag('sdc')} none."
-        )
-    if params.sdc == "exp-threshold" and mode != TOP_THETA:
-        raise UsageError(
-            f"{flag('sdc')} exp-threshold needs a threshold: use {flag('mode')} 0, or another {flag('sdc')}."
-        )
-    if params.vmc and placement == "pre-softmax" and params.sdc == "none":
-        raise UsageError(
-            f"{flag('vmc')} has nothing to compensate when {flag('placement')} is pre-softmax without "
-            "SDC (the kept "
-            f"weights then sum to 1): add {flag('sdc')} exact, exp-threshold or offline-calibrated."
-        )
-    if params.capk and mode != TOP_THETA:
-        raise UsageError(f"{flag('capk')} caps what a threshold keeps: use it with {flag('mode')} 0 only.")
-    if params.calib_tac and mode != TOP_THETA:
+    compensation.check(method, params.placement, params.sdc, params.vmc, flag)
+    if params.calib_tac and not method.needs_thresholds:
         raise UsageError(
             f"{flag('calib_tac')} shapes the calibration of thresholds: use it with {flag('mode')} 0 only."
         )

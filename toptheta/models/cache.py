@@ -1,8 +1,8 @@
 """A static cache that also keeps what a decode step would otherwise make from all of K and V: the sum of V,
-for V-mean compensation, and an int8 copy of K (toptheta/kernels/int8_keys.py).
+for V-mean compensation, and an int8 copy of K (kernels/int8_keys.py).
 
 All of it has fixed addresses and is changed in place, as the keys and values are, so torch.compile and CUDA
-graphs take it. With other caches toptheta/models/value_sum.py carries the sum; the int8 copy needs this one.
+graphs take it. With other caches value_sum.py carries the sum; the int8 copy needs this one.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from toptheta.attention.call import Int8Keys
 from toptheta.attention.rows import Rows
-from toptheta.kernels.int8_keys import Int8Keys, quantized
-from toptheta.kernels.triton import backend as gpu
-from toptheta.models.value_sum import VSum, carried
+from toptheta.kernels.int8_keys import quantized
+from toptheta.kernels.triton import backend as triton
 from toptheta.util.errors import UsageError
 
 
@@ -38,7 +38,7 @@ class TopThetaLayer(StaticLayer):
         self._sum = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float64, **options)
         fixed = [self._sum]
         if self.two_tier:
-            if not gpu.HAS_TRITON or key_states.device.type != "cuda" and not gpu.INTERPRETED:
+            if not triton.HAS_TRITON or key_states.device.type != "cuda" and not triton.INTERPRETED:
                 raise UsageError("TopThetaCache: two_tier=True needs a GPU and Triton; leave it out.")
             shape = (batch, num_kv_heads, self.max_cache_len)
             codes = torch.zeros(*shape, head_dim, dtype=torch.int8, **options)
@@ -115,13 +115,3 @@ class TopThetaCache(StaticCache):
     def __init__(self, config: PretrainedConfig, max_cache_len: int, two_tier: bool = False):
         layers = [TopThetaLayer(max_cache_len, two_tier) for _ in range(config.num_hidden_layers)]
         Cache.__init__(self, layers=layers)
-
-
-def beside(cache: Any, layer_idx: int, vmc: bool) -> VSum | TopThetaLayer | None:
-    """What is kept beside layer `layer_idx` of a cache that is about to be updated; None without a cache.
-    vmc: whether the sum will be asked for."""
-    layers = getattr(cache, "layers", ())
-    if layer_idx < len(layers) and isinstance(layers[layer_idx], TopThetaLayer):
-        layers[layer_idx].summing = vmc
-        return layers[layer_idx]
-    return carried(cache, layer_idx) if vmc else None

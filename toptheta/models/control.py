@@ -1,71 +1,95 @@
 """Steering a patched model: parameters, calibration, look-up tables, statistics."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toptheta.attention.reference import NEG_INF, LayerSpec
 from toptheta.calibration.interpolation import lookup_table
 from toptheta.calibration.sampler import LayerCalibration
 from toptheta.calibration.tables import CalibrationTables, LayerTable, check_fit, load_tables
-from toptheta.methods.params import TOP_K, TOP_THETA, AttentionParams, check
+from toptheta.methods.base import NEG_INF
+from toptheta.methods.params import AttentionParams, LayerSpec, check
+from toptheta.models.layer_state import ModelState
 from toptheta.models.patch import TopK_LLamaAttention, choose_implementation, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.util.errors import UsageError
 
 
+def model_state(model: nn.Module) -> ModelState:
+    """What the layers of a patched model share. Raises UsageError when the model is not patched."""
+    return patched_layers(model)[0].toptheta.shared
+
+
 def get_params(model: nn.Module) -> AttentionParams:
     """The parameters that the model computes with now."""
-    return patched_layers(model)[0].params
+    return model_state(model).params
+
+
+def tables_of(model: nn.Module) -> CalibrationTables | None:
+    """The calibrated tables in use, if any."""
+    return model_state(model).tables
+
+
+def recorder_of(model: nn.Module) -> Recorder | None:
+    """What collects statistics now, if anything."""
+    return model_state(model).recorder
+
+
+def calibrations(model: nn.Module) -> dict[int, LayerCalibration]:
+    """The calibrations under way, by layer."""
+    states = [layer.toptheta for layer in patched_layers(model)]
+    return {i: state.calibration for i, state in enumerate(states) if state.calibration is not None}
 
 
 def set_params(model: nn.Module, **params) -> None:
-    """Steer a patched model; parameters that are not given stay as they are (fields of AttentionParams).
+    """Steer a patched model; parameters that are not given stay as they are.
 
-    calibrate=True starts calibration of what the other parameters need; the prompts then run through the
-    model are its samples; calibrate=False ends it and puts the tables to use. calib_load_path loads tables
-    from a folder instead. Raises UsageError for an unknown name, a combination that makes no sense, or tables
-    that are missing or do not fit.
+    params: fields of AttentionParams, and `mode` and `capk` of the published project; method: a name with
+    options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts calibration of
+    what the other parameters need; the prompts then run through the model are its samples; calibrate=False
+    ends it and puts the tables to use. calib_load_path loads tables from a folder instead. Raises UsageError
+    for an unknown name, a combination that makes no sense, or tables that are missing or do not fit.
     """
-    known = [field.name for field in fields(AttentionParams)]
-    for name in params:
-        if name not in known:
-            raise UsageError(f"set_params knows no parameter {name!r}: choose from {', '.join(known)}.")
-    layers = patched_layers(model)
     old = get_params(model)
     implied: dict[str, Any] = {"calib_load_path": ""}
-    if params.get("mode", old.mode) != TOP_THETA:
+    if not old.changed(
+        {name: params[name] for name in ("method", "mode") if name in params}
+    ).method.needs_thresholds:
         implied["calib_tac"] = False  # left over from a calibration; given in this call, it is an error
-    new = check(replace(old, **(implied | params)))
-    k_per_layer = new.k_per_layer(len(layers))
-    if new.test_layer is not None and not 0 <= new.test_layer < len(layers):
-        raise UsageError(f"test_layer is {new.test_layer}, but the model has layers 0 to {len(layers) - 1}.")
+    use_params(model, old.changed(implied | params))
 
-    calibrating = any(layer.calibration is not None for layer in layers)
-    if calibrating and not new.calibrate and not new.calib_load_path:
+
+def use_params(model: nn.Module, params: AttentionParams) -> None:
+    """`set_params` with all parameters at once."""
+    check(params)
+    layers = patched_layers(model)
+    shared = model_state(model)
+    k_per_layer = params.k_per_layer(len(layers))
+    if params.test_layer is not None and not 0 <= params.test_layer < len(layers):
+        raise UsageError(
+            f"test_layer is {params.test_layer}, but the model has layers 0 to {len(layers) - 1}."
+        )
+    if calibrations(model) and not params.calibrate and not params.calib_load_path:
         use_tables(model, calibrated_tables(model))
-    if new.calibrate:
-        begin_calibration(model, new)
-    elif new.calib_load_path:
-        use_tables(model, load_tables(new.calib_load_path, len(layers), layers[0].config.num_attention_heads))
-    tables = layers[0].tables
-    if not new.calibrate:
+    if params.calibrate:
+        begin_calibration(model, params)
+    elif params.calib_load_path:
+        num_heads = layers[0].config.num_attention_heads
+        use_tables(model, load_tables(params.calib_load_path, len(layers), num_heads))
+    if not params.calibrate:
         for layer in layers:
-            layer.calibration = None
-        _install(layers, new, k_per_layer, tables)
-    for layer in layers:
-        layer.params = new
+            layer.toptheta.calibration = None
+        _install(layers, params, k_per_layer, shared.tables)
+    shared.params = params
     choose_implementation(layers)
 
 
 def _sparse_layers(params: AttentionParams, k_per_layer: tuple[int, ...]) -> list[int]:
-    return [
-        i for i, k in enumerate(k_per_layer) if params.sparse and k > 0 and params.test_layer in (None, i)
-    ]
+    return [i for i, k in enumerate(k_per_layer) if params.layer(k).sparse and params.test_layer in (None, i)]
 
 
 def _install(
@@ -87,24 +111,17 @@ def _install(
             )
         check_fit(tables, kind, k_per_layer, params.placement, sparse)
     for i, layer in enumerate(layers):
-        layer.theta = layer.sdc_table = None
+        state = layer.toptheta
+        state.theta = state.sdc_table = None
         if i not in sparse:
-            layer.spec = LayerSpec()
+            state.spec = LayerSpec()
             continue
-        layer.spec = LayerSpec(
-            mode=params.mode,
-            placement=params.placement,
-            k=k_per_layer[i],
-            sdc=params.sdc,
-            sdc_scale=params.sdc_scale,
-            vmc=params.vmc,
-            capk=params.capk,
-        )
+        state.spec = params.layer(k_per_layer[i])
         if tables is not None and params.needs_thresholds:
             within = (0.0, 1.0) if params.placement == "post-softmax" else (-np.inf, np.inf)
-            layer.theta = _lookup(layer, tables.theta[i], params, NEG_INF, within)
+            state.theta = _lookup(layer, tables.theta[i], params, NEG_INF, within)
         if tables is not None and params.needs_sdc_table:
-            layer.sdc_table = _lookup(layer, tables.sdc[i], params, 0.0, (0.0, np.inf))
+            state.sdc_table = _lookup(layer, tables.sdc[i], params, 0.0, (0.0, np.inf))
 
 
 def _lookup(
@@ -118,7 +135,7 @@ def _lookup(
     table_of_all = lookup_table(
         table.values,
         table.samples,
-        layer.spec.k,
+        layer.toptheta.spec.k,
         below,
         params.calib_interp,
         params.calib_smooth,
@@ -147,25 +164,22 @@ def begin_calibration(
     if more_k and params.calib_tac:
         raise UsageError("calib_tac computes with one K, so it calibrates one K at a time.")
     sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
+    computes = params.method.while_calibrating(params.calib_tac)
     for i, layer in enumerate(layers):
-        layer.theta = layer.sdc_table = layer.calibration = None
-        layer.recorder = None  # calibration prompts count in no statistic
-        layer.spec = LayerSpec()
+        state = layer.toptheta
+        state.theta = state.sdc_table = state.calibration = None
+        state.spec = LayerSpec()
         if i not in sparse:
             continue
-        tac = params.calib_tac and params.mode == TOP_THETA
         # Top-k's weights lack mass only when they are dropped after the softmax: only there VMC has something
         # to do.
-        layer.spec = LayerSpec(
-            mode=TOP_K if tac else 3,
-            placement=params.placement,
-            k=k_per_layer[i],
-            vmc=params.vmc and tac and params.placement == "post-softmax",
-        )
-        layer.calibration = LayerCalibration(
+        vmc = params.vmc and not computes.is_dense and params.placement == "post-softmax"
+        state.spec = LayerSpec(computes, params.placement, k_per_layer[i], vmc=vmc)
+        state.calibration = LayerCalibration(
             ks=sorted({k_per_layer[i], *(ks[i] for ks in more_k)}),
             num_heads=layer.config.num_attention_heads,
-            mode=params.mode,
+            method=params.method,
+            placement=params.placement,
             with_sdc=params.needs_sdc_table,
             add_sigma=params.calib_add_sigma,
             sample_frac=params.calib_sample_frac,
@@ -173,8 +187,9 @@ def begin_calibration(
             device=_execution_device(layer),
             keep_samples=keep_samples,
         )
-    for layer in layers:
-        layer.params = replace(params, calibrate=True)
+    shared = model_state(model)
+    shared.recorder = None  # calibration prompts count in no statistic
+    shared.params = replace(params, calibrate=True)
     choose_implementation(layers)
 
 
@@ -191,13 +206,14 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
         "model": str(getattr(layers[0].config, "_name_or_path", "")),
         "revision": str(getattr(layers[0].config, "_commit_hash", "") or ""),
         "placement": params.placement,
-        "mode": str(params.mode),
+        "method": params.method.spec,
+        "mode": str(params.method.mode),
         "calib_tac": str(params.calib_tac),
         "calib_add_sigma": str(params.calib_add_sigma),
         "calib_sample_frac": str(params.calib_sample_frac),
     }
     for i, layer in enumerate(layers):
-        calibration = layer.calibration
+        calibration = layer.toptheta.calibration
         if calibration is None:
             continue
         layer_k = k_per_layer[i]
@@ -226,34 +242,27 @@ def calibration_samples(
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """The samples of thresholds that a calibration with keep_samples has kept so far, by layer: row lengths
     int32 `[S]` and values float32 `[S, H]`. k_per_layer: as in `calibrated_tables`."""
-    layers = patched_layers(model)
-    k_per_layer = k_per_layer or get_params(model).k_per_layer(len(layers))
-    return {
-        i: layer.calibration.kept_samples(k_per_layer[i])
-        for i, layer in enumerate(layers)
-        if layer.calibration is not None
-    }
+    k_per_layer = k_per_layer or get_params(model).k_per_layer(len(patched_layers(model)))
+    return {i: found.kept_samples(k_per_layer[i]) for i, found in calibrations(model).items()}
 
 
 def use_tables(model: nn.Module, tables: CalibrationTables) -> None:
     """Hand tables to the model; the next `set_params` checks that they fit and puts them to use."""
-    patched_layers(model)[0].tables = tables
+    model_state(model).tables = tables
 
 
 def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:
     """Collect counts of kept elements and V rows into `recorder` from now on; None stops it and costs
     nothing."""
-    layers = patched_layers(model)
-    for layer in layers:
-        layer.recorder = recorder
-    choose_implementation(layers)
+    model_state(model).recorder = recorder
+    choose_implementation(patched_layers(model))
 
 
-def _execution_device(layer: TopK_LLamaAttention) -> torch.device:
-    """Where the layer computes: an offloaded layer's weights rest on 'meta' until its hook brings them."""
-    device = layer.q_proj.weight.device
+def _execution_device(layer: nn.Module) -> torch.device:
+    """Where the layer computes: an offloaded layer's weights rest on 'meta' until a hook brings them."""
+    device = next(layer.parameters()).device
     if device.type != "meta":
         return device
-    hook = getattr(layer.q_proj, "_hf_hook", None)
-    where = getattr(hook, "execution_device", None)
-    return torch.device("cpu" if where is None else where)
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
+    return torch.device(next((place for place in places if place is not None), "cpu"))

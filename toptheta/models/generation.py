@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from toptheta.models.patch import patched_layers
+from toptheta.models.control import recorder_of
 from toptheta.models.recorder import PREFILL, Recorder
 
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
@@ -39,7 +39,7 @@ def generate(
     single row, whose shape is that of a decode step; it is counted as prefill. arguments: for
     `model.generate`.
     """
-    recorder = patched_layers(model)[0].recorder
+    recorder = recorder_of(model)
     criteria = [stop] if stop is not None else []
     if recorder is not None:
         recorder.phase = PREFILL
@@ -62,7 +62,7 @@ def generate(
 def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | None) -> Tensor:
     """`[B, Q - 1]` float32 on the CPU: -log p (nats) of tokens 1..Q-1 of `input_ids` `[B, Q]` (no padding),
     each given all before it. Entry i has a context of i + 1 tokens."""
-    recorder = patched_layers(model)[0].recorder
+    recorder = recorder_of(model)
     chunked = prefill_chunk is not None and prefill_chunk < input_ids.shape[1]
     cache = DynamicCache(config=model.config) if chunked else None
     parts = []

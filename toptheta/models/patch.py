@@ -1,61 +1,42 @@
-"""The drop-in for Hugging Face's LlamaAttention: patching a model, steering it, and taking the patch off
-again.
+"""The drop-in for Hugging Face's LlamaAttention: patching a model, and taking the patch off again.
 
 `LlamaAttention.forward` is not copied: our attention function and mask function are registered with
-transformers under the name 'toptheta', and the stock forward calls them with the layer's module.
+transformers (interface.py), and the stock forward calls them with the layer's module.
 """
+
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers import Cache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from toptheta.attention.reference import LayerSpec
-from toptheta.attention.rows import rows_of, toptheta_mask
-from toptheta.calibration.sampler import LayerCalibration
-from toptheta.calibration.tables import CalibrationTables
-from toptheta.kernels import registry as kernels
-from toptheta.methods.params import AttentionParams
-from toptheta.models.cache import TopThetaLayer, beside
-from toptheta.models.recorder import Recorder
-from toptheta.models.value_sum import VSum
+from toptheta.models.interface import IMPLEMENTATION
+from toptheta.models.layer_state import LayerState, ModelState
 from toptheta.util.errors import UsageError
-
-IMPLEMENTATION = "toptheta"
 
 
 class TopK_LLamaAttention(LlamaAttention):
-    """LlamaAttention that computes Top-theta (mode 0), Top-k (mode 1) or dense attention, as `set_params`
-    says.
+    """LlamaAttention that computes the method that `set_params` says: Top-theta (mode 0), Top-k (mode 1),
+    dense, or another of toptheta/methods. toptheta: what the layer remembers."""
 
-    theta, sdc_table: non-persistent float32 buffers `[H, L]` by row length n, looked up at min(n, L - 1).
-    """
+    toptheta: LayerState
 
-    theta: Tensor | None
-    sdc_table: Tensor | None
-
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config, layer_idx: int, shared: ModelState | None = None):
         super().__init__(config, layer_idx)
-        self.spec = LayerSpec()
         self.base_implementation = "sdpa"
-        self.calibration: LayerCalibration | None = None
-        self.recorder: Recorder | None = None
-        self.beside: VSum | TopThetaLayer | None = None  # what the cache keeps beside K and V; during a call
-        self.params = AttentionParams()  # the whole model's, as set_params left them
-        self.tables: CalibrationTables | None = None  # likewise; the first layer holds them
-        self.calls = 0  # of our attention function, to prove that a patched model runs it
-        self.register_buffer("theta", None, persistent=False)
-        self.register_buffer("sdc_table", None, persistent=False)
+        self.toptheta = LayerState(layer_idx, shared or ModelState())
 
     @classmethod
-    def replacing(cls, attention: LlamaAttention, base_implementation: str) -> "TopK_LLamaAttention":
+    def replacing(
+        cls, attention: LlamaAttention, base_implementation: str, shared: ModelState
+    ) -> "TopK_LLamaAttention":
         """A module that takes over the projections of `attention`, whatever their device, offloading or
         wrapping."""
         with torch.device("meta"):  # the new projections are thrown away: they must cost no memory
-            new = cls(attention.config, attention.layer_idx)
-        new._modules = attention._modules
+            new = cls(attention.config, attention.layer_idx, shared)
+        new._modules = attention._modules | {"toptheta": new.toptheta}
         new._forward_hooks = (
             attention._forward_hooks
         )  # transformers' capture of output_attentions lives there
@@ -63,6 +44,14 @@ class TopK_LLamaAttention(LlamaAttention):
         new.base_implementation = base_implementation
         object.__setattr__(new, "_original", attention)  # not a submodule: its children are ours already
         return new
+
+    def restored(self) -> LlamaAttention:
+        """The stock module, with the projections as they are now."""
+        original: LlamaAttention = self._original
+        original._modules = {name: child for name, child in self._modules.items() if name != "toptheta"}
+        original._forward_hooks = self._forward_hooks
+        original.train(self.training)
+        return original
 
     def forward(
         self,
@@ -73,134 +62,41 @@ class TopK_LLamaAttention(LlamaAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """As LlamaAttention's; the cache is looked at before it is updated, see value_sum.py."""
-        vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
-        self.beside = beside(past_key_values, self.layer_idx, vmc)
+        self.toptheta.begin(past_key_values)
         try:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
         finally:
-            self.beside = None  # the cache must not outlive its owner
-
-    def _apply(self, fn, recurse: bool = True):
-        """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
-        keeps."""
-        tables = {name: self._buffers.pop(name) for name in ("theta", "sdc_table")}
-        super()._apply(fn, recurse)
-        for name, table in tables.items():
-            if table is not None:
-                table = table.to(fn(table[:0]).device)
-            self.register_buffer(name, table, persistent=False)
-        return self
-
-
-def toptheta_attention_forward(
-    module: TopK_LLamaAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention function for transformers' AttentionInterface.
-
-    query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`. Returns `[B, Q, H, D]` and no weights (the dense
-    layers of an 'eager' model return theirs).
-    """
-    if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
-        module.calls += 1
-    batch, num_heads, q_len, _ = query.shape
-    num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    spec, calibration, recorder = module.spec, module.calibration, module.recorder
-    if not spec.sparse and calibration is None:
-        if recorder is not None:
-            rows = rows_of(attention_mask, q_len, kv_len, query.device)
-            recorder.add(module.layer_idx, rows, 0, None, (batch, num_heads, num_kv_heads, kv_len))
-        if module.base_implementation == "eager":
-            mask = _additive(attention_mask, query, kv_len)
-            return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-
-    rows = rows_of(attention_mask, q_len, kv_len, query.device)
-    for name in ("theta", "sdc_table"):
-        table = getattr(module, name)
-        if (
-            table is not None and table.device != query.device
-        ):  # an offloaded layer computes elsewhere than it rests
-            setattr(module, name, table.to(query.device))
-    scale = module.scaling if scaling is None else scaling
-    if calibration is not None:
-        out = kernels.calibrate(query, key, value, rows, spec, scale, calibration)
-        return out.transpose(1, 2).contiguous(), None
-    kept_beside = module.beside
-    v_sum = kept_beside.at(value, rows) if kept_beside is not None and spec.vmc else None
-    out, counts = kernels.attend(
-        query,
-        key,
-        value,
-        rows,
-        spec,
-        scale,
-        module.theta,
-        module.sdc_table,
-        count=recorder is not None,
-        v_sum=v_sum,
-        int8=None if kept_beside is None else kept_beside.int8,
-        count_rows=recorder is not None and recorder.effective_k and q_len > 1,
-    )
-    if recorder is not None:
-        recorder.add(module.layer_idx, rows, spec.k, counts, (batch, num_heads, num_kv_heads, kv_len))
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _additive(mask: Tensor | None, query: Tensor, kv_len: int) -> Tensor:
-    """The mask as stock eager attention wants it: 0 where visible, the type's lowest number elsewhere."""
-    if mask is None:
-        q_len = query.shape[2]
-        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
-        mask = (mask.tril() if q_len > 1 else mask)[None, None]
-    if mask.dtype != torch.bool:
-        return mask
-    zero = torch.tensor(0.0, device=query.device, dtype=query.dtype)
-    return torch.where(mask, zero, torch.finfo(query.dtype).min)
-
-
-AttentionInterface.register(IMPLEMENTATION, toptheta_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, toptheta_mask)
+            self.toptheta.end()
 
 
 def update_model(model: nn.Module, *_ignored, **_ignored_too) -> nn.Module:
     """Put TopK_LLamaAttention in place of every LlamaAttention of `model`, in place; also returns `model`.
 
-    Dense until `set_params` says otherwise. Doing it twice changes nothing. Further arguments of the
+    Dense until `set_params` says otherwise. Doing it twice changes nothing. The model gets a config of its
+    own, for the attention's name stands there, and other models may share it. Further arguments of the
     published project (`reduce_gpu_mem`, `products_dir_path`) are accepted and have no effect. Raises
     UsageError when the model has no LlamaAttention.
     """
-    patched = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, LlamaAttention):
-                continue
-            patched += 1
-            if isinstance(child, TopK_LLamaAttention):
-                continue
-            base = child.config._attn_implementation or "sdpa"
-            new = TopK_LLamaAttention.replacing(child, "sdpa" if base == IMPLEMENTATION else base)
-            hook = getattr(child, "_hf_hook", None)
-            setattr(parent, name, new)
-            if hook is not None:  # accelerate's, when a device map names the attention modules themselves
-                from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-                remove_hook_from_module(child)
-                add_hook_to_module(new, hook)
-    if patched == 0:
+    stock = [module for module in model.modules() if isinstance(module, LlamaAttention)]
+    if not stock:
         raise UsageError(
             f"{type(model).__name__} has no LlamaAttention layer, so there is nothing to patch: use a "
             "model of the "
             "Llama family (architecture LlamaForCausalLM)."
         )
+    if all(isinstance(module, TopK_LLamaAttention) for module in stock):
+        return model
+    known = [module.toptheta.shared for module in stock if isinstance(module, TopK_LLamaAttention)]
+    shared = known[0] if known else ModelState()
+    _own_config(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LlamaAttention) and not isinstance(child, TopK_LLamaAttention):
+                base = child.config._attn_implementation or "sdpa"
+                base = "sdpa" if base == IMPLEMENTATION else base
+                _exchange(parent, name, child, TopK_LLamaAttention.replacing(child, base, shared))
     return model
 
 
@@ -209,18 +105,35 @@ def restore_model(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, TopK_LLamaAttention):
-                original = child._original
-                original._modules, original._forward_hooks = child._modules, child._forward_hooks
-                original.train(child.training)
                 _set_implementation(child, child.base_implementation)
-                hook = getattr(child, "_hf_hook", None)
-                setattr(parent, name, original)
-                if hook is not None:
-                    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-                    remove_hook_from_module(child)
-                    add_hook_to_module(original, hook)
+                _exchange(parent, name, child, child.restored())
     return model
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give `model` and its modules copies of the configs that they hold, one for each."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            if id(config) not in copies:
+                copies[id(config)] = (
+                    copy.deepcopy(config),
+                    config,
+                )  # the old one keeps its id while it is here
+            module.config = copies[id(config)][0]
+
+
+def _exchange(parent: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in place of `old`, with accelerate's hook, which is there when a device map names the
+    attention modules themselves."""
+    hook = getattr(old, "_hf_hook", None)
+    setattr(parent, name, new)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
 
 
 def patched_layers(model: nn.Module) -> list[TopK_LLamaAttention]:
@@ -233,11 +146,8 @@ def patched_layers(model: nn.Module) -> list[TopK_LLamaAttention]:
 
 def choose_implementation(layers: list[TopK_LLamaAttention]) -> None:
     """Plainly dense models run the stock attention by its own name; all others run ours."""
+    ours = any(layer.toptheta.ours for layer in layers)
     for layer in layers:
-        ours = any(
-            other.spec.sparse or other.calibration is not None or other.recorder is not None
-            for other in layers
-        )
         _set_implementation(layer, IMPLEMENTATION if ours else layer.base_implementation)
 
 

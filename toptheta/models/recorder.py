@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toptheta.attention.call import Counts
 from toptheta.attention.effective_k import count_rows, empty_histogram
-from toptheta.attention.reference import Counts
 from toptheta.attention.rows import Rows
 
 PREFILL, DECODE = "prefill", "generative_decoding"
@@ -121,13 +121,6 @@ class Recorder:
         for layer, o in self._open.items():
             at = index.to(o.attn.device)
             self._open[layer] = _Open(o.attn[at], o.vrow[at], o.full[at], o.topk[at], o.n[at])
-
-    def snapshot(self) -> dict[int, _Open]:
-        """The open prefill as it is now, to `restore` for another continuation of the same prompt."""
-        return dict(self._open)
-
-    def restore(self, snapshot: dict[int, _Open]) -> None:
-        self._open = dict(snapshot)
 
     def drain(self) -> tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]]:
         """End the request: its prefill record and its decode records, by layer, as numpy arrays."""

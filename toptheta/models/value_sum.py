@@ -1,26 +1,22 @@
 """The sum of V over the visible keys, carried from one decode step to the next, for V-mean compensation.
 
-With it a step adds one row of V instead of reading all of them. It lives on the layer of the cache; whether
+With it a step adds one row of V instead of reading all of them. It belongs to one layer of a cache; whether
 that still holds what was summed is checked at every step: generation may reorder, crop, repeat or replace a
 cache.
 """
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from toptheta.attention.rows import Rows
 
-_V_SUM = "_toptheta_v_sum"  # attribute of a cache layer
-_SAME = "_toptheta_same_padding"  # attribute of a step's `key_real`
-
 
 class VSum:
     """The sum over one layer of one cache."""
 
-    int8 = None  # see toptheta/models/cache.py
+    int8 = None  # see cache.py
 
     def __init__(self) -> None:
         # `[B, H_kv, D]` float64, whatever V's type: thousands of steps add up
@@ -47,7 +43,7 @@ class VSum:
         assert rows.first is not None
         end, key_real = rows.first + 1, rows.key_real
         start, total = 0, torch.zeros((), dtype=torch.float64)
-        if self._sum is not None and self._end == end - 1 and self._same_padding(key_real):
+        if self._sum is not None and self._end == end - 1 and rows.continues(self._key_real, self._end):
             start, total = end - 1, self._sum
         new = value[:, :, start:end]
         if key_real is not None:
@@ -56,31 +52,3 @@ class VSum:
         self._end, self._key_real = end, key_real
         self._values, self._version = weakref.ref(value), value._version
         return self._sum.float()
-
-    def _same_padding(self, key_real: Tensor | None) -> bool:
-        """Whether `key_real` goes on from the one summed before. All layers of a step share both: they are
-        compared once, for on a GPU that waits for the device."""
-        before = self._key_real
-        if key_real is None or before is None:
-            return key_real is before
-        known = getattr(key_real, _SAME, None)
-        if known is None or known[0]() is not before or known[1] != self._end:
-            same = torch.equal(key_real[:, : self._end], before[:, : self._end])
-            known = (weakref.ref(before), self._end, same)
-            setattr(key_real, _SAME, known)
-        return known[2]
-
-
-def carried(cache: Any, layer_idx: int) -> VSum | None:
-    """The sum beside layer `layer_idx` of a cache that is about to be updated, checked; None without a
-    cache."""
-    layers = getattr(cache, "layers", ())
-    if torch.compiler.is_compiling() or layer_idx >= len(layers):
-        return None
-    layer = layers[layer_idx]
-    found = getattr(layer, _V_SUM, None)
-    if found is None:
-        found = VSum()
-        setattr(layer, _V_SUM, found)
-    found.check(layer.values)
-    return found

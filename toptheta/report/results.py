@@ -83,12 +83,11 @@ class CellResult:
 
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it; keys that say nothing are left out."""
-        names = ("model", "task", "method", "name", "mode", "k", "dense", "num_fewshot", "metrics", "kept")
-        names += ("seconds", "folder", "effective_k")
         values = asdict(self)
         extra = values.pop("extra")
-        silent = [n for n in ("num_fewshot", "folder", "effective_k") if values[n] is None]
-        return {name: values[name] for name in names if name not in silent} | extra
+        silent = [name for name in ("num_fewshot", "folder", "effective_k") if values[name] is None]
+        ordered = {name: values.pop(name) for name in ("model", "task")} | values
+        return {name: value for name, value in ordered.items() if name not in silent} | extra
 
     @classmethod
     def from_json(cls, value: Any) -> "CellResult":

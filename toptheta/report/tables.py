@@ -66,12 +66,13 @@ def metric_columns(results: Sequence[CellResult]) -> list[Column]:
     """A column for each metric that a result has; with perplexity by context length, one for each length."""
     lengths = [row["length"] for result in results[:1] for row in result.by_length]
     if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
-        columns = [
-            Column(f"<= {length}", lambda result, i=i: f"{result.by_length[i]['ppl']:.2f}")
-            for i, length in enumerate(lengths)
-        ]
+        columns = [_length_column(length, i) for i, length in enumerate(lengths)]
         return [*columns, Column("all", lambda result: score(result.metrics.get("ppl"), False, 2))]
     return [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
+
+
+def _length_column(length: int, i: int) -> Column:
+    return Column(f"<= {length}", lambda result: f"{result.by_length[i]['ppl']:.2f}")
 
 
 def _metric_column(name: str) -> Column:
@@ -89,18 +90,24 @@ def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]
     for phase in PHASES:
         if any((result.kept or {}).get(phase) for result in results):
             for what, words in (("attn", "kept elements"), ("vrow", "kept V rows")):
-                header = f"{words}{comma} {PHASE_WORDS[phase]} %"
-                columns.append(Column(header, lambda r, phase=phase, what=what: share(r, phase, what)))
+                columns.append(_kept_column(f"{words}{comma} {PHASE_WORDS[phase]} %", phase, what))
     return columns
+
+
+def _kept_column(header: str, phase: str, what: str) -> Column:
+    return Column(header, lambda result: share(result, phase, what))
 
 
 def results_table(results: Sequence[CellResult]) -> str:
     """One row per cell of a run: method, every metric, kept shares, time."""
     columns = [Column("method", lambda result: result.method)]
     columns += metric_columns(results) + kept_columns(results)
-    for name in ("calibration", "evaluation"):
-        columns.append(Column(f"{name} s", lambda result, name=name: f"{result.seconds.get(name, 0.0):.0f}"))
+    columns += [_seconds_column(name) for name in ("calibration", "evaluation")]
     return build(results, columns)
+
+
+def _seconds_column(name: str) -> Column:
+    return Column(f"{name} s", lambda result: f"{result.seconds.get(name, 0.0):.0f}")
 
 
 def effective_k(results: Sequence[CellResult]) -> str:

@@ -1,4 +1,4 @@
-"""The two jobs, end to end on a small folder model: results, products, resume, shared prompts."""
+"""The QA job end to end on a small folder model: results, products, resuming, several tasks."""
 
 import gzip
 import json
@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from toptheta.eval.settings import GenSettings, QASettings
+from toptheta.eval.settings import QASettings
 from toptheta.util.errors import UsageError
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def qa_settings(folder_model: str, **changes) -> QASettings:
@@ -82,39 +76,6 @@ def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> Non
 
     loaded = run_qa(qa_settings(folder_model, mode=(0,), calib_load_path=str(cell)))
     assert loaded[0]["metrics"] == results[0]["metrics"] and loaded[0]["kept"] == results[0]["kept"]
-
-
-def test_shared_prompts_equal_the_stock_harness(folder_model: str, here: Path) -> None:
-    """Log-likelihoods of dense attention are those of lm-eval's own class, in batches too; likewise sparse
-    ones."""
-    from lm_eval.api.registry import get_model
-
-    import toptheta.eval.lm_eval_model  # noqa: F401
-    from topk_llama import set_params, update_model
-
-    texts = [
-        "Question: Which one floats?\nAnswer:",
-        "Question: What is ice made of, at school and at home?\nAnswer:",
-    ]
-    answers = [" wood", " a stone that is heavy", " water", " cold water and nothing else"]
-    requests = []
-    ours = get_model("toptheta")(pretrained=folder_model, device="cpu", dtype="float32", batch_size=1)
-    for text in texts:
-        for answer in answers:
-            requests.append(((text, answer), *ours._encode_pair(text, answer)))
-    stock = get_model("hf")(pretrained=folder_model, device="cpu", dtype="float32", batch_size=1)
-    expected = stock._loglikelihood_tokens(requests, disable_tqdm=True)
-    for batch_size in (1, 2):
-        ours.batch_size_per_gpu = batch_size
-        found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-        np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4)
-    update_model(stock.model)
-    for model in (stock.model, ours.model):
-        set_params(model, mode=1, K=5, sdc="exact", vmc=True)
-    expected = stock._loglikelihood_tokens(requests, disable_tqdm=True)
-    found = ours._loglikelihood_tokens(requests, disable_tqdm=True)
-    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4)
 
 
 @pytest.mark.parametrize("stop_after", [2, 6])
@@ -184,106 +145,6 @@ def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
         UsageError, match="no row longer than K=900 in layer 0: the calibration prompts had up to"
     ):
         run_qa(qa_settings(folder_model, mode=(0,), k=(900,)))
-
-
-def test_generation(folder_model: str, here: Path) -> None:
-    """Completions in batches are those made one by one, and scored later as at once; a finished run is not
-    repeated."""
-    from toptheta.eval.generate import run_generation, score_folder
-
-    values = {
-        "llama": folder_model,
-        "mode": (0, 3),
-        "k": (40,),
-        "sdc": "exact",
-        "vmc": True,
-        "calib_sample_frac": 1.0,
-        "calib_samples": 2,
-        "num_tasks": 3,
-        "max_seq_len": 230,
-        "device": "cpu",
-    }
-    alone = run_generation(GenSettings(**values, output_dir="alone", allow_code_execution=True))
-    together = run_generation(GenSettings(**values, output_dir="together", batch_size=3))
-    for a in alone:
-        assert a["metrics"]["pass@1"] == {"value": 0.0, "stderr": 0.0, "count": 3}
-        assert a["kept"]["generative_decoding"]["attn"] <= 1.0
-    assert alone[0]["kept"]["generative_decoding"]["attn"] < 0.6
-    assert [b["metrics"] for b in together] == [{}, {}]
-
-    def samples(root: str) -> dict:
-        run = next(here.joinpath(root).iterdir())
-        lines = (run / "mode3" / "samples.jsonl").read_text().splitlines()
-        return {json.loads(line)["task_id"]: json.loads(line)["reply"] for line in lines}
-
-    assert samples("alone") == samples("together")
-    run = next(here.joinpath("together").iterdir())
-    score_folder(str(run))
-    assert json.loads((run / "mode0_k40" / "results.json").read_text())["metrics"]["pass@1"]["count"] == 3
-    lengths = np.loadtxt(run / "mode3" / "prompt_completion_lengths_per_sample.csv", dtype=int)
-    assert lengths.shape == (3, 2)
-    decode = np.loadtxt(
-        gzip.open(run / "mode3" / "layer0_kept_attn_generative_decoding.csv.gz", "rt"), delimiter=","
-    )
-    assert len(decode) == 6 * (lengths[:, 1] - 1).sum()  # the first token comes out of the prefill
-    before = (run / "mode3" / "results.json").stat().st_mtime_ns
-    run_generation(GenSettings(**values, output_dir="together", batch_size=3), resume=str(run))
-    assert (run / "mode3" / "results.json").stat().st_mtime_ns == before
-
-
-def test_generation_calibrates_on_tasks_not_on_samples(
-    folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """With several samples a task, each calibration prompt is another task's; and it is said which."""
-    from toptheta.eval import generate
-    from toptheta.eval.tasks.humaneval_job import HumanEvalJob
-
-    once, seen = HumanEvalJob.run, []
-
-    def running(self, model, batch):
-        seen.extend(item.key for item in batch)
-        return once(self, model, batch)
-
-    monkeypatch.setattr(HumanEvalJob, "run", running)
-    values = {"mode": (0,), "k": (40,), "calib_samples": 2, "num_tasks": 3, "num_samples_per_task": 2}
-    generate.run_generation(
-        GenSettings(**values, llama=folder_model, max_seq_len=220, device="cpu", calibrate_only=True)
-    )
-    assert seen == ["HumanEval/0#0", "HumanEval/1#0"]
-    assert "2 of the 3 tasks that are evaluated calibrate too" in capsys.readouterr().err
-
-
-def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toptheta.eval import generate
-    from toptheta.eval.tasks.humaneval_job import HumanEvalJob
-
-    values = {
-        "llama": folder_model,
-        "mode": (1,),
-        "k": (40,),
-        "num_tasks": 3,
-        "max_seq_len": 220,
-        "device": "cpu",
-        "do_sample": True,
-        "num_samples_per_task": 2,
-    }
-    generate.run_generation(GenSettings(**values, output_dir="straight"))
-    once, calls = HumanEvalJob.run, []
-
-    def running(self, model, batch):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return once(self, model, batch)
-
-    monkeypatch.setattr(HumanEvalJob, "run", running)
-    with pytest.raises(KeyboardInterrupt):
-        generate.run_generation(GenSettings(**values, output_dir="stopped"))
-    run = next(here.joinpath("stopped").iterdir())
-    generate.run_generation(GenSettings(**values, output_dir="stopped"), resume=str(run))
-    assert len(calls) == 7
-    straight = next(here.joinpath("straight").iterdir())
-    assert (straight / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
 
 
 def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
@@ -371,27 +232,3 @@ def test_wrong_lists_of_tasks(folder_model: str, here: Path, task: str) -> None:
     with pytest.raises(UsageError, match="--task"):
         run_qa(qa_settings(folder_model, task=task))
     assert not here.joinpath("products").exists()
-
-
-def test_generation_calibrated_on_a_qa_task(folder_model: str, here: Path) -> None:
-    """Thresholds of another task's prompts: the same as test_llama.py --calibrate_only finds on them."""
-    from toptheta.calibration.tables import load_tables
-    from toptheta.eval.generate import run_generation
-    from toptheta.eval.tasks.qa import run_qa
-
-    shared = {"mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3, "device": "cpu"}
-    settings = GenSettings(
-        **shared, llama=folder_model, calib_task="everyday_science", num_tasks=1, max_seq_len=256
-    )
-    (result,) = run_generation(settings)
-    config = json.loads((Path(result["folder"]) / "config.json").read_text())
-    assert config["calib_task"] == "everyday_science" and config["task"] == "openai_humaneval"
-    run_qa(QASettings(**shared, llama=folder_model, calibrate_only=True, output_dir="tables"))
-    ours = load_tables(result["folder"], 2, 6)
-    theirs = load_tables(next(here.joinpath("tables").iterdir()), 2, 6)
-    assert ours.meta["task"] == theirs.meta["task"] == "everyday_science"
-    for layer in range(2):
-        np.testing.assert_array_equal(ours.theta[layer].samples, theirs.theta[layer].samples)
-        np.testing.assert_allclose(ours.theta[layer].values, theirs.theta[layer].values, rtol=1e-5)
-    with pytest.raises(UsageError, match="--calib_task 'nothing' is unknown"):
-        run_generation(GenSettings(**shared, llama=folder_model, calib_task="nothing"))

@@ -1,76 +1,20 @@
 """The Triton kernels against plain PyTorch (toptheta/attention/reference.py): outputs and counts.
 
-On a GPU the tests run as they are. Without one they run in Triton's interpreter, which has to be chosen
-before Triton is imported (transformers does that): `test_in_the_interpreter` runs this file and its sisters,
-test_triton_*.py, again in a process of its own. Inputs and tolerance are those of test_kernels_cpu.py. Not
-every option meets every kind of rows, for the interpreter is slow.
+Inputs and tolerance are those of the CPU kernel's tests. Not every option meets every kind of rows, for the
+interpreter is slow.
 """
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.helpers.paths import ROOT
-from tests.kernels.cpu.test_attend import SCALE, SPECS, K, case, in_float64, inputs, tables
+from tests.helpers.kernel_cases import SCALE, SPECS, K, case, in_float64, tables
+from tests.kernels.triton.helpers import DEVICE, FEW, draw, here, on_device
 from toptheta.attention.reference import LayerSpec, mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.triton import backend as gpu
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HERE = gpu.INTERPRETED or DEVICE.type == "cuda"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-here = pytest.mark.skipif(
-    not (HAS_TRITON and HERE), reason="needs a GPU or TRITON_INTERPRET=1: see test_in_the_interpreter"
-)
-
-if HAS_TRITON and gpu.INTERPRETED:
-    import triton.runtime.interpreter as interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def with_an_index(tensor, scope):
-        """Triton 3.6 takes int() of arrays of one element as loop bounds, which NumPy 2.4 refuses."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = with_an_index
-
-
-@needs_triton
-@pytest.mark.skipif(HERE, reason="the tests run in this process")
-def test_in_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [
-        f"tests/kernels/{name}.py"
-        for name in ("triton/test_attend", "triton/test_operators", "test_int8_keys")
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
-
-
-def on_device(rows: Rows) -> Rows:
-    def move(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(DEVICE)
-
-    return replace(
-        rows, n=rows.n.to(DEVICE), real=move(rows.real), mask=move(rows.mask), key_real=move(rows.key_real)
-    )
-
-
-def draw(batch: int, heads: tuple[int, int, int], q_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`inputs` with scores of standard deviation 2: at these head_dims the thresholds would drop all."""
-    q, k, v = inputs(batch, heads, q_len, kv_len)
-    return q * 4, k, v
 
 
 def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more) -> None:
@@ -100,13 +44,6 @@ def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more
 
 def supported(q_len: int) -> list[LayerSpec]:
     return [s for s in SPECS if not (s.sparse and (s.capk or (s.mode == 1 and q_len > 1)))]
-
-
-FEW = [
-    LayerSpec(0, "pre-softmax", K, "exact", vmc=True),
-    LayerSpec(0, "pre-softmax", K, "offline-calibrated", 1.3, vmc=True),
-    LayerSpec(0, "post-softmax", K, vmc=True),
-]
 
 
 @here

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.builds import SHARED_OF_ONE, build, kernels
-from tests.kernels.triton.test_attend import HAS_TRITON, needs_triton
+from tests.kernels.triton.helpers import HAS_TRITON, needs_triton
 from toptheta.kernels.triton import backend as gpu
 
 KERNELS = kernels() if HAS_TRITON and not gpu.INTERPRETED else {}

@@ -1,110 +1,19 @@
-"""The plot scripts and their readers, on synthetic products folders and a real threshold table."""
+"""The plot scripts: every figure, their flags, missing and damaged inputs."""
 
-import gzip
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.helpers.paths import ROOT, SHARED
+from tests.report.helpers import LAYERS, assert_refused, make_products, put, run_script
 from toptheta.report.plots import read
-from toptheta.util.errors import UsageError
 
 REAL_TABLE = SHARED / "golden/calibration/pre-softmax_tac1_sigma0.1_offline-calibrated.th.txt.gz"
-LAYERS, HEADS, GROUPS, K = 6, 9, 3, 64
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def put(path: Path, text: str, gz: bool) -> None:
-    if gz:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-
-
-def make_products(folder: Path, gz: bool = False, config: bool = True, decode: bool = True) -> Path:
-    """A products folder as a run leaves it: layers differ, prefill keeps about K, decode scatters more."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    lengths = rng.integers(70, 420, size=40)
-    lines = []
-    for layer in range(LAYERS):
-        for head in range(HEADS):
-            theta = (
-                0.4 * layer
-                - 0.2 * head
-                + 3.0 * (1 - K / np.arange(K + 1, 420))
-                + 0.2 * rng.normal(size=420 - K - 1)
-            )
-            samples = rng.integers(1, 9, size=len(theta))
-            lines += [
-                f"L{layer}_H{head}:{n} {t!r} {s} {K}\n"
-                for n, t, s in zip(range(K + 1, 420), theta.tolist(), samples)
-            ]
-    put(folder / "th.txt", "".join(lines), gz)
-
-    phases = ("prefill", "generative_decoding") if decode else ("prefill",)
-    for layer in range(LAYERS):
-        sizes = []
-        for phase in phases:
-            attn, vrow = [], []
-            for length in lengths:
-                for n in [length] if phase == "prefill" else range(length + 1, length + 6):
-                    for head in range(HEADS):
-                        ratio = (1.1 - 0.5 * layer / LAYERS) * np.exp(
-                            (0.1 if phase == "prefill" else 0.3) * rng.normal()
-                        )
-                        full = n * (n + 1) // 2 if phase == "prefill" else n
-                        topk = min(n, K) if phase != "prefill" else K * (K + 1) // 2 + (n - K) * K
-                        kept = max(1, min(full, round(ratio * topk)))
-                        sizes.append(f"L{layer}_H{head}:{n} {K} {phase} {kept / topk}\n")
-                        attn.append(f"{layer},{head},{n},{kept},{full}\n")
-                    vrow += [
-                        f"{layer},{g},{n},{round(n * rng.uniform(0.6, 1.0))},{n}\n" for g in range(GROUPS)
-                    ]
-            put(folder / f"layer{layer}_kept_attn_{phase}.csv", "".join(attn), gz)
-            put(folder / f"layer{layer}_kept_vrow_{phase}.csv", "".join(vrow), gz)
-        put(folder / f"layer{layer}.txt", "".join(sizes), gz)
-
-    put(folder / "sequence_lengths_per_example.csv", "".join(f"{n}\n" for n in lengths), gz)
-    completions = rng.integers(10, 200, size=len(lengths))
-    put(
-        folder / "prompt_completion_lengths_per_sample.csv",
-        "".join(f"{p} {c}\n" for p, c in zip(lengths, completions)),
-        gz,
-    )
-    outcomes = [
-        {"task_id": f"HumanEval/{i}", "passed": bool(c < 90), "result": "passed"}
-        for i, c in enumerate(completions)
-    ]
-    put(folder / "samples.jsonl_results.jsonl", "".join(json.dumps(row) + "\n" for row in outcomes), gz)
-    if config:
-        settings = {
-            "num_layers": LAYERS,
-            "num_heads": HEADS,
-            "num_kv_heads": GROUPS,
-            "model": "Tiny",
-            "method": "Top-theta",
-        }
-        (folder / "config.json").write_text(json.dumps({**settings, "k_per_layer": [K] * LAYERS}))
-    return folder
-
-
-def run_script(name: str, *args: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
-
-
-def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit code 2 and one sentence, without a traceback, that has all `words`."""
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -163,118 +72,6 @@ def test_scripts_start_fast_and_without_torch(plain: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": "TkAgg"}
     )
-
-
-@pytest.mark.parametrize("gz", [False, True])
-def test_readers_give_the_numbers(tmp_path: Path, gz: bool) -> None:
-    put(tmp_path / "th.txt", "L0_H0:65 -0.25 8 64\nL31_H12:66 1e-05 3 64.0\n", gz)
-    frame = read.read_thresholds(tmp_path)
-    assert frame is not None
-    assert frame.to_dict("list") == {
-        "layer": [0, 31],
-        "head": [0, 12],
-        "n": [65, 66],
-        "theta": [-0.25, 1e-05],
-        "samples": [8, 3],
-        "k": [64.0, 64.0],
-    }
-
-    put(
-        tmp_path / "layer1.txt",
-        "L1_H61:129 512 prefill 1.0\nL1_H0:130 512 generative_decoding 0.0077\r\n\n",
-        gz,
-    )
-    frame = read.read_sizes(tmp_path, 1)
-    assert frame is not None
-    assert frame["phase"].tolist() == ["prefill", "generative_decoding"]
-    assert frame.drop(columns="phase").to_dict("list") == {
-        "layer": [1, 1],
-        "head": [61, 0],
-        "n": [129, 130],
-        "k": [512, 512],
-        "ratio": [1.0, 0.0077],
-    }
-
-    put(tmp_path / "layer1_kept_vrow_prefill.csv", "1,0,100,60,100\n1,1,100,75,100\n", gz)
-    frame = read.read_kept(tmp_path, 1, "vrow", "prefill")
-    assert frame is not None
-    assert frame["group"].tolist() == [0, 1] and frame["kept"].tolist() == [60, 75]
-    assert read.named_layers(tmp_path) == [1]
-
-    put(tmp_path / "sequence_lengths_per_example.csv", "120\n77\n", gz)
-    put(tmp_path / "prompt_completion_lengths_per_sample.csv", "100 20\n50 7\n", gz)
-    put(
-        tmp_path / "samples.jsonl_results.jsonl", '{"task_id": "a", "passed": true, "result": "passed"}\n', gz
-    )
-    lengths, samples = read.read_sequence_lengths(tmp_path), read.read_completion_lengths(tmp_path)
-    outcomes = read.read_outcomes(tmp_path)
-    assert lengths is not None and lengths["n"].tolist() == [120, 77]
-    assert samples is not None and samples["total"].tolist() == [120, 57]
-    assert outcomes is not None and outcomes.to_dict("list") == {
-        "task_id": ["a"],
-        "passed": [True],
-        "result": ["passed"],
-    }
-
-
-def test_readers_take_missing_and_empty_files_for_none(tmp_path: Path) -> None:
-    (tmp_path / "th.txt").write_text("\n")
-    (tmp_path / "samples.jsonl_results.jsonl").write_text("")
-    assert read.read_thresholds(tmp_path) is None and read.read_sizes(tmp_path, 0) is None
-    assert read.read_outcomes(tmp_path) is None and read.read_config(tmp_path) == {}
-
-
-def test_a_repeated_threshold_counts_once(tmp_path: Path) -> None:
-    (tmp_path / "th.txt").write_text("L0_H0:65 0.1 8 64\nL0_H0:65 0.2 9 64\n")
-    frame = read.read_thresholds(tmp_path)
-    assert frame is not None and frame["theta"].tolist() == [0.2]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "L0_H0:66 0.3",
-        "L0_H0:66 0.3 8 64 7",
-        "L0_H0:66 0.3 8 64 7 7",
-        "L0_H0:66 zero 8 64",
-        "L0_H0:66 nan 8 64",
-        "L0_H0:66 inf 8 64",
-        "L-1_H0:66 0.3 8 64",
-        "L0_H0:6.5 0.3 8 64",
-        "L0_H0:66666666666666666666 0.3 8 64",
-        '"L0_H0:66 0.3 8 64',
-        "\0\0\0\0",
-        "\xff\xfe",
-    ],
-)
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_damaged_line_is_named(tmp_path: Path, line: str, place: int) -> None:
-    lines = ["L0_H0:65 0.25 8 64", "L0_H1:65 0.25 8 64"]
-    lines.insert(place, line)
-    (tmp_path / "th.txt").write_text("\n".join(lines) + "\n", encoding="latin-1")
-    with pytest.raises(UsageError, match=rf"th\.txt, line {place + 1}: "):
-        read.read_thresholds(tmp_path)
-
-
-def test_other_damaged_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "layer2.txt").write_text("L2_H0:65 64 prefill 1.0\nL3_H0:65 64 prefill 1.0\n")
-    (tmp_path / "layer3.txt").write_text("L3_H0:65 64 warmup 1.0\n")
-    (tmp_path / "layer2_kept_attn_prefill.csv").write_text("2,0,100,60,100\n\n2,0,100,-60,100\n")
-    (tmp_path / "samples.jsonl_results.jsonl").write_text(
-        '{"task_id": "a", "passed": true}\n{"task_id": "b"}\n'
-    )
-    (tmp_path / "config.json").write_text('{"num_layers": 30,\n}')
-    (tmp_path / "sequence_lengths_per_example.csv.gz").write_bytes(gzip.compress(b"12\n" * 99)[:-9])
-    for read_it, words in (
-        (lambda: read.read_sizes(tmp_path, 2), r"layer2\.txt, line 2"),
-        (lambda: read.read_sizes(tmp_path, 3), r"layer3\.txt, line 1"),
-        (lambda: read.read_kept(tmp_path, 2, "attn", "prefill"), r"prefill\.csv, line 3"),
-        (lambda: read.read_outcomes(tmp_path), r"results\.jsonl, line 2"),
-        (lambda: read.read_config(tmp_path), r"config\.json, line 2"),
-        (lambda: read.read_sequence_lengths(tmp_path), r"example\.csv\.gz is not a whole gzip file"),
-    ):
-        with pytest.raises(UsageError, match=words):
-            read_it()
 
 
 def test_missing_inputs_are_named_and_the_rest_is_drawn(tmp_path: Path) -> None:
@@ -361,12 +158,3 @@ def test_a_real_threshold_table(tmp_path: Path) -> None:
         "plot_th_llama.py", "-d", tmp_path, "-t", "SmolLM2", "--head-ids", "0,1,2,3,4,5,6,7,8"
     )
     assert result.returncode == 0 and result.stdout.splitlines() == [str(tmp_path / "th.png")]
-
-
-def test_a_million_lines_are_read_in_seconds(tmp_path: Path) -> None:
-    rows = [f"_H{head}:{n} {n / 7} 8 64\n" for head in range(32) for n in range(65, 1065)]
-    (tmp_path / "th.txt").write_text("".join(f"L{layer}{row}" for layer in range(32) for row in rows))
-    start = time.monotonic()
-    frame = read.read_thresholds(tmp_path)
-    assert frame is not None and len(frame) == 1_024_000
-    assert time.monotonic() - start < 15  # takes about one second; a loop over the lines takes longer

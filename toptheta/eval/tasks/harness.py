@@ -177,7 +177,9 @@ def _answer(
     first = sample["resps"][0][0]
     if isinstance(first, str):
         return Answer(key, asked, first, scores, counts, target=target)
-    likelihoods = [float(one[0] if isinstance(one, (tuple, list)) else one) for one in sample["filtered_resps"]]
+    likelihoods = [
+        float(one[0] if isinstance(one, (tuple, list)) else one) for one in sample["filtered_resps"]
+    ]
     if len(arguments) > 1 and arguments[-1][0] == "" != arguments[0][0]:
         likelihoods = likelihoods[: len(likelihoods) // 2]  # the second half are the choices without a prompt
     choices = [str(one[1]).strip() for one in arguments]

@@ -12,11 +12,11 @@ import re
 from itertools import product as pairs
 from typing import Any
 
-from toptheta.eval.generation_flags import read_text
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Outcome
 from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ReplyJob, calibration_count, mean_and_stderr
 from toptheta.util.errors import UsageError
+from toptheta.util.files import read_text
 
 SHORTEST = 512  # of the default lengths
 REPLY_TOKENS = 24
@@ -71,7 +71,7 @@ class NeedleJob(ReplyJob):
         super().__init__(settings, tokenizer)
         self.lengths = sorted(set(settings.needle_lengths)) or default_lengths(settings.max_seq_len)
         self.depths = sorted(set(settings.needle_depths))
-        text = read_text(settings.text) if settings.text else _filler(settings.seed)
+        text = read_text(settings.text, "--text") if settings.text else _filler(settings.seed)
         self.sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
         with_space = [" " + sentence for sentence in self.sentences]
         self.sizes = [len(ids) for ids in tokenizer(with_space, add_special_tokens=False)["input_ids"]]
@@ -84,7 +84,9 @@ class NeedleJob(ReplyJob):
         grid = list(pairs(self.lengths, self.depths))
         for (length, depth), i in pairs(grid, range(settings.needle_repeats)):
             self.items.append(self._item(f"{length}/{depth}/{i}", length, depth))
-        for i in range(calibration_count(settings, CALIBRATION_ITEMS, len(grid))):  # the lengths in turn, so that few prompts already cover all of them
+        for i in range(
+            calibration_count(settings, CALIBRATION_ITEMS, len(grid))
+        ):  # the lengths in turn, so that few prompts already cover all of them
             length, depth = self.lengths[i % len(self.lengths)], self.depths[i % len(self.depths)]
             self.calibration.append(self._item(f"calibration{i}", length, depth))
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from toptheta.eval.generation_flags import read_text
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Outcome
 from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ItemJob, split_off
@@ -23,6 +22,7 @@ from toptheta.models import generation as chunked
 from toptheta.models.patch import model_device
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
+from toptheta.util.files import read_text
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 
@@ -38,7 +38,7 @@ class PerplexityJob(ItemJob):
         self.start = tokenizer("")[
             "input_ids"
         ]  # what the tokenizer puts before every text (BOS), if anything
-        ids = tokenizer(read_text(settings.text), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(read_text(settings.text, "--text"), add_special_tokens=False)["input_ids"]
         width = settings.max_seq_len - len(self.start)
         windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
         if len(windows) < 2:

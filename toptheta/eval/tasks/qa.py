@@ -1,13 +1,14 @@
 """Q&A: a task of lm-eval, calibrated on another split of the same task or on --calib_task."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from toptheta.eval.cell import Cell
 from toptheta.eval.settings import QASettings
 from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
-from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults
+from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults, task_names
 from toptheta.methods.params import AttentionParams
 from toptheta.models.loading import ModelSource, load_tokenizer, unpacked
 from toptheta.models.recorder import Recorder
@@ -78,12 +79,13 @@ class QAJob(Job):
         return Outcome(harness.metrics_of(output), answers, summary=make_table(output))
 
 
-def qa_jobs(settings: list[QASettings]) -> list[QAJob]:
+def qa_jobs(settings: QASettings) -> list[QAJob]:
     """A job for each task. Raises UsageError for a task that is unknown, or whose data cannot be had."""
-    for one in settings:
-        check_task(one.task, one.data_dir)
-    harness.check_calib_task(settings[0])
-    jobs = [QAJob(one) for one in settings]
+    parts = [replace(settings, task=task) for task in task_names(settings.task)]
+    for part in parts:
+        check_task(part.task, part.data_dir)
+    harness.check_calib_task(settings)
+    jobs = [QAJob(part) for part in parts]
     for job in jobs:
         job.check_data()
     return jobs

@@ -23,15 +23,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toptheta.attention.reference import Counts, LayerSpec, mean_of_visible
-from toptheta.attention.rows import Rows
-from toptheta.methods.params import DENSE, SDC_METHODS, TOP_THETA
+from toptheta.attention.call import AttentionCall, Counts
+from toptheta.attention.reference import mean_of_visible
+from toptheta.calibration.sampler import LayerCalibration
+from toptheta.methods.base import KernelSpec, Selection
+from toptheta.methods.compensation import SDC_METHODS
 from toptheta.util.environment import cache_folder
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fno-math-errno -fPIC -shared".split()
 MAX_HEAD_DIM = 1024
-DENSE_SPEC = LayerSpec()
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -148,72 +149,69 @@ def _warn_once(reason: str) -> None:
 # ---- Calling ----
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> str | None:
+def unsupported(call: AttentionCall) -> str | None:
     """Why the kernel cannot take this call, or None if it can. Builds nothing."""
     if torch.compiler.is_compiling():
         return "the kernel cannot be traced by torch.compile"
+    q, k, v = call.q, call.k, call.v
     if not (q.device.type == k.device.type == v.device.type == "cpu"):
         return "the tensors are not on the CPU"
     if not (q.dtype == k.dtype == v.dtype == torch.float32):
         return f"the kernel computes in float32 only, not in {q.dtype}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if call.needs_gradient:
         return "the kernel has no backward pass"
     head_dim = q.shape[3]
     if head_dim % 16 or head_dim > MAX_HEAD_DIM or v.shape[3] != head_dim:
         return f"head_dim is {head_dim}, and the kernel does multiples of 16 up to {MAX_HEAD_DIM}"
+    if call.kernel is None:
+        return f"{call.spec.method.title} has no kernel"
     return None
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, rows: Rows, spec: LayerSpec) -> bool:
-    """Whether `attend` takes this call. Builds the library on first use; warns once if that fails."""
-    if unsupported(q, k, v, rows, spec) is not None:
-        return False
+def ready() -> str | None:
+    """Build and load the library at first use; why it cannot be had, or None. Warns once if it cannot."""
     library = load()
     if isinstance(library, str):
         _warn_once(library)
-        return False
-    return True
+        return library
+    return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    spec: LayerSpec,
-    scale: float,
-    theta: Tensor | None = None,
-    table: Tensor | None = None,
-    count: bool = False,
-    v_sum: Tensor | None = None,
-    count_rows: bool = False,
-) -> tuple[Tensor, Counts | None]:
-    """`sparse_attention` of attention/reference.py, computed by the kernel; the same arguments and results.
-
-    The output is a view of a `[B, Q, H, D]` tensor. v_sum: `[B, H_kv, D]` float32, sum of V over the
-    visible keys of the only query row (Q = 1), if the caller has it: with VMC, V is then read only where it
-    is kept.
-    """
-    call = _Prepared(q, k, v, rows, spec, scale, theta, table, v_sum)
-    out = call.output()
-    counts = None
-    if count:
-        batch, num_heads, num_kv_heads, kv_len = q.shape[0], q.shape[1], k.shape[1], k.shape[2]
-        counts = Counts(
-            attn=torch.zeros(batch, num_heads, dtype=torch.int64),
-            vrow=torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32),
-        )
-        call.args.attn, call.args.vrow = counts.attn.data_ptr(), counts.vrow.data_ptr()
-        if count_rows:
-            counts.row = torch.zeros(batch, num_heads, q.shape[2], dtype=torch.int32)
-            call.args.row = counts.row.data_ptr()
-    call.run()
+def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
+    """`sparse_attention` of attention/reference.py, computed by the kernel. The output is a view of a `[B, Q,
+    H, D]` tensor."""
+    assert call.kernel is not None
+    prepared = _Prepared(call, call.kernel)
+    out, counts, args = prepared.output(), None, prepared.args
+    if call.count:
+        counts = Counts.zeros(call)
+        args.attn, args.vrow = counts.attn.data_ptr(), counts.vrow.data_ptr()
+        if counts.row is not None:
+            args.row = counts.row.data_ptr()
+    prepared.run()
     return out, counts
+
+
+def calibrate(call: AttentionCall, calibration: LayerCalibration) -> Tensor:
+    """Attention of `call`, dense or Top-k, `[B, H, Q, D]`, while `calibration` takes its samples."""
+    ks, chosen = calibration.ks, calibration.chosen
+    assert chosen is not None
+    # R of what the K largest leave is known in the same pass; that of thresholds only once this prompt's
+    # samples are in them.
+    at_once = calibration.with_sdc and not calibration.thresholds
+    got = sample(call, ks, calibration.placement, True, at_once, chosen=chosen)
+    calibration.take(got.values, got.missing, call.rows.n)
+    if calibration.with_sdc and not at_once:
+        thetas = [calibration.running_threshold(k) for k in ks]
+        second = sample(call, ks, calibration.placement, False, True, thetas, chosen)
+        calibration.take(None, second.missing, call.rows.n)
+    assert got.out is not None
+    return got.out
 
 
 @dataclass
 class Samples:
-    """What a calibration call returns. values: `[len(ks), B, H, Q]` float32, the (K+1)-th largest score or
+    """What a calibration pass returns. values: `[len(ks), B, H, Q]` float32, the (K+1)-th largest score or
     weight of each row; missing: likewise R of SDC 'exact', or None. Both are 0 where n <= K or the row was
     not chosen. out: `[B, H, Q, D]`, or None."""
 
@@ -222,75 +220,55 @@ class Samples:
     out: Tensor | None
 
 
-def calibrate(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    scale: float,
+def sample(
+    call: AttentionCall,
     ks: Sequence[int],
     placement: str,
-    output: LayerSpec | None = DENSE_SPEC,
+    output: bool = True,
     missing: bool = False,
     missing_theta: Sequence[Tensor] | None = None,
     chosen: Tensor | None = None,
 ) -> Samples:
     """The calibration samples of every row (DESIGN section 4) and, in the same pass, attention.
 
-    output: the attention to compute meanwhile (mode 3: dense; mode 1: Top-k, with its placement and VMC),
-    None for none. missing: also R of what Top-k would drop or, with missing_theta (a `[H, L]` table for
-    each K), of what those thresholds would. chosen: `[B or 1, Q]` bool, the rows to sample; None: all.
+    call: what to compute meanwhile, if `output`: dense, or Top-k with its placement and VMC. missing: also R
+    of what Top-k would drop or, with missing_theta (a `[H, L]` table for each K), of what those thresholds
+    would. chosen: `[B or 1, Q]` bool, the rows to sample; None: all.
     """
-    if output is not None and output.sparse and output.placement != placement:
-        raise ValueError(f"the output is {output.placement}, but the samples are {placement}")
-    call = _Prepared(q, k, v, rows, output or DENSE_SPEC, scale, None, None, None)
-    args, shape = call.args, (len(ks), q.shape[0], q.shape[1], q.shape[2])
+    spec = call.kernel if output else KernelSpec()
+    assert spec is not None
+    if spec.sparse and spec.placement != placement:
+        raise ValueError(f"the output is {spec.placement}, but the samples are {placement}")
+    prepared = _Prepared(call, spec)
+    args, shape = prepared.args, (len(ks), *call.q.shape[:3])
     args.post_softmax = placement == "post-softmax"
-    out = None if output is None else call.output()
-    args.ks, args.num_ks = call.keep(torch.tensor(tuple(ks))).data_ptr(), len(ks)
+    out = prepared.output() if output else None
+    args.ks, args.num_ks = prepared.keep(torch.tensor(tuple(ks))).data_ptr(), len(ks)
     values = torch.zeros(shape)
     args.samples = values.data_ptr()
     rest = torch.zeros(shape) if missing else None
     if rest is not None:
         args.missing = rest.data_ptr()
         if missing_theta is not None:
-            tables = call.keep(torch.stack(tuple(missing_theta)).float().contiguous())
+            tables = prepared.keep(torch.stack(tuple(missing_theta)).float().contiguous())
             args.missing_theta, args.missing_len = tables.data_ptr(), tables.shape[2]
     if chosen is not None:
-        chosen = call.keep(chosen.contiguous())
+        chosen = prepared.keep(chosen.contiguous())
         args.chosen, args.chosen_batch = chosen.data_ptr(), chosen.stride(0) if chosen.shape[0] > 1 else 0
-    call.run()
+    prepared.run()
     return Samples(values, rest, out)
 
 
 class _Prepared:
-    """A Call and the tensors that its addresses point into."""
+    """A Call of the library and the tensors that its addresses point into."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rows: Rows,
-        spec: LayerSpec,
-        scale: float,
-        theta: Tensor | None,
-        table: Tensor | None,
-        v_sum: Tensor | None,
-    ):
-        batch, num_heads, q_len, head_dim = q.shape
-        num_kv_heads, kv_len = k.shape[1], k.shape[2]
-        # The kernel follows addresses blindly: what does not fit must stop here.
-        if v.shape != k.shape or k.shape[0] != batch or k.shape[3] != head_dim or num_heads % num_kv_heads:
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
-        for name, at, needed in (
-            ("theta", theta, spec.sparse and (spec.mode == TOP_THETA or spec.sdc == "exp-threshold")),
-            ("table", table, spec.sparse and spec.sdc == "offline-calibrated"),
-        ):
-            if needed and (at is None or at.shape[0] != num_heads):
-                raise ValueError(f"{spec} needs a {name} of shape [{num_heads}, L]")
+    def __init__(self, call: AttentionCall, spec: KernelSpec):
+        call.check_shapes()
+        rows, theta, table = call.rows, call.theta, call.sdc_table
+        batch, num_heads, q_len, head_dim = call.q.shape
+        num_kv_heads, kv_len = call.k.shape[1], call.k.shape[2]
         self.kept: list[Tensor] = []
-        q, k, v = (self.keep(x if x.stride(3) == 1 else x.contiguous()) for x in (q, k, v))
+        q, k, v = (self.keep(x if x.stride(3) == 1 else x.contiguous()) for x in (call.q, call.k, call.v))
         self.q = q
         first = rows.first
         if first is None:  # without a mask: plain causal, aligned at the first key
@@ -299,8 +277,8 @@ class _Prepared:
             batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, torch.get_num_threads(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         )  # fmt: skip
-        args.first, args.scale = first, scale
-        args.mode, args.k_keep = (spec.mode, spec.k) if spec.sparse else (DENSE, 0)
+        args.first, args.scale = first, call.scale
+        args.mode, args.k_keep = (spec.selection, spec.k) if spec.sparse else (Selection.ALL, 0)
         args.post_softmax = spec.placement == "post-softmax"
         args.sdc, args.sdc_scale = SDC_METHODS.index(spec.sdc), spec.sdc_scale
         args.capk, args.vmc = spec.capk, spec.vmc
@@ -323,8 +301,8 @@ class _Prepared:
             table = self.keep(table.float().contiguous())
             args.table, args.table_len = table.data_ptr(), table.shape[1]
         if spec.vmc:
-            if v_sum is not None and q_len == 1:
-                args.v_sum = self.keep(v_sum.contiguous()).data_ptr()
+            if call.v_sum is not None and q_len == 1:
+                args.v_sum = self.keep(call.v_sum.contiguous()).data_ptr()
             elif first < 0:  # which keys a row sees follows no rule: a matrix product
                 sums = mean_of_visible(v, rows) * rows.n[:, None, :, None]
                 args.v_sum = self.keep(sums.contiguous()).data_ptr()

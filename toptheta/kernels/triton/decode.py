@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toptheta.attention.reference import LayerSpec, per_row, top_theta_keep
-from toptheta.kernels.int8_keys import Int8Keys
+from toptheta.attention.call import Int8Keys, per_row
 from toptheta.kernels.triton.filtered import filtered_kernel
 from toptheta.kernels.triton.online import (
     LOWEST,
@@ -29,7 +28,9 @@ from toptheta.kernels.triton.online import (
     lookup,
     store_taken,
 )
-from toptheta.methods.params import SDC_METHODS, TOP_K
+from toptheta.methods.base import KernelSpec, Selection
+from toptheta.methods.compensation import SDC_METHODS
+from toptheta.methods.top_theta import keep_above
 
 # Keys of a tile, and what Triton makes of it; BLOCK_F: keys of a tile of the int8 copy.
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
@@ -272,7 +273,7 @@ def decode(
     theta: Tensor,
     table: Tensor | None,
     v_sum: Tensor | None,
-    spec: LayerSpec,
+    spec: KernelSpec,
     scale: float,
     count: bool,
     int8: Int8Keys | None = None,
@@ -289,7 +290,8 @@ def decode(
     group = num_heads // num_kv_heads
     splits = split_count(batch * num_kv_heads, kv_len, q.device)
     block_d = max(32, triton.next_power_of_2(head_dim))
-    two_stages = spec.sparse and (spec.mode == TOP_K or spec.placement == "post-softmax")
+    largest = spec.selection == Selection.LARGEST
+    two_stages = spec.sparse and (largest or spec.placement == "post-softmax")
     part_peak, part_total, part_taken = torch.empty(
         3, batch, num_heads, splits, device=q.device, dtype=torch.float32
     )
@@ -328,7 +330,7 @@ def decode(
     )  # fmt: skip
     keep = None
     if two_stages:
-        if spec.mode == TOP_K:
+        if largest:
             # A row with n <= K has all it sees among its K largest: they are dense without being told apart.
             top = scores.topk(min(spec.k, kv_len), dim=-1, sorted=False)
             keep = torch.zeros_like(scores, dtype=torch.int8).scatter_(
@@ -339,7 +341,7 @@ def decode(
         gather_kernel[grid](
             v, n if span is None else span, n, theta, scores, scores if keep is None else keep, *parts,
             kv_len, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride, *v.stride()[:3],
-            **tile, BLOCK_S=MAX_SPLITS, CHOSEN=spec.mode == TOP_K, STORE_KEEP=keep is not None,
+            **tile, BLOCK_S=MAX_SPLITS, CHOSEN=largest, STORE_KEEP=keep is not None,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
     merge_kernel[(batch * num_heads,)](
@@ -355,12 +357,12 @@ def decode(
         seen = torch.ones(1, 1, kv_len, dtype=torch.bool, device=q.device) if mask is None else mask[:, None]
         return out, seen.expand(batch, num_heads, kv_len).clone()
     if keep is None:
-        peak = scores.amax(dim=-1, keepdim=True)
-        return out, top_theta_keep(scores, per_row(theta, n)[:, :, 0], peak) & (scores > float("-inf"))
+        row_max = scores.amax(dim=-1, keepdim=True)
+        return out, keep_above(scores, per_row(theta, n)[:, :, 0], row_max) & (scores > float("-inf"))
     return out, keep.bool()
 
 
-def sdc_code(spec: LayerSpec) -> int:
+def sdc_code(spec: KernelSpec) -> int:
     """SDC as `final_denominator` takes it."""
     if not spec.sparse:
         return 0

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toptheta.attention.reference import Counts, LayerSpec
+from toptheta.attention.call import Counts
 from toptheta.kernels.triton.decode import row_stride, sdc_code
 from toptheta.kernels.triton.online import (
     LOWEST,
@@ -23,6 +23,7 @@ from toptheta.kernels.triton.online import (
     least_exp,
     lookup,
 )
+from toptheta.methods.base import KernelSpec
 
 # Rows and keys of a tile, and what Triton makes of it: 16-bit types, head_dim up to 128.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
@@ -221,7 +222,7 @@ def prefill(
     theta: Tensor,
     table: Tensor | None,
     v_mean: Tensor | None,
-    spec: LayerSpec,
+    spec: KernelSpec,
     scale: float,
     count: bool,
 ) -> tuple[Tensor, Counts | None]:

@@ -1,0 +1,94 @@
+"""Calibrated tables to files and back, and tables that do not fit the model."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.helpers.calibration import calibrated, prompts
+from topk_llama import set_params
+from toptheta.calibration.tables import BINARY_NAME, load_tables, save_tables
+from toptheta.models.control import calibrated_tables
+from toptheta.util.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("path")
+
+
+def test_files_and_back(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    calibrated(tiny_model, sdc="offline-calibrated", calib_add_sigma=0.1)
+    tables = calibrated_tables(tiny_model)
+    save_tables(tables, tmp_path)
+    line = (tmp_path / "th.txt").read_text().splitlines()[0].split(" ")
+    assert line[0] == "L0_H0:7" and line[2:] == ["4", "6"] and float(line[1]) == tables.theta[0].values[0, 7]
+    assert len((tmp_path / "sdc.txt").read_text().splitlines()[0].split(" ")) == 3
+    binary = load_tables(tmp_path, 3, 6)
+    (tmp_path / BINARY_NAME).unlink()
+    text = load_tables(tmp_path, 3, 6)
+    (tmp_path / "th.txt.gz").write_bytes(gzip.compress((tmp_path / "th.txt").read_bytes()))
+    (tmp_path / "th.txt").unlink()
+    zipped = load_tables(tmp_path, 3, 6)
+    assert binary.meta["placement"] == "pre-softmax"
+    for loaded in (binary, text, zipped):
+        assert loaded.k == {0: 6, 1: 6, 2: 6}
+        for kind in ("theta", "sdc"):
+            for layer in range(3):
+                a, b = getattr(loaded, kind)[layer], getattr(tables, kind)[layer]
+                np.testing.assert_array_equal(a.values, b.values)
+                np.testing.assert_array_equal(a.samples, b.samples)
+
+    set_params(tiny_model, calibrate=False)
+    ids = prompts(1)[0]
+    expected = tiny_model(ids).logits
+    set_params(tiny_model, mode=3)
+    set_params(tiny_model, mode=0, calib_load_path=str(tmp_path))
+    assert torch.equal(tiny_model(ids).logits, expected)
+
+
+def test_tables_that_do_not_fit(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    calibrated(tiny_model)
+    save_tables(calibrated_tables(tiny_model), tmp_path / "ours")
+    set_params(tiny_model, calibrate=False)
+    for path, params, message in (
+        ("ours", {"K": 7}, "calibrated for K=6, but K=7"),
+        ("ours", {"placement": "post-softmax"}, "placement pre-softmax, but post-softmax"),
+        ("ours", {"sdc": "offline-calibrated"}, "SDC table lacks layer 0"),
+        ("nowhere", {}, "no folder"),
+        ("empty", {}, "neither th.txt nor sdc.txt"),
+        ("damaged", {}, "not a table of lines"),
+        ("mixed", {}, "mixes several K in layer 0"),
+        ("other", {}, "3 layers and 9 heads"),
+        ("deep", {}, "99 layers"),
+        ("partial", {}, "lack layer 2"),
+    ):
+        folder = tmp_path / path
+        if path not in ("ours", "nowhere"):
+            folder.mkdir(exist_ok=True)
+        lines = [f"L{layer}_H{head}:9 0.5 2 6" for layer in range(3) for head in range(6)]
+        text = {
+            "damaged": "this is no table\n",
+            "mixed": "\n".join([*lines, "L0_H0:10 0.5 2 7"]),
+            "other": "\n".join([*lines, "L2_H8:9 0.5 2 6"]),
+            "deep": "\n".join([*lines, "L98_H0:9 0.5 2 6"]),
+            "partial": "\n".join(line for line in lines if not line.startswith("L2")),
+        }.get(path)
+        if text is not None:
+            (folder / "th.txt").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            set_params(
+                tiny_model,
+                **({"mode": 0, "K": 6, "placement": "pre-softmax", "sdc": "none"} | params),
+                calib_load_path=str(folder),
+            )
+    # scores can be negative, weights cannot
+    (tmp_path / "negative").mkdir()
+    (tmp_path / "negative" / "th.txt").write_text("\n".join(line.replace("0.5", "-0.5") for line in lines))
+    with pytest.raises(UsageError, match="they compare scores"):
+        set_params(
+            tiny_model, mode=0, K=6, placement="post-softmax", calib_load_path=str(tmp_path / "negative")
+        )
+    (tmp_path / "ours" / BINARY_NAME).write_bytes(b"not a table")
+    with pytest.raises(UsageError, match="cannot be read"):
+        set_params(tiny_model, mode=0, K=6, calib_load_path=str(tmp_path / "ours"))

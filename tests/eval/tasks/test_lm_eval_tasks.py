@@ -1,0 +1,22 @@
+"""Tasks of the harness on local rows: folders, splits, and the tasks' twins for calibration."""
+
+from pathlib import Path
+
+import pytest
+
+from toptheta.eval.tasks.lm_eval_tasks import TASKS, check_task, task_configs
+from toptheta.util.errors import UsageError
+
+
+def test_tasks(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        check_task("arc_easy", str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="has no folder 'arc_easy'"):
+        check_task("arc_easy", str(tmp_path))
+    (tmp_path / "arc_easy").mkdir()
+    with pytest.raises(UsageError, match="holds no test.jsonl"):
+        task_configs("arc_easy", str(tmp_path), False)
+    for name in TASKS:
+        for config, twin in zip(task_configs(name, None, False), task_configs(name, None, True)):
+            assert twin["task"] == config["task"] + "_calibration"
+            assert twin["test_split"] != (config.get("test_split") or config.get("validation_split"))

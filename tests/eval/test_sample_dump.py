@@ -1,0 +1,47 @@
+"""Calibration samples that a run keeps, through an interrupt."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.eval.helpers import calibrating_settings
+from tests.helpers.calibration import check_average
+from toptheta.calibration.kept_samples import (
+    SAMPLES_NAME,
+    read_calibration_samples,
+)
+from toptheta.calibration.tables import BINARY_NAME, load_tables
+
+
+def test_dump_of_each_cell_survives_an_interrupt(
+    folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toptheta.eval import lm_eval_model as harness
+    from toptheta.eval.tasks.qa import run_qa
+
+    options = {"k": (16, 32), "calibrate_only": True, "calib_dump_samples": True}
+    score, calls = harness.TopThetaLM._score, []
+
+    def scoring(self, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, batch)
+
+    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    with pytest.raises(KeyboardInterrupt):
+        run_qa(calibrating_settings(folder_model, **options))
+    (run,) = here.joinpath("products").iterdir()
+    run_qa(calibrating_settings(folder_model, **options), resume=str(run))
+    assert len(calls) == 4  # three prompts, of which one was cut off: none ran twice
+    for k in (16, 32):
+        folder = run / f"mode0_k{k}"
+        samples, tables = read_calibration_samples(folder), load_tables(folder, 2, 6)
+        (folder / BINARY_NAME).unlink()
+        assert sorted(samples) == sorted(tables.theta) == [0, 1]
+        for layer, (n, values) in samples.items():
+            assert n.min() == k + 1
+            check_average(n, values, tables.theta[layer])
+            check_average(n, values, load_tables(folder, 2, 6).theta[layer])  # of th.txt
+    run_qa(calibrating_settings(folder_model, calibrate_only=True, output_dir="off"))
+    assert not list(here.glob(f"off/**/{SAMPLES_NAME}"))

@@ -1,0 +1,77 @@
+"""The CPU kernel's calibration samples and missing denominators against plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.kernel_cases import SCALE, K, case, inputs, needs_kernel
+from toptheta.attention.reference import (
+    Block,
+    LayerSpec,
+    sparse_attention,
+)
+from toptheta.calibration.sampler import LayerCalibration
+from toptheta.kernels.cpu import backend as cpu
+
+
+@needs_kernel
+@pytest.mark.parametrize("placement", ["pre-softmax", "post-softmax"])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "left padding", "few rows", "any mask"])
+def test_samples_are_the_next_largest(kind, placement):
+    torch.manual_seed(7)
+    rows, batch, q_len, kv_len = case(kind)
+    q, k, v = inputs(batch, (8, 2, 80), q_len, kv_len)
+    ks = (5, K, 40)
+    chosen = torch.rand(batch, q_len) < 0.7
+    for output in (LayerSpec(), LayerSpec(1, placement, K, vmc=placement == "post-softmax"), None):
+        got = cpu.calibrate(q, k, v, rows, SCALE, ks, placement, output, chosen=chosen)
+        seen = _Seen()
+        plain = LayerSpec(3, placement) if output is None or not output.sparse else output
+        expected, _ = sparse_attention(q, k, v, rows, plain, SCALE, calibrator=seen)
+        x = torch.nn.functional.pad(torch.cat(seen.blocks, dim=2), (0, max(ks)), value=-math.inf)
+        largest = x.topk(max(ks) + 1, dim=-1).values
+        for which, k_ in enumerate(ks):
+            sampled = ((rows.n > k_) & chosen)[:, None].expand(batch, 8, q_len)
+            assert torch.allclose(got.values[which][sampled], largest[..., k_][sampled], rtol=1e-5, atol=1e-9)
+            assert (got.values[which][~sampled] == 0).all()
+        assert (got.out is None) == (output is None)
+        if got.out is not None:
+            torch.testing.assert_close(got.out, expected, rtol=1e-5, atol=2e-6)
+
+
+class _Seen:
+    """A Calibrator that keeps every block."""
+
+    def __init__(self):
+        self.blocks: list[Tensor] = []
+
+    def observe(self, block: Block) -> None:
+        width = block.scores.shape[-1]
+        if self.blocks and width > self.blocks[0].shape[-1]:
+            grow = width - self.blocks[0].shape[-1]
+            self.blocks = [torch.nn.functional.pad(b, (0, grow), value=-math.inf) for b in self.blocks]
+        self.blocks.append(block.scores.clone())
+
+
+@needs_kernel
+@pytest.mark.parametrize("mode", [0, 1])
+def test_missing_denominators(mode):
+    """R of what would be dropped equals LayerCalibration's, for several K."""
+    torch.manual_seed(8)
+    rows, batch, q_len, kv_len = case("left padding")
+    q, k, v = inputs(batch, (8, 2, 80), q_len, kv_len)
+    ks = (K, 5)
+    plain = LayerCalibration(ks, 8, mode=mode, with_sdc=True)
+    plain.start_call(rows.n, rows.real, batch, kv_len)
+    sparse_attention(q, k, v, rows, LayerSpec(3, "pre-softmax"), SCALE, calibrator=plain)
+    thresholds = [plain.thresholds[k_].threshold(0.0).float() for k_ in ks] if mode == 0 else None
+    got = cpu.calibrate(q, k, v, rows, SCALE, ks, "pre-softmax", None, True, thresholds, chosen=rows.real)
+    for which, k_ in enumerate(ks):
+        mine = LayerCalibration((k_,), 8, mode=mode, with_sdc=True).missing[k_]
+        mine.reserve(kv_len)
+        sampled = rows.real & (rows.n > k_)
+        mine.add(got.missing[which], rows.n, sampled)
+        assert torch.equal(mine.count, plain.missing[k_].count)
+        assert torch.allclose(mine.mean(), plain.missing[k_].mean(), rtol=1e-5, equal_nan=True)

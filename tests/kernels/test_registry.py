@@ -1,0 +1,73 @@
+"""Which path attention takes: the kernel where it fits, what is forced, and no compiler."""
+
+import pytest
+import torch
+
+from tests.helpers.kernel_cases import needs_kernel
+from toptheta.attention.reference import (
+    LayerSpec,
+    sparse_attention,
+)
+from toptheta.attention.rows import rows_of
+from toptheta.kernels import registry as kernels
+from toptheta.kernels.cpu import backend as cpu
+from toptheta.util.errors import UsageError
+
+
+def small_call(head_dim: int = 64, dtype: torch.dtype = torch.float32):
+    q = torch.randn(1, 2, 5, head_dim).to(dtype)
+    return q, q, q, rows_of(None, 5, 5, torch.device("cpu")), LayerSpec(1, "pre-softmax", 2), 0.1
+
+
+@needs_kernel
+def test_chooses_the_kernel_where_it_fits(monkeypatch):
+    calls = []
+    real = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(kernels, "FORCED", None)
+    kernels.attend(*small_call())
+    assert len(calls) == 1
+    kernels.attend(*small_call(head_dim=20))
+    kernels.attend(*small_call(dtype=torch.bfloat16))
+    with torch.enable_grad():
+        q, k, v, *rest = small_call()
+        assert not cpu.supports(q.requires_grad_(), k, v, *rest[:2])
+    assert len(calls) == 1
+    monkeypatch.setattr(kernels, "FORCED", "reference")
+    kernels.attend(*small_call())
+    assert len(calls) == 1
+    monkeypatch.setattr(kernels, "FORCED", "cpu")
+    kernels.attend(*small_call())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "forced, changes, says",
+    [
+        ("cpu", {"dtype": torch.bfloat16}, "float32 only"),
+        ("cpu", {"head_dim": 20}, "head_dim is 20"),
+        ("triton", {}, "because (the tensors are not on a GPU|Triton is not installed)"),
+        ("gpu", {}, "none of reference, cpu, triton"),
+    ],
+)
+def test_forcing_what_cannot_be(forced, changes, says, monkeypatch):
+    monkeypatch.setattr(kernels, "FORCED", forced)
+    with pytest.raises(UsageError, match=says):
+        kernels.attend(*small_call(**changes))
+
+
+def test_no_compiler_is_said_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(kernels, "FORCED", None)
+    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)
+    cpu._warn_once.cache_clear()
+    args = small_call()
+    with pytest.warns(UserWarning, match="no C.. compiler") as said:
+        out, _ = kernels.attend(*args)
+        kernels.attend(*args)
+    assert len(said) == 1
+    assert torch.equal(out, sparse_attention(*args)[0])
+    monkeypatch.setattr(kernels, "FORCED", "cpu")
+    with pytest.raises(UsageError, match="no C.. compiler"):
+        kernels.attend(*args)

@@ -1,0 +1,45 @@
+"""The GPU benchmarks of decode and of tiles run, on toys."""
+
+import pytest
+import torch
+
+from bench.attention import MODELS, Case
+from bench.decode import METHODS, Bench
+from tests.kernels.triton.helpers import DEVICE, here
+from toptheta.kernels import registry as kernels
+
+
+@here
+def test_decode_benchmark_runs(monkeypatch):
+    """All its methods, two tiers too, on a toy; the shared K and V make them agree on what they read."""
+    monkeypatch.setattr(kernels, "FORCED", "triton")
+    row = Bench("tiny", DEVICE, k=16, steps=1, blocks=1, eager=True).measure(1, 100)
+    assert list(row["methods"]) == list(METHODS)
+    assert all(cell["ms"] > 0 for cell in row["methods"].values())
+    assert 0.05 < row["kept"]["elements"] < 0.5 and row["kept"]["elements"] < row["kept"]["V rows"] < 1
+
+
+@here
+@pytest.mark.parametrize("kind", ["decode", "int8", "prefill"])
+def test_tuning_runs(kind, monkeypatch):
+    """Other tiles give the same outputs and leave nothing changed; what cannot be run is told, and last."""
+    from bench import attention_gpu, tune_gpu  # which need Triton
+    from toptheta.kernels.triton import decode as triton_decode
+    from toptheta.kernels.triton import prefill as triton_prefill
+
+    monkeypatch.setitem(MODELS, tune_gpu.MODEL, (4, 2, 32))
+    monkeypatch.setattr(attention_gpu, "DTYPE", torch.float16)
+    monkeypatch.setattr(attention_gpu, "COLD_BYTES", 0)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(tune_gpu, "captured", lambda call: call)
+        monkeypatch.setattr(tune_gpu, "median_times", lambda calls, _: dict.fromkeys(calls, 1.0))
+    module = triton_prefill if kind == "prefill" else triton_decode
+    before = {name: value for name, value in vars(module).items() if name.isupper()}
+    if kind == "prefill":
+        configs = [triton_prefill.TILE, {"BLOCK_M": 64, "SKIP": False}, {"BLOCK_N": 48}]
+    else:
+        configs = [{"tile": (64, 4), "RESIDENT": 3}, {"tile": (32, 2), "RESIDENT": 1}, {"tile": (48, 4)}]
+    case = Case(tune_gpu.MODEL, "prefill" if kind == "prefill" else "decode", 700, 1)
+    rows = tune_gpu.tune(kind, case, configs, DEVICE)
+    assert [("ms" in row, row["set"]) for row in rows] == [(True, True), (True, False), (False, False)]
+    assert "not run" in rows[-1] and all(getattr(module, name) == before[name] for name in before)

@@ -1,0 +1,28 @@
+"""The tests of the Triton kernels in Triton's interpreter, where there is no GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.kernels.triton.helpers import HERE, needs_triton
+
+FOLDER = ROOT / "tests" / "kernels" / "triton"
+FILES = [
+    *(
+        str(FOLDER / f"test_{name}.py")
+        for name in ("attend", "operators", "whole_models", "benchmarks", "refusals")
+    ),
+    str(FOLDER.parent / "test_int8_keys.py"),
+]
+
+
+@needs_triton
+@pytest.mark.skipif(HERE, reason="the tests run in this process")
+def test_in_the_interpreter():
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]

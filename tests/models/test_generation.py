@@ -1,0 +1,107 @@
+"""Prompts in chunks: generation, likelihood and calibration are those without chunks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from toptheta.models import generation as chunked
+from toptheta.models.control import record_statistics, set_params
+from toptheta.models.patch import patched_layers, update_model
+from toptheta.models.recorder import Recorder
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"mode": 3, "placement": "none"},
+    "top-k": {"mode": 1, "K": 12, "placement": "pre-softmax", "sdc": "exact", "vmc": True},
+    "top-theta": {"mode": 0, "K": 12, "placement": "pre-softmax", "sdc": "exact", "vmc": True},
+    "top-theta capped": {"mode": 0, "K": 12, "placement": "pre-softmax", "capk": True},
+    "top-theta post": {"mode": 0, "K": 12, "placement": "post-softmax", "vmc": True},
+}
+
+
+@pytest.fixture(params=METHODS)
+def steered(request, tiny_model) -> LlamaForCausalLM:
+    """The tiny model in one of the methods, its thresholds calibrated."""
+    update_model(tiny_model)
+    method = METHODS[request.param]
+    if method["mode"] == 0:
+        set_params(tiny_model, **method | {"capk": False}, calibrate=True, calib_sample_frac=1.0)
+        for seed in range(3):
+            tiny_model(torch.randint(97, (2, 61), generator=torch.Generator().manual_seed(seed)))
+    set_params(tiny_model, **method, calibrate=False)
+    return tiny_model
+
+
+def prompts(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Random prompts of these lengths, padded at the left."""
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, length in enumerate(lengths):
+        ids[i, -length:] = torch.randint(1, 97, (length,), generator=torch.Generator().manual_seed(9 + i))
+        mask[i, -length:] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("chunk", [7, 19, 48])  # 49 = 7 * 7 = 48 + 1: the last chunk of one row is no decode
+def test_generation_in_chunks(steered: LlamaForCausalLM, path: str, chunk: int) -> None:
+    """Logits, tokens and every count are those without chunks; a batch padded at the left included."""
+    for lengths in ((49,), (49, 20, 41)):
+        got = []
+        for size in (None, chunk):
+            recorder = Recorder(6)
+            record_statistics(steered, recorder)
+            out = chunked.generate(
+                steered,
+                prompts(lengths),
+                size,
+                max_new_tokens=6,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=[],
+            )
+            got.append((out, *recorder.drain()))
+            record_statistics(steered, None)
+            assert recorder.phase is None
+        (tokens, prefill, decode), (tokens_2, prefill_2, decode_2) = got
+        assert torch.equal(tokens, tokens_2)
+        assert [len(steps) for steps in decode.values()] == [len(steps) for steps in decode_2.values()]
+        assert len(decode[0]) == 5
+        for layer in prefill:
+            assert (prefill_2[layer].n == list(lengths)).all()
+            for one, two in [
+                (prefill[layer], prefill_2[layer]),
+                *zip(decode[layer], decode_2[layer]),
+            ]:
+                for name in ("attn", "vrow", "full", "topk", "n"):
+                    np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+
+
+def test_likelihood_in_chunks(steered: LlamaForCausalLM, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-log p of each token: from whole logits by hand, and the same in chunks."""
+    ids = prompts((49, 49))["input_ids"]
+    logits = steered(ids).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(2, 48)
+    monkeypatch.setattr(chunked, "LOGIT_ROWS", 10)
+    for chunk in (None, 7, 16, 48, 49, 100):
+        got = chunked.negative_log_likelihood(steered, ids, chunk)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_in_chunks(tiny_model: LlamaForCausalLM, path: str) -> None:
+    """Every row is sampled once, and thresholds are those without chunks."""
+    update_model(tiny_model)
+    ids, theta = prompts((49,))["input_ids"], []
+    for chunk in (None, 16):
+        set_params(
+            tiny_model, mode=0, K=12, placement="pre-softmax", calibrate=True, calib_tac=True,
+            calib_sample_frac=1.0,
+        )  # fmt: skip
+        chunked.negative_log_likelihood(tiny_model, ids, chunk)
+        set_params(tiny_model, calibrate=False)
+        theta.append([layer.theta for layer in patched_layers(tiny_model)])
+    for one, two in zip(*theta):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

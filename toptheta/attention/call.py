@@ -1,0 +1,133 @@
+"""One attention call, as it is handed from the attention function to the reference and to every backend.
+
+Shapes: B sequences, H query heads, H_kv key/value heads, G = H / H_kv heads of a group, Q query rows, N keys,
+D head_dim. A head's group is `head // G`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from toptheta.attention.rows import Rows
+from toptheta.methods.base import Block, KernelSpec, RowTables, State
+from toptheta.methods.params import LayerSpec
+
+
+@dataclass(frozen=True)
+class Int8Keys:
+    """An int8 copy of K; see kernels/int8_keys.py. codes: `[B, H_kv, N, D]` int8; steps, slacks: `[B, H_kv,
+    N]` float32; mean: `[B, H_kv, D]` float32."""
+
+    codes: Tensor
+    steps: Tensor
+    slacks: Tensor
+    mean: Tensor
+
+
+class Calibrator(Protocol):
+    """Sees the rows of every block while a layer is calibrated; see calibration/sampler.py."""
+
+    def observe(self, block: Block) -> None: ...
+
+
+@dataclass
+class AttentionCall:
+    """What attention is to compute.
+
+    q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`. theta, sdc_table: `[H, L]` calibrated values by row length,
+    looked up at min(n, L - 1), with -inf and 0 for lengths up to K; None where the spec needs none. count:
+    say what was kept; count_rows: also by row. What the cache keeps beside K and V: v_sum `[B, H_kv, D]`
+    float32, the sum of V over the visible keys of the only query row (it spares the kernels reading all of
+    V); int8, the copy of K (it spares the Triton kernels reading all of K); state, what the method remembers.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rows: Rows
+    spec: LayerSpec
+    scale: float
+    theta: Tensor | None = None
+    sdc_table: Tensor | None = None
+    count: bool = False
+    count_rows: bool = False
+    v_sum: Tensor | None = None
+    int8: Int8Keys | None = None
+    state: State | None = None
+
+    @property
+    def kernel(self) -> KernelSpec | None:
+        """The spec as kernels know it; None: the reference path only."""
+        return self.spec.kernel
+
+    def check_shapes(self) -> None:
+        """Raise ValueError where the tensors do not fit: kernels follow addresses blindly."""
+        q, k, v, num_heads = self.q, self.k, self.v, self.q.shape[1]
+        if (
+            v.shape != k.shape
+            or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
+            or num_heads % k.shape[1]
+        ):
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+        for name, table, needed in (
+            ("theta", self.theta, self.reads_theta),
+            ("sdc_table", self.sdc_table, self.reads_sdc_table),
+        ):
+            if needed and (table is None or table.shape[0] != num_heads):
+                raise ValueError(f"{self.spec} needs a {name} of shape [{num_heads}, L]")
+
+    @property
+    def reads_theta(self) -> bool:
+        return self.spec.sparse and (self.spec.method.needs_thresholds or self.spec.sdc == "exp-threshold")
+
+    @property
+    def reads_sdc_table(self) -> bool:
+        return self.spec.sparse and self.spec.sdc == "offline-calibrated"
+
+    def tables_of(self, n: Tensor) -> RowTables:
+        """The calibrated values of rows with lengths n `[B or 1, R]`."""
+        return RowTables(*(None if t is None else per_row(t, n) for t in (self.theta, self.sdc_table)))
+
+    @property
+    def needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
+
+@dataclass
+class Counts:
+    """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep
+    a V row. row: `[B, H, Q]` int32 kept elements of each row, or None (not asked for). Rows that are padding
+    count nowhere, and have 0 in `row`."""
+
+    attn: Tensor
+    vrow: Tensor
+    row: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, call: AttentionCall) -> "Counts":
+        batch, num_heads, q_len, _ = call.q.shape
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": call.q.device}
+        return cls(
+            attn=torch.zeros(batch, num_heads, dtype=torch.int64, device=call.q.device),
+            vrow=torch.zeros(batch, call.k.shape[1], call.k.shape[2], **ints),
+            row=torch.zeros(batch, num_heads, q_len, **ints) if call.count_rows else None,
+        )
+
+    def add(self, keep: Tensor, real: Tensor | None, start: int) -> None:
+        """Add what the rows from `start` on keep, `[B, H, R, E]` bool; rows where `real` is False count
+        nowhere."""
+        if real is not None:
+            keep = keep & real[:, None, :, None]
+        batch, _, _, end = keep.shape
+        per_key = keep.sum(dim=2, dtype=torch.int32)
+        self.attn += per_key.sum(dim=-1)
+        self.vrow[:, :, :end] += per_key.view(batch, self.vrow.shape[1], -1, end).sum(dim=2)
+        if self.row is not None:
+            self.row[:, :, start : start + keep.shape[2]] = keep.sum(dim=-1)
+
+
+def per_row(table: Tensor, n: Tensor) -> Tensor:
+    """`[B or 1, H, R, 1]` values of a `[H, L]` table at the row lengths `n` `[B or 1, R]`."""
+    return table[:, n.clamp(max=table.shape[1] - 1)].transpose(0, 1).unsqueeze(-1)

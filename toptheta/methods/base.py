@@ -1,0 +1,264 @@
+"""What a method is: the base class, what it sees of a call, and the registry that everything else asks.
+
+A method is one frozen dataclass in a file of its own: name, options (its fields), rule, defaults and source.
+Flags, labels, product folders, plots and tables come from the registry. Covers selection only: denominators
+and means are compensation.py's, thresholds are calibration's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from toptheta.util.errors import UsageError
+
+NEG_INF = float("-inf")
+
+
+class Selection(IntEnum):
+    """The kinds of selection that kernels know; the numbers are those of kernel.cpp and the operators."""
+
+    THRESHOLD = 0  # what is greater than a threshold, else the row's largest
+    LARGEST = 1  # the K largest
+    ALL = 3  # every visible key
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What a kernel computes for one layer (DESIGN sections 2-3). k <= 0, or Selection.ALL: dense."""
+
+    selection: Selection = Selection.ALL
+    placement: str = "none"
+    k: int = 0
+    sdc: str = "none"
+    sdc_scale: float = 1.0
+    vmc: bool = False
+    capk: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        return self.selection != Selection.ALL and self.placement != "none" and self.k > 0
+
+
+@dataclass
+class RowTables:
+    """Calibrated values of the rows of one block, `[B or 1, H, R, 1]`: theta, -inf where n <= K; sdc, the
+    part of the softmax denominator that is missing, 0 where n <= K. None where the layer has no table."""
+
+    theta: Tensor | None = None
+    sdc: Tensor | None = None
+
+
+@dataclass
+class State:
+    """What a method remembers from step to step, beside the cache of one layer.
+
+    tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They
+    follow the cache when it is cropped, reordered or repeated. numbers: what has no tensor, such as the
+    prompt's length.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def crop(self, length: int) -> None:
+        """Forget all keys from `length` on."""
+        self.tensors = {name: x[..., :length] for name, x in self.tensors.items()}
+
+    def grow(self, length: int, value: float | bool = 0) -> None:
+        """Give keys that came since the last call an entry of `value`."""
+        for name, x in self.tensors.items():
+            missing = length - x.shape[-1]
+            if missing > 0:
+                self.tensors[name] = torch.nn.functional.pad(x, (0, missing), value=value)
+
+    def select(self, index: Tensor) -> None:
+        """Reorder or repeat the sequences: `[new B]` indices of sequences."""
+        self.tensors = {name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()}
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat each sequence, as torch.repeat_interleave does."""
+        self.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.tensors.items()}
+
+    def clear(self) -> None:
+        self.tensors, self.numbers = {}, {}
+
+
+@dataclass
+class Block:
+    """Rows start..start + R of one attention call, as a method sees them.
+
+    x: `[B, H, R, E]` what is compared, over the first E of the call's keys: scores, or weights with placement
+    post-softmax; -inf where not visible. row_max: `[B, H, R, 1]` the largest of each row. n: `[B or 1, R]`
+    visible keys of each row. real: `[B or 1, R]` rows that are not padding, or None (all). q: `[B, H, R, D]`
+    scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last
+    rows of the call. state: what the method remembers, None for a method without.
+    """
+
+    x: Tensor
+    row_max: Tensor
+    n: Tensor
+    real: Tensor | None
+    start: int
+    budget: int
+    q: Tensor | None = None
+    k: Tensor | None = None
+    last: bool = True
+    state: State | None = None
+
+    @property
+    def visible(self) -> Tensor:
+        """`[B, H, R, E]` bool."""
+        return self.x > NEG_INF
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods; its fields are its options, each with a default.
+
+    name: in flags, files and folders; title: in tables and plots; source: where the rule is from. mode: the
+    published project's number, None for a method that it lacks. is_dense: keeps everything. uses_k: `--k` is
+    its budget, and rows with n <= K are left dense; otherwise its options say what is kept. needs_thresholds:
+    reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
+    has_state: `keep` reads and changes `block.state`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str] = ""
+    mode: ClassVar[int | None] = None
+    is_dense: ClassVar[bool] = False
+    uses_k: ClassVar[bool] = True
+    needs_thresholds: ClassVar[bool] = False
+    aims_at_k: ClassVar[bool] = False
+    has_state: ClassVar[bool] = False
+
+    def keep(self, block: Block, tables: RowTables) -> Tensor:
+        """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller
+        leaves dense (n <= K) are filled up afterwards."""
+        raise NotImplementedError
+
+    def after(self, block: Block, weights: Tensor) -> None:
+        """What `state` takes of the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""
+
+    def kernel_spec(self) -> KernelSpec | None:
+        """The selection as kernels know it, without what is the layer's; None: the reference path only."""
+        return None
+
+    def while_calibrating(self, tac: bool) -> "Method":
+        """What attention computes while thresholds are calibrated. tac: top-k at calibration."""
+        return REGISTRY["dense"]()
+
+    def for_sdc_samples(self) -> "Method":
+        """The selection whose missing denominator calibration samples."""
+        return self
+
+    def check(self, flag: Callable[[str], str] = str) -> None:
+        """Raise UsageError for an option whose value makes no sense."""
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    @property
+    def spec(self) -> str:
+        """As `--method` takes it: 'top_k', 'streaming_llm:sinks=8'."""
+        options = ",".join(f"{name}={value}" for name, value in self.options().items())
+        return f"{self.name}:{options}" if options else self.name
+
+    def label(self, k: int | None) -> str:
+        """Its name in tables: 'dense', 'Top-k K=64', 'StreamingLLM sinks=8 K=64'."""
+        parts = [self.title, *(self._option_label(*option) for option in self.options().items())]
+        return " ".join([*parts, f"K={k}"] if self.uses_k and k is not None else parts)
+
+    @staticmethod
+    def _option_label(name: str, value: Any) -> str:
+        return name if value is True else f"{name}={value}"
+
+    def folder(self, k: int | None) -> str:
+        """Its folder in a run of several cells: 'mode0_k64', 'streaming_llm_sinks8_k64'."""
+        if self.mode is not None and not self.options():
+            parts = [f"mode{self.mode}"]
+        else:
+            parts = [self.name, *(name if v is True else f"{name}{v}" for name, v in self.options().items())]
+        return "_".join([*parts, f"k{k}"] if self.uses_k and k is not None else parts)
+
+
+REGISTRY: dict[str, type[Method]] = {}
+AnyMethod = TypeVar("AnyMethod", bound=type[Method])
+
+
+def register(method: AnyMethod) -> AnyMethod:
+    """Class decorator: a method that flags, tables and plots know. Raises ValueError for a name or published
+    number that is taken."""
+    for other in REGISTRY.values():
+        if other.name == method.name or method.mode is not None and other.mode == method.mode:
+            raise ValueError(f"{method.__name__}: {other.__name__} has its name or its published number")
+    REGISTRY[method.name] = method
+    return method
+
+
+def names() -> list[str]:
+    """The registered methods, those with a published number first."""
+    return sorted(REGISTRY, key=lambda name: (REGISTRY[name].mode is None, REGISTRY[name].mode, name))
+
+
+def of_mode(mode: int) -> Method:
+    """The method of a published number; any number that is none: dense."""
+    for method in REGISTRY.values():
+        if method.mode == mode:
+            return method()
+    return REGISTRY["dense"]()
+
+
+def parse_method(text: str, flag: str = "method") -> Method:
+    """A method from 'NAME[:option=value[,option=value...]]'. Raises UsageError for a name, option or value
+    that is unknown, naming `flag`."""
+    name, _, rest = text.strip().partition(":")
+    if name not in REGISTRY:
+        near = get_close_matches(name, REGISTRY, n=2, cutoff=0.5)
+        hint = f" (near it: {', '.join(near)})" if near else ""
+        raise UsageError(f"{flag} is {name!r}: choose one of {', '.join(names())}{hint}.")
+    kind = REGISTRY[name]
+    known = {f.name: f for f in fields(kind)}
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        option, equals, value = part.partition("=")
+        if option not in known:
+            of_it = f"its options are {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{flag} {name} has no option {option!r}: {of_it}.")
+        options[option] = _value(f"{flag} {name}:{option}", known[option].default, value if equals else None)
+    method = kind(**options)
+    method.check(lambda option: f"{flag} {name}:{option}")
+    return method
+
+
+def parse_methods(text: str, flag: str = "method") -> tuple[Method, ...]:
+    """Methods from a comma-separated list: 'top_k,streaming_llm:sinks=8,dense'. A part that is no method's
+    name and has no colon is one more option of the method before it. Raises UsageError as `parse_method`."""
+    parts: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if parts and part not in REGISTRY and ":" not in part and ("=" in part or ":" in parts[-1]):
+            parts[-1] += ("," if ":" in parts[-1] else ":") + part
+        else:
+            parts.append(part)
+    return tuple(parse_method(part, flag) for part in parts)
+
+
+def _value(name: str, default: Any, text: str | None) -> Any:
+    """An option's value, of the type of its default; a switch may stand without one."""
+    if isinstance(default, bool):
+        words = {None: True, "true": True, "1": True, "false": False, "0": False}
+        word = None if text is None else text.lower()
+        if word not in words:
+            raise UsageError(f"{name} is {text!r}: give true or false.")
+        return words[word]
+    try:
+        return type(default)(text if text is not None else "")
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}.get(type(default), "a value")
+        raise UsageError(f"{name} is {text!r}: give {kind}.") from None

@@ -1,0 +1,60 @@
+"""Compensation for what selection drops: of the softmax's denominator (SDC) and of V's mean (VMC) (DESIGN
+section 3).
+
+Rows with n <= K have nothing to compensate: there theta is -inf, the table is 0, and nothing was dropped.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from toptheta.methods.base import Method, RowTables
+from toptheta.util.errors import UsageError
+
+SDC_METHODS = ("none", "exact", "exp-threshold", "offline-calibrated")
+
+
+def missing_denominator(
+    sdc: str, exps: Tensor, keep: Tensor, row_max: Tensor, n: Tensor, tables: RowTables
+) -> Tensor:
+    """R of softmax denominator compensation, `[B, H, R, 1]`.
+
+    exps: exp(scores - row_max) over visible keys; keep: what is kept; both `[B, H, R, E]`. n: `[B or 1, R]`.
+    """
+    if sdc == "exact":
+        return exps.masked_fill(keep, 0.0).sum(dim=-1, keepdim=True)
+    if sdc == "exp-threshold":
+        assert tables.theta is not None
+        dropped = n[:, None, :, None] - keep.sum(dim=-1, keepdim=True)
+        return dropped * torch.exp(tables.theta - row_max)
+    if sdc == "offline-calibrated":
+        assert tables.sdc is not None
+        return tables.sdc.expand(exps.shape[0], -1, -1, -1)
+    raise ValueError(f"no such SDC: {sdc}")
+
+
+def add_mean(out: Tensor, weights: Tensor, v_mean: Tensor, sparse: Tensor) -> Tensor:
+    """V-mean compensation: `out` `[B, H, R, D]` plus the weight that a row lost times the mean of V over its
+    visible keys. weights: `[B, H, R, E]`; v_mean: `[B, H, R, D]`; sparse: `[B or 1, R]` bool."""
+    lost = (1.0 - weights.sum(dim=-1)) * sparse[:, None]
+    return out.float() + lost.unsqueeze(-1) * v_mean
+
+
+def check(method: Method, placement: str, sdc: str, vmc: bool, flag: Callable[[str], str] = str) -> None:
+    """Raise UsageError where a compensation has nothing to compensate, or lacks what it is computed from."""
+    if sdc != "none" and placement != "pre-softmax":
+        raise UsageError(
+            f"{flag('sdc')} {sdc} completes a softmax taken over kept scores only, so it needs "
+            f"{flag('placement')} pre-softmax: change the placement, or use {flag('sdc')} none."
+        )
+    if sdc == "exp-threshold" and not method.needs_thresholds:
+        raise UsageError(
+            f"{flag('sdc')} exp-threshold needs a threshold: use {flag('mode')} 0, or another {flag('sdc')}."
+        )
+    if vmc and placement == "pre-softmax" and sdc == "none":
+        raise UsageError(
+            f"{flag('vmc')} has nothing to compensate when {flag('placement')} is pre-softmax without "
+            "SDC (the kept "
+            f"weights then sum to 1): add {flag('sdc')} exact, exp-threshold or offline-calibrated."
+        )

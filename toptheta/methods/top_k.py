@@ -1,0 +1,31 @@
+"""Top-k: the K largest of each row, the oracle that Top-theta approximates."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toptheta.methods.base import NEG_INF, Block, KernelSpec, Method, RowTables, Selection, register
+
+
+@register
+@dataclass(frozen=True)
+class TopK(Method):
+    name = "top_k"
+    title = "Top-k"
+    source = "Gupta et al. 2021, arXiv 2106.06899; the baseline of arXiv 2502.08363"
+    mode = 1
+
+    def keep(self, block: Block, tables: RowTables) -> Tensor:
+        return keep_largest(block.x, block.budget)
+
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(Selection.LARGEST)
+
+
+def keep_largest(x: Tensor, k: int) -> Tensor:
+    """Keep the k largest of `x` `[..., R, E]`; exactly k, also on ties. -inf (not visible) is never kept."""
+    if k >= x.shape[-1]:
+        return x > NEG_INF
+    index = x.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, index, True) & (x > NEG_INF)

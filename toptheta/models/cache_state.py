@@ -1,0 +1,60 @@
+"""What a method remembers, kept on the layers of a cache: it follows when the cache is cropped, reordered,
+repeated, copied or reset.
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from toptheta.methods.base import State
+from toptheta.util.errors import UsageError
+
+
+class _Following:
+    """Mixed into the class of a cache layer: what happens to its keys happens to `method_state`."""
+
+    method_state: State
+
+    def crop(self, *args, **kwargs) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        self.method_state.crop(int(self.get_seq_length()))  # type: ignore[attr-defined]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.method_state.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.method_state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.method_state.repeat(repeats)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.method_state.clear()
+
+
+@cache
+def _following(kind: type) -> type:
+    return type(kind.__name__, (_Following, kind), {})
+
+
+def state_beside(cache_: Cache | None, layer_idx: int) -> State:
+    """The state beside layer `layer_idx` of a cache that holds this call's keys; a new one, for this call
+    alone, without a cache. Raises UsageError for a sliding window, which forgets keys by itself."""
+    if cache_ is None:
+        return State()
+    layer: Any = cache_.layers[layer_idx]
+    if not isinstance(layer, _Following):
+        if getattr(layer, "is_sliding", False):
+            raise UsageError(
+                f"layer {layer_idx} has a sliding-window cache, which a method that remembers keys cannot "
+                "follow: use another method."
+            )
+        layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
+        layer.method_state = State()
+    return layer.method_state

@@ -1,0 +1,136 @@
+"""Our attention and mask functions, as transformers calls them. Registered under the name 'toptheta'."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from toptheta.attention.call import AttentionCall
+from toptheta.attention.rows import Rows, remember, rows_of
+from toptheta.kernels import registry
+from toptheta.models.layer_state import LayerState
+
+IMPLEMENTATION = "toptheta"
+
+
+def toptheta_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function for transformers' AttentionInterface, of a module with a LayerState as `toptheta`.
+
+    query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`. Returns `[B, Q, H, D]` and no weights (the dense
+    layers of an 'eager' model return theirs).
+    """
+    state: LayerState = module.toptheta  # type: ignore[assignment]
+    if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
+        state.calls += 1
+    batch, num_heads, q_len, _ = query.shape
+    num_kv_heads, kv_len = key.shape[1], key.shape[2]
+    shape = (batch, num_heads, num_kv_heads, kv_len)
+    spec, recorder = state.spec, state.recorder
+    if not spec.sparse and state.calibration is None:
+        if recorder is not None:
+            rows = rows_of(attention_mask, q_len, kv_len, query.device)
+            recorder.add(state.layer_idx, rows, 0, None, shape)
+        if module.base_implementation == "eager":
+            mask = _additive(attention_mask, query, kv_len)
+            return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+    rows = rows_of(attention_mask, q_len, kv_len, query.device)
+    call = AttentionCall(query, key, value, rows, spec, module.scaling if scaling is None else scaling)  # type: ignore[arg-type]
+    if state.calibration is not None:
+        out = registry.calibrate(call, state.calibration)
+        return out.transpose(1, 2).contiguous(), None
+    state.complete(call)
+    call.count = recorder is not None
+    call.count_rows = recorder is not None and recorder.effective_k and q_len > 1
+    out, counts = registry.attend(call)
+    if recorder is not None:
+        recorder.add(state.layer_idx, rows, spec.k, counts, shape)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _additive(mask: Tensor | None, query: Tensor, kv_len: int) -> Tensor:
+    """The mask as stock eager attention wants it: 0 where visible, the type's lowest number elsewhere."""
+    if mask is None:
+        q_len = query.shape[2]
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
+        mask = (mask.tril() if q_len > 1 else mask)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.tensor(0.0, device=query.device, dtype=query.dtype)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+
+
+def toptheta_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> Tensor | None:
+    """Mask function for transformers' AttentionMaskInterface: bool `[B, 1, Q, KV]`, True = attend, or None.
+
+    None is returned only where `rows_of(None, ...)` means the same: stock `sdpa_mask` also skips the mask for
+    one query over a static cache, where the unused tail must stay hidden.
+    """
+    if isinstance(q_offset, Tensor) and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)  # a static cache's; on a GPU reading it would wait for the device
+    offset_known = isinstance(q_offset, int)
+    same = (
+        offset_known
+        and kv_offset == 0
+        and (
+            q_offset == 0
+            and q_length > 1
+            or q_length == kv_length
+            or q_length == 1
+            and q_offset + 1 == kv_length
+        )
+    )
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and same,
+        **kwargs,
+    )
+    if mask is None or mask_function is not causal_mask_function or torch.compiler.is_compiling():
+        return mask
+    rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=True)
+    if isinstance(q_offset, int):
+        first = rows.first = q_offset - kv_offset
+        if attention_mask is not None:
+            key_real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+            if key_real.shape[1] < kv_length:  # a static cache's unused tail
+                key_real = torch.nn.functional.pad(key_real, (0, kv_length - key_real.shape[1]))
+            rows.key_real = key_real
+            rows.real = key_real[:, first : first + q_length]
+    else:
+        at = torch.arange(q_length, device=mask.device) + (q_offset - kv_offset)
+        at = at[None, :, None].expand(mask.shape[0], -1, 1)
+        rows.real = mask[:, 0].gather(-1, at)[..., 0]  # a row of a sequence sees itself
+    remember(mask, rows)
+    return mask
+
+
+AttentionInterface.register(IMPLEMENTATION, toptheta_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, toptheta_mask)

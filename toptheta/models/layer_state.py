@@ -1,0 +1,110 @@
+"""What a layer remembers: its spec, tables, calibration and statistics, as a child module of the attention
+layer, whatever the family. What all layers of a model share is a ModelState.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from toptheta.attention.call import AttentionCall
+from toptheta.calibration.sampler import LayerCalibration
+from toptheta.calibration.tables import CalibrationTables
+from toptheta.methods.base import State
+from toptheta.methods.params import AttentionParams, LayerSpec
+from toptheta.models.cache import TopThetaLayer
+from toptheta.models.cache_state import state_beside
+from toptheta.models.recorder import Recorder
+from toptheta.models.value_sum import VSum
+
+
+class ModelState:
+    """What the layers of one model share: the parameters as set_params left them, and the tables in use."""
+
+    def __init__(self) -> None:
+        self.params = AttentionParams()
+        self.tables: CalibrationTables | None = None
+        self.recorder: Recorder | None = None
+
+
+class LayerState(nn.Module):
+    """theta, sdc_table: non-persistent float32 buffers `[H, L]` by row length n, looked up at min(n, L -
+    1)."""
+
+    theta: Tensor | None
+    sdc_table: Tensor | None
+
+    def __init__(self, layer_idx: int, shared: ModelState):
+        super().__init__()
+        self.layer_idx, self.shared = layer_idx, shared
+        self.spec = LayerSpec()
+        self.calibration: LayerCalibration | None = None
+        self.calls = 0  # of our attention function, to prove that a patched model runs it
+        self._cache: Cache | None = None  # during a call
+        self._beside: VSum | TopThetaLayer | None = None  # likewise
+        self._sums: WeakKeyDictionary[Any, VSum] = WeakKeyDictionary()  # by cache layer
+        self.register_buffer("theta", None, persistent=False)
+        self.register_buffer("sdc_table", None, persistent=False)
+
+    @property
+    def recorder(self) -> Recorder | None:
+        return self.shared.recorder
+
+    @property
+    def ours(self) -> bool:
+        """Whether the layer needs our attention function."""
+        return self.spec.sparse or self.calibration is not None or self.recorder is not None
+
+    def begin(self, cache: Cache | None) -> None:
+        """Look at the cache before it is updated: what it keeps beside K and V is checked then."""
+        self._cache, self._beside = cache, None
+        layers = getattr(cache, "layers", ())
+        vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
+        if self.layer_idx >= len(layers):
+            return
+        layer = layers[self.layer_idx]
+        if isinstance(layer, TopThetaLayer):
+            layer.summing = vmc
+            self._beside = layer
+        elif vmc and not torch.compiler.is_compiling():
+            self._beside = self._sums.setdefault(layer, VSum())
+            self._beside.check(layer.values)
+
+    def end(self) -> None:
+        """The cache must not outlive its owner."""
+        self._cache = self._beside = None
+
+    def complete(self, call: AttentionCall) -> None:
+        """Give a call the layer's tables, on its device, and what the cache keeps beside K and V."""
+        for name in ("theta", "sdc_table"):
+            table = getattr(self, name)
+            if table is not None and table.device != call.q.device:  # an offloaded layer computes elsewhere
+                setattr(self, name, table.to(call.q.device))
+        call.theta, call.sdc_table = self.theta, self.sdc_table
+        if self._beside is not None:
+            call.int8 = self._beside.int8
+            call.v_sum = self._beside.at(call.v, call.rows) if self.spec.vmc else None
+        if self.spec.method.has_state:
+            call.state = self.method_state()
+
+    def method_state(self) -> State:
+        """What the method remembers beside the cache of the call under way."""
+        return state_beside(self._cache, self.layer_idx)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
+        keeps."""
+        for name, table in self._buffers.items():
+            if table is not None:
+                self._buffers[name] = table.to(fn(table[:0]).device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a cache: a copy starts with none."""
+        return self.__dict__ | {"_cache": None, "_beside": None, "_sums": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._sums = WeakKeyDictionary()
