@@ -43,5 +43,22 @@ def gen_settings(folder_model: str, **changes) -> GenSettings:
     return GenSettings(**(values | changes))
 
 
+def qa_settings(folder_model: str, **changes) -> QASettings:
+    values = {
+        "llama": folder_model,
+        "mode": (0, 1, 3),
+        "k": (16,),
+        "sdc": "exact",
+        "vmc": True,
+        "calib_tac": True,
+        "calib_sample_frac": 1.0,
+        "calib_samples": 3,
+        "num_samples": 5,
+        "num_fewshot": 3,
+        "device": "cpu",
+    }
+    return QASettings(**(values | changes))
+
+
 def only_run(root: Path) -> Path:
     return next(root.iterdir())

@@ -28,18 +28,20 @@ def arc_rows(folder: Path, split: str, count: int) -> None:
 
 def test_calibration_on_another_task(folder_model: str, here: Path) -> None:
     """Evaluates the bundled task with the tables that the other task's own run calibrates."""
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     arc_rows(here / "data" / "arc_easy", "train", 30)
     local = {"data_dir": str(here / "data")}
-    (result,) = run_qa(calibrating_settings(folder_model, calib_task="arc_easy", calib_interp="fit", **local))
-    assert result["task"] == "everyday_science" and result["metrics"]["acc"]["count"] == 2
-    run_qa(
+    (result,) = evaluate(
+        calibrating_settings(folder_model, calib_task="arc_easy", calib_interp="fit", **local)
+    )
+    assert result.task == "everyday_science" and result.metrics["acc"].count == 2
+    evaluate(
         calibrating_settings(
             folder_model, task="arc_easy", num_fewshot=25, calibrate_only=True, output_dir="own", **local
         )
     )
-    run_qa(calibrating_settings(folder_model, calibrate_only=True, output_dir="plain"))
+    evaluate(calibrating_settings(folder_model, calibrate_only=True, output_dir="plain"))
     (run,), (own,), (plain,) = (here.glob(f"{name}/*") for name in ("products", "own", "plain"))
     assert (run / "th.txt").read_text() == (own / "th.txt").read_text() != (plain / "th.txt").read_text()
     assert load_tables(run, 2, 6).meta["task"] == "arc_easy"
@@ -53,18 +55,15 @@ def test_calibration_on_another_task(folder_model: str, here: Path) -> None:
 @pytest.mark.parametrize("dataset", ["openai_humaneval", "perplexity"])
 def test_generation_calibrates_on_a_task(folder_model: str, here: Path, dataset: str) -> None:
     """gen_llama.py's tables of --calib_task are those of test_llama.py."""
-    from toptheta.eval.generate import run_generation
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     arc_rows(here / "data" / "arc_easy", "train", 30)
     local = {"data_dir": str(here / "data"), "calibrate_only": True}
-    run_qa(calibrating_settings(folder_model, task="arc_easy", num_fewshot=25, output_dir="own", **local))
+    evaluate(calibrating_settings(folder_model, task="arc_easy", num_fewshot=25, output_dir="own", **local))
     shared = {"llama": folder_model, "mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3}
     (here / "text").write_text("One sentence follows the other, and all are alike. " * 200)
     text = {"text": str(here / "text"), "max_seq_len": 256} if dataset == "perplexity" else {}
-    run_generation(
-        GenSettings(**shared, **local, **text, dataset=dataset, device="cpu", calib_task="arc_easy")
-    )
+    evaluate(GenSettings(**shared, **local, **text, dataset=dataset, device="cpu", calib_task="arc_easy"))
     (run,), (own,) = (here.glob(f"{name}/*") for name in ("products", "own"))
     assert (run / "th.txt").read_text() == (own / "th.txt").read_text()
     assert load_tables(run, 2, 6).meta["task"] == "arc_easy"
@@ -73,8 +72,7 @@ def test_generation_calibrates_on_a_task(folder_model: str, here: Path, dataset:
 
 
 def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
-    from toptheta.eval.generate import run_generation
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     arc_rows(here / "data" / "arc_challenge", "test", 3)
     for changes, message in (
@@ -83,9 +81,9 @@ def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
         ({"calib_task": "arc_challenge", "data_dir": "data"}, "no train.jsonl, which --calib_task arc_ch"),
     ):
         with pytest.raises(UsageError, match=message):
-            run_qa(calibrating_settings(folder_model, **changes))
+            evaluate(calibrating_settings(folder_model, **changes))
     with pytest.raises(UsageError, match="--calib_task arc_challenge"):
-        run_generation(GenSettings(llama=folder_model, calib_task="arc_challenge", data_dir="data"))
+        evaluate(GenSettings(llama=folder_model, calib_task="arc_challenge", data_dir="data"))
     assert not here.joinpath("products").exists()
     assert GenSettings().calibration_task == "openai_humaneval"
 
@@ -93,22 +91,21 @@ def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
 def test_generation_calibrated_on_a_qa_task(folder_model: str, here: Path) -> None:
     """Thresholds of another task's prompts: the same as test_llama.py --calibrate_only finds on them."""
     from toptheta.calibration.tables import load_tables
-    from toptheta.eval.generate import run_generation
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     shared = {"mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3, "device": "cpu"}
     settings = GenSettings(
         **shared, llama=folder_model, calib_task="everyday_science", num_tasks=1, max_seq_len=256
     )
-    (result,) = run_generation(settings)
-    config = json.loads((Path(result["folder"]) / "config.json").read_text())
+    (result,) = evaluate(settings)
+    config = json.loads((Path(result.folder) / "config.json").read_text())
     assert config["calib_task"] == "everyday_science" and config["task"] == "openai_humaneval"
-    run_qa(QASettings(**shared, llama=folder_model, calibrate_only=True, output_dir="tables"))
-    ours = load_tables(result["folder"], 2, 6)
+    evaluate(QASettings(**shared, llama=folder_model, calibrate_only=True, output_dir="tables"))
+    ours = load_tables(result.folder, 2, 6)
     theirs = load_tables(next(here.joinpath("tables").iterdir()), 2, 6)
     assert ours.meta["task"] == theirs.meta["task"] == "everyday_science"
     for layer in range(2):
         np.testing.assert_array_equal(ours.theta[layer].samples, theirs.theta[layer].samples)
         np.testing.assert_allclose(ours.theta[layer].values, theirs.theta[layer].values, rtol=1e-5)
     with pytest.raises(UsageError, match="--calib_task 'nothing' is unknown"):
-        run_generation(GenSettings(**shared, llama=folder_model, calib_task="nothing"))
+        evaluate(GenSettings(**shared, llama=folder_model, calib_task="nothing"))

@@ -38,7 +38,7 @@ def kept_lines(folder: Path, layer: int, phase: str) -> np.ndarray:
 
 def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Counts agree with the other statistics of the same run: batches of unlike lengths, some done early."""
-    from toptheta.eval.generate import run_generation
+    from toptheta.eval.runner import evaluate
 
     monkeypatch.chdir(tmp_path)
     limits = {"num_tasks": 3, "max_seq_len": 230, "batch_size": 3, "calib_samples": 2}
@@ -46,13 +46,13 @@ def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.Monke
         llama=folder_model, mode=(0, 1), k=(40,), layerk={1: 24}, calib_sample_frac=1.0, device="cpu",
         effective_k=True, **limits,
     )  # fmt: skip
-    results = run_generation(settings)
+    results = evaluate(settings)
     run = next(tmp_path.joinpath("products").iterdir())
-    assert "effective_k" not in results[1] and not (run / "mode1_k40" / "effective_k.csv").exists()
+    assert results[1].effective_k is None and not (run / "mode1_k40" / "effective_k.csv").exists()
     cell = run / "mode0_k40"
     assert not (cell / "effective_k.npz").exists() and not (cell / "partial").exists()
     rows = rows_of_csv(cell)
-    told = results[0]["effective_k"]
+    told = results[0].effective_k
     assert json.loads((cell / "results.json").read_text())["effective_k"] == told
     assert [(one["phase"], one["k"]) for one in told] == [
         (PREFILL, 24),
@@ -84,7 +84,7 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
     """Stopped in the middle of a batch's model calls and resumed, with a partial folder for each batch."""
     from toptheta.eval import cell as products
     from toptheta.eval import lm_eval_model as harness
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     def settings(output: str) -> QASettings:
         return QASettings(
@@ -102,7 +102,7 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "drain", draining)
-        straight = run_qa(settings("straight"))
+        straight = evaluate(settings("straight"))
     score, calls = harness.TopThetaLM._score, []
 
     def scoring(self, batch):
@@ -115,13 +115,13 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
     monkeypatch.setattr(products, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        run_qa(settings("stopped"))
+        evaluate(settings("stopped"))
     stopped = next(tmp_path.joinpath("stopped").iterdir())
     assert len(list(stopped.glob("partial/*/effective_k.npz"))) == 2
-    resumed = run_qa(settings("stopped"), resume=str(stopped))
+    resumed = evaluate(settings("stopped"), resume=str(stopped))
     one = next(tmp_path.joinpath("straight").iterdir())
     assert (one / "effective_k.csv").read_text() == (stopped / "effective_k.csv").read_text()
     assert len(counted) == 5 and min(counted) > 0
     assert sum(row["rows"] for row in rows_of_csv(one)) == sum(counted)
-    assert resumed[0]["effective_k"] == straight[0]["effective_k"] and len(rows_of_csv(one)) > 4
+    assert resumed[0].effective_k == straight[0].effective_k and len(rows_of_csv(one)) > 4
     assert {row["phase"] for row in rows_of_csv(one)} == {PREFILL}

@@ -17,7 +17,7 @@ def test_dump_of_each_cell_survives_an_interrupt(
     folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from toptheta.eval import lm_eval_model as harness
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     options = {"k": (16, 32), "calibrate_only": True, "calib_dump_samples": True}
     score, calls = harness.TopThetaLM._score, []
@@ -30,9 +30,9 @@ def test_dump_of_each_cell_survives_an_interrupt(
 
     monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
     with pytest.raises(KeyboardInterrupt):
-        run_qa(calibrating_settings(folder_model, **options))
+        evaluate(calibrating_settings(folder_model, **options))
     (run,) = here.joinpath("products").iterdir()
-    run_qa(calibrating_settings(folder_model, **options), resume=str(run))
+    evaluate(calibrating_settings(folder_model, **options), resume=str(run))
     assert len(calls) == 4  # three prompts, of which one was cut off: none ran twice
     for k in (16, 32):
         folder = run / f"mode0_k{k}"
@@ -43,5 +43,5 @@ def test_dump_of_each_cell_survives_an_interrupt(
             assert n.min() == k + 1
             check_average(n, values, tables.theta[layer])
             check_average(n, values, load_tables(folder, 2, 6).theta[layer])  # of th.txt
-    run_qa(calibrating_settings(folder_model, calibrate_only=True, output_dir="off"))
+    evaluate(calibrating_settings(folder_model, calibrate_only=True, output_dir="off"))
     assert not list(here.glob(f"off/**/{SAMPLES_NAME}"))

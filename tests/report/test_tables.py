@@ -1,11 +1,15 @@
 """Tables of the summary."""
 
+import json
+
 import numpy as np
 
 from tests.helpers.effective_k import histogram_of
+from tests.helpers.paths import ROOT
 from toptheta.attention import effective_k as effective
 from toptheta.models.recorder import PREFILL
 from toptheta.report import tables as report
+from toptheta.report.results import CellResult, Kept, Metric
 
 
 def test_the_summary_names_the_farthest_layers() -> None:
@@ -15,9 +19,46 @@ def test_the_summary_names_the_farthest_layers() -> None:
         layer: histogram_of(np.exp(np.log(64) + width * rng.normal(size=500)).astype(np.int64), n)
         for layer, width in enumerate(spreads)
     }
-    result = {"method": "Top-theta", "effective_k": effective.overall(histograms, PREFILL, (64,) * 5)}
-    text = report.effective_k([result, {"method": "dense"}])
+    result = CellResult("Top-theta", effective_k=effective.overall(histograms, PREFILL, (64,) * 5))
+    text = report.effective_k([result, CellResult("dense", dense=True)])
     line = text.splitlines()[-1]
     assert len(text.splitlines()) == 3 and "| prefill | 64 | 2500 |" in line
     assert line.index(" 1: ") < line.index(", 3: ") < line.index(", 2: ") and ", 4: " not in line
-    assert "no evaluated row was longer" in report.effective_k([{"method": "Top-theta", "effective_k": []}])
+    assert "no evaluated row was longer" in report.effective_k([CellResult("Top-theta", effective_k=[])])
+
+
+def test_the_committed_table_of_a_sweep_comes_out_the_same() -> None:
+    """table.md and table.csv from results.json alone; in the CSV, methods of a later part come last."""
+    folder = ROOT / "products" / "tables" / "smollm2"
+    saved = json.loads((folder / "results.json").read_text())
+    results = [CellResult.from_json(value) for value in saved]
+    rows = [report.SweepRow(r.task, r.family, r.k, r) for r in results]
+    title = json.loads((ROOT / "reproduce.json").read_text())["tables"]["smollm2"]["title"]
+    assert report.sweep_markdown(title, "smollm2", rows) == (folder / "table.md").read_text()
+    text = (folder / "table.csv").read_text()
+    assert sorted(report.sweep_csv(rows).splitlines()) == sorted(text.splitlines())
+
+
+def test_columns_are_what_results_hold() -> None:
+    seconds = {"calibration": 1.2, "evaluation": 60.0}
+    prefill = {"prefill": Kept(0.25, 1.0), "generative_decoding": None}
+    read = {"by_length": [{"length": 64, "ppl": 20.0}, {"length": 128, "ppl": 10.0}]}
+    metrics = {"acc": Metric(0.5, 0.05, 100), "word_perplexity": Metric(12.5)}
+    answered = CellResult("Top-k K=64", k=64, metrics=metrics, kept=prefill, seconds=seconds)
+    header, _, row = report.results_table([answered]).splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == [
+        "method", "acc %", "word_perplexity", "kept elements prefill %", "kept V rows prefill %",
+        "calibration s", "evaluation s",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "Top-k K=64", "50.0 ± 5.0 (n=100)", "12.50", "25.0", "100.0", "1", "60",
+    ]  # fmt: skip
+    windows = CellResult(
+        "dense", dense=True, metrics={"ppl": Metric(14.1, 0.5, 7)}, kept=prefill, seconds=seconds, extra=read
+    )
+    header, _, row = report.results_table([windows]).splitlines()
+    assert "| <= 64 | <= 128 | all " in header and "| kept elements % | calibration s |" in header
+    assert "| 20.00 | 10.00  | 14.10 ± 0.50 (n=7) |" in row
+    not_run = report.SweepRow("t", "Top-theta", 64, None)
+    assert "not run" in report.sweep_csv([]) + report.sweep_markdown("T", "t", [not_run])
+    assert report.sweep_csv([not_run]).splitlines()[1] == "t,Top-theta,64" + 11 * ","

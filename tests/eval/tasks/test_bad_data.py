@@ -9,7 +9,7 @@ from toptheta.util.errors import UsageError
 
 
 def test_data_that_makes_no_sense(here_with_text: Path, folder_model: str) -> None:
-    from toptheta.eval.generate import run_generation
+    from toptheta.eval.runner import evaluate
 
     (here_with_text / "short.txt").write_text("A few words.")
     (here_with_text / "latin.txt").write_bytes("Müller".encode("latin-1"))
@@ -29,4 +29,4 @@ def test_data_that_makes_no_sense(here_with_text: Path, folder_model: str) -> No
         ({"dataset": "longbench_qmsum", "data_dir": "bad"}, "leaves -312 tokens"),
     ):
         with pytest.raises(UsageError, match=message):
-            run_generation(gen_settings(folder_model, **changes))
+            evaluate(gen_settings(folder_model, **changes))

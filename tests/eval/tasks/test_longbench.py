@@ -27,7 +27,7 @@ def longbench_rows(folder: Path, counts: dict[str, int]) -> None:
 
 def test_longbench(folder_model: str, here_with_text: Path, small_tokenizer) -> None:
     """Truncation in the middle, calibration on other rows, predictions and score."""
-    from toptheta.eval.generate import run_generation
+    from toptheta.eval.runner import evaluate
     from toptheta.eval.tasks.longbench import LongBenchJob
 
     longbench_rows(here_with_text / "data" / "longbench_qmsum", {"test": 3, "train": 4})
@@ -46,18 +46,18 @@ def test_longbench(folder_model: str, here_with_text: Path, small_tokenizer) -> 
         text = small_tokenizer.decode(item.ids)
         assert text.startswith("You are given a meeting transcript") and f"Start {i}." in text
         assert text.endswith(f"\nQuery: What was said about {{topic}} {i}?\nAnswer:") and f"End {i}." in text
-    results = run_generation(base)
-    assert [r["metrics"]["rouge_l"]["count"] for r in results] == [3, 3]
+    results = evaluate(base)
+    assert [r.metrics["rouge_l"].count for r in results] == [3, 3]
     run = only_run(here_with_text / "products")
     lines = [json.loads(s) for s in (run / "mode3" / "predictions.jsonl").read_text().splitlines()]
     assert {"key", "reply", "answers", "rouge_l", "prompt_tokens", "reply_tokens"} <= set(lines[0])
-    together = run_generation(
+    together = evaluate(
         gen_settings(
             folder_model, dataset="longbench_qmsum", data_dir="data", max_new_tokens=12, max_seq_len=320,
             mode=(3,), batch_size=3, prefill_chunk=None, output_dir="together",
         )
     )  # fmt: skip
-    assert together[0]["metrics"]["rouge_l"] == pytest.approx(results[1]["metrics"]["rouge_l"])
+    assert together[0].metrics["rouge_l"] == pytest.approx(results[1].metrics["rouge_l"])
 
 
 def test_longbench_chat(here_with_text: Path, small_tokenizer) -> None:

@@ -7,23 +7,24 @@ from typing import Any
 import numpy as np
 
 from tests.eval.helpers import gen_settings, only_run
+from toptheta.report.results import Metric
 
 
 def test_needle(folder_model: str, here_with_text: Path, small_tokenizer) -> None:
-    from toptheta.eval.generate import run_generation
+    from toptheta.eval.runner import evaluate
     from toptheta.eval.tasks.needle import NeedleJob
 
     base = gen_settings(
         folder_model, dataset="needle", needle_lengths=(200, 128), needle_depths=(0, 100), mode=(0, 3),
         needle_repeats=2,
     )  # fmt: skip
-    results = run_generation(base)
+    results = evaluate(base)
     run = only_run(here_with_text / "products")
     rows = list(csv.DictReader((run / "mode0_k16" / "needle.csv").open()))
     assert [(row["length"], row["depth"], row["count"]) for row in rows] == [
         ("128", "0", "2"), ("128", "100", "2"), ("200", "0", "2"), ("200", "100", "2"),
     ]  # fmt: skip
-    assert results[1]["metrics"]["found"] == {"value": 0.0, "stderr": 0.0, "count": 8}
+    assert results[1].metrics["found"] == Metric(0.0, 0.0, 8)
     assert (run / "mode3" / "needle.png").stat().st_size > 5000
     lengths = np.loadtxt(run / "mode3" / "prompt_completion_lengths_per_sample.csv", dtype=int)
     assert (lengths.sum(axis=1) <= 200).all() and lengths[:, 0].max() > 150
@@ -44,7 +45,7 @@ def test_needle(folder_model: str, here_with_text: Path, small_tokenizer) -> Non
 
 def score(job, reply: str) -> list[dict[str, Any]]:
     """The answers of a job whose model replies `reply`."""
-    from toptheta.eval.tasks import base as genjob
+    from toptheta.eval.tasks import items as genjob
 
     was = genjob.reply
     genjob.reply = lambda *_: [{"key": job.items[0].key, "reply": reply}]

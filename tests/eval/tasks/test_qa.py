@@ -8,35 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from toptheta.eval.settings import QASettings
+from tests.eval.helpers import qa_settings
 from toptheta.util.errors import UsageError
 
 
-def qa_settings(folder_model: str, **changes) -> QASettings:
-    values = {
-        "llama": folder_model,
-        "mode": (0, 1, 3),
-        "k": (16,),
-        "sdc": "exact",
-        "vmc": True,
-        "calib_tac": True,
-        "calib_sample_frac": 1.0,
-        "calib_samples": 3,
-        "num_samples": 5,
-        "num_fewshot": 3,
-        "device": "cpu",
-    }
-    return QASettings(**(values | changes))
-
-
 def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> None:
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
-    results = run_qa(qa_settings(folder_model))
-    assert [r["method"] for r in results] == ["Top-theta K=16", "Top-k K=16", "dense"]
+    results = evaluate(qa_settings(folder_model))
+    assert [r.method for r in results] == ["Top-theta K=16", "Top-k K=16", "dense"]
     for result in results:
-        assert result["metrics"]["acc"]["count"] == 5 and result["metrics"]["acc"]["stderr"] is not None
-    kept = [result["kept"]["prefill"]["attn"] for result in results]
+        assert result.metrics["acc"].count == 5 and result.metrics["acc"].stderr is not None
+    kept = [result.kept["prefill"].attn for result in results]
     assert kept[2] == 1.0 and 0.05 < kept[0] < 0.6 and abs(kept[0] - kept[1]) < 0.1
     printed = capsys.readouterr().out
     assert "| Top-theta K=16 |" in printed and "±" in printed and "(n=5)" in printed
@@ -74,18 +57,18 @@ def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> Non
     config = json.loads((cell / "config.json").read_text())
     assert config["k_per_layer"] == [16, 16] and config["environment"]["torch"] == torch.__version__
 
-    loaded = run_qa(qa_settings(folder_model, mode=(0,), calib_load_path=str(cell)))
-    assert loaded[0]["metrics"] == results[0]["metrics"] and loaded[0]["kept"] == results[0]["kept"]
+    loaded = evaluate(qa_settings(folder_model, mode=(0,), calib_load_path=str(cell)))
+    assert loaded[0].metrics == results[0].metrics and loaded[0].kept == results[0].kept
 
 
 @pytest.mark.parametrize("stop_after", [2, 6])
 def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """Interrupted while calibrating (2) or evaluating (6), then resumed: the same results as in one go."""
     from toptheta.eval import lm_eval_model as harness
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     settings = qa_settings(folder_model, mode=(0, 3), output_dir="straight")
-    straight = run_qa(settings)
+    straight = evaluate(settings)
     score, calls = harness.TopThetaLM._score, []
 
     def scoring(self, batch):
@@ -96,14 +79,14 @@ def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
     with pytest.raises(KeyboardInterrupt):
-        run_qa(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"))
+        evaluate(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"))
     run = next(here.joinpath("stopped").iterdir())
     assert not (run / "mode0_k16" / "results.json").exists()
-    resumed = run_qa(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"), resume=str(run))
+    resumed = evaluate(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"), resume=str(run))
     assert len(calls) == 1 + 3 + 5 + 5  # every batch once, but for the one that was cut off
     for a, b in zip(straight, resumed):
-        assert a["metrics"] == b["metrics"] and a["kept"] == b["kept"]
-    assert resumed[0]["seconds"]["calibration"] > 0  # what the first start took counts
+        assert a.metrics == b.metrics and a.kept == b.kept
+    assert resumed[0].seconds["calibration"] > 0  # what the first start took counts
     name = "mode0_k16/layer1_kept_attn_prefill.csv.gz"
     first = next(here.joinpath("straight").iterdir())
     assert gzip.decompress((first / name).read_bytes()) == gzip.decompress((run / name).read_bytes())
@@ -116,19 +99,19 @@ def test_several_k_are_calibrated_in_one_pass(
     """Without calib_tac the prompts run once for all K, with the tables of separate runs; with it once for
     each."""
     from toptheta.calibration.tables import load_tables
-    from toptheta.eval import run
-    from toptheta.eval.tasks import qa
+    from toptheta.eval import checkpoint
+    from toptheta.eval.runner import evaluate
 
     passes = []
-    begin = run.begin_calibration
+    begin = checkpoint.begin_calibration
     monkeypatch.setattr(
-        run, "begin_calibration", lambda *args, **more: passes.append(1) or begin(*args, **more)
+        checkpoint, "begin_calibration", lambda *args, **more: passes.append(1) or begin(*args, **more)
     )
     one_pass = {"mode": (0,), "calib_tac": False, "calibrate_only": True}
-    qa.run_qa(qa_settings(folder_model, **one_pass, k=(16, 32), layerk={1: 24}, output_dir="joint"))
+    evaluate(qa_settings(folder_model, **one_pass, k=(16, 32), layerk={1: 24}, output_dir="joint"))
     assert len(passes) == 1
-    qa.run_qa(qa_settings(folder_model, **one_pass, k=(32,), layerk={1: 24}, output_dir="alone"))
-    qa.run_qa(qa_settings(folder_model, **one_pass | {"calib_tac": True}, k=(16, 32), output_dir="tac"))
+    evaluate(qa_settings(folder_model, **one_pass, k=(32,), layerk={1: 24}, output_dir="alone"))
+    evaluate(qa_settings(folder_model, **one_pass | {"calib_tac": True}, k=(16, 32), output_dir="tac"))
     assert len(passes) == 4
     joint = load_tables(str(next(here.glob("joint/*/mode0_k32"))), 2, 6)
     alone = load_tables(str(next(here.glob("alone/*"))), 2, 6)
@@ -139,17 +122,17 @@ def test_several_k_are_calibrated_in_one_pass(
 
 
 def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     with pytest.raises(
         UsageError, match="no row longer than K=900 in layer 0: the calibration prompts had up to"
     ):
-        run_qa(qa_settings(folder_model, mode=(0,), k=(900,)))
+        evaluate(qa_settings(folder_model, mode=(0,), k=(900,)))
 
 
 def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
     """Stock tasks from local rows: one question each of several kinds, calibration on another split."""
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     for task in ("arc_easy", "hellaswag", "mmlu"):
         settings = qa_settings(
@@ -161,15 +144,15 @@ def test_local_data(folder_model: str, here: Path, local_data: Path) -> None:
             calib_samples=6,
             data_dir=str(local_data),
         )
-        result = run_qa(settings)[0]
-        assert result["metrics"]["acc"]["count"] == 6, task
+        result = evaluate(settings)[0]
+        assert result.metrics["acc"].count == 6, task
 
 
 def test_several_tasks(
     folder_model: str, here: Path, local_data: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Multiple choice and generation in one run: a folder and a table for each, resumed where it stopped."""
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     settings = qa_settings(
         folder_model,
@@ -180,30 +163,28 @@ def test_several_tasks(
         mode=(0, 3),
         calib_samples=2,
     )
-    results = run_qa(settings)
-    assert [(r["task"], r["method"]) for r in results] == [
+    results = evaluate(settings)
+    assert [(r.task, r.method) for r in results] == [
         (task, method) for task in ("medmcqa", "gsm8k") for method in ("Top-theta K=16", "dense")
     ]
-    assert results[0]["metrics"]["acc"]["count"] == 2
-    assert "exact_match(strict-match)" in results[2]["metrics"]
-    assert (
-        results[2]["kept"]["generative_decoding"]["attn"] < 0.6 < 1.0 == results[3]["kept"]["prefill"]["attn"]
-    )
+    assert results[0].metrics["acc"].count == 2
+    assert "exact_match(strict-match)" in results[2].metrics
+    assert results[2].kept["generative_decoding"].attn < 0.6 < 1.0 == results[3].kept["prefill"].attn
     (run,) = here.joinpath("products").iterdir()
-    assert json.loads((run / "summary.json").read_text()) == results
+    assert json.loads((run / "summary.json").read_text()) == [result.to_json() for result in results]
     assert "medmcqa" in (run / "summary.md").read_text() and "gsm8k" in (run / "summary.md").read_text()
     assert (run / "gsm8k" / "mode0_k16" / "th.txt").is_file()
 
     (run / "gsm8k" / "mode3" / "results.json").unlink()
     capsys.readouterr()
-    again = run_qa(settings, resume=str(run))
-    assert [r["metrics"] for r in again] == [r["metrics"] for r in results]
+    again = evaluate(settings, resume=str(run))
+    assert [r.metrics for r in again] == [r.metrics for r in results]
     assert "Calibrating" not in capsys.readouterr().err
 
 
 def test_any_other_task_by_name(folder_model: str, here: Path) -> None:
     """A task of the harness that no table here knows, on rows of its format."""
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     folder = here / "data" / "sciq"
     folder.mkdir(parents=True)
@@ -218,17 +199,17 @@ def test_any_other_task_by_name(folder_model: str, here: Path) -> None:
             for n in range(4)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (result, _) = run_qa(
+    (result, _) = evaluate(
         qa_settings(folder_model, task="sciq", data_dir=str(here / "data"), mode=(0, 3), num_samples=None)
     )
-    assert result["task"] == "sciq" and result["metrics"]["acc"]["count"] == 4
-    assert 0.0 < result["kept"]["prefill"]["attn"] < 1.0
+    assert result.task == "sciq" and result.metrics["acc"].count == 4
+    assert 0.0 < result.kept["prefill"].attn < 1.0
 
 
 @pytest.mark.parametrize("task", ["arc_easy,arc_easy", "arc_easy,", "arc_easyy,hellaswag"])
 def test_wrong_lists_of_tasks(folder_model: str, here: Path, task: str) -> None:
-    from toptheta.eval.tasks.qa import run_qa
+    from toptheta.eval.runner import evaluate
 
     with pytest.raises(UsageError, match="--task"):
-        run_qa(qa_settings(folder_model, task=task))
+        evaluate(qa_settings(folder_model, task=task))
     assert not here.joinpath("products").exists()

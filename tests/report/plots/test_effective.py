@@ -13,6 +13,7 @@ from toptheta.report.plots import read
 from toptheta.report.plots.flags import check_request, plot_parser
 from toptheta.report.plots.report import draw_report
 from toptheta.report.plots.thresholds import FIGURES, INPUTS
+from toptheta.report.results import CellResult
 from toptheta.util.errors import UsageError
 
 
@@ -30,7 +31,7 @@ def finished_cell(folder: Path, layers: int = 3, top: int = 900) -> Path:
         for layer in range(layers)
     }
     cell.add({"answer": 1}, records, {})
-    cell.finish({"method": "Top-theta K=64"})
+    cell.finish(CellResult("Top-theta K=64"), [])
     config = {"num_layers": layers, "num_heads": 1, "model": "Tiny", "method": "Top-theta K=64"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

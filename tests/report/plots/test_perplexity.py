@@ -1,21 +1,24 @@
 """The figure of perplexity by length, a line per method."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from toptheta.report.plots.perplexity import draw_perplexity, perplexity_figure
+from toptheta.report.results import CellResult
 from toptheta.util.errors import UsageError
 
 
-def perplexity_result(method: str, mode: int, ppl: list[float], stderr: float | None = 0.1) -> dict[str, Any]:
+def perplexity_result(method: str, dense: bool, ppl: list[float], stderr: float | None = 0.1) -> CellResult:
     rows = [{"length": 64 * 2**i, "ppl": value, "stderr": stderr} for i, value in enumerate(ppl)]
-    return {"method": method, "mode": mode, "by_length": rows}
+    return CellResult(method, dense=dense, extra={"by_length": rows})
 
 
 def test_perplexity_has_a_line_per_method(tmp_path: Path) -> None:
-    results = [perplexity_result("Top-k K=64", 1, [30, 22]), perplexity_result("dense", 3, [30, 20], None)]
+    results = [
+        perplexity_result("Top-k K=64", False, [30, 22]),
+        perplexity_result("dense", True, [30, 20], None),
+    ]
     figure = perplexity_figure(results, "t")
     axes, above = figure.axes
     lines = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
@@ -27,6 +30,6 @@ def test_perplexity_has_a_line_per_method(tmp_path: Path) -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "Top-k K=64"]
     draw_perplexity(results, tmp_path / "p.png", "t")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    for others in ([], [{"method": "a"}], [*results, perplexity_result("x", 0, [1])]):
+    for others in ([], [CellResult("a")], [*results, perplexity_result("x", False, [1])]):
         with pytest.raises(UsageError, match="perplexity"):
             perplexity_figure(others, "t")

@@ -1,38 +1,39 @@
 """The figure that compares methods: accuracy against kept attention elements and V rows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from toptheta.report.plots.tradeoff import draw_tradeoff, tradeoff_figure
+from toptheta.report.results import CellResult, Kept, Metric
 from toptheta.util.errors import UsageError
 
 
-def result_of(method: str, mode: int, k: int | None, accuracy: float, kept: float | None) -> dict:
-    share = None if kept is None else {"attn": kept, "vrow": min(1.0, 2 * kept)}
-    return {
-        "method": method,
-        "mode": mode,
-        "k": k,
-        "task": "arc_easy",
-        "metrics": {name: {"value": accuracy, "stderr": 0.02, "count": 500} for name in ("acc", "acc_norm")},
-        "kept": {"prefill": share, "generative_decoding": None},
-        "seconds": 1.0,
-    }
+def result_of(method: str, k: int | None, accuracy: float, kept: float | None) -> CellResult:
+    share = None if kept is None else Kept(kept, min(1.0, 2 * kept))
+    return CellResult(
+        method,
+        task="arc_easy",
+        k=k,
+        dense=k is None,
+        metrics={name: Metric(accuracy, 0.02, 500) for name in ("acc", "acc_norm")},
+        kept={"prefill": share, "generative_decoding": None},
+    )
 
 
-def tradeoff_results() -> list[dict]:
-    results = [result_of("dense", -1, None, 0.6, 1.0)]
+def tradeoff_results() -> list[CellResult]:
+    results = [result_of("dense", None, 0.6, 1.0)]
     for k, kept in ((128, 0.5), (32, 0.15), (64, 0.3)):
-        results.append(result_of(f"Top-k K={k}", 1, k, 0.6 - 2 / k, kept))
-        results.append(result_of(f"Top-theta K={k}", 0, k, 0.6 - 3 / k, kept * 1.05))
-    results.append(result_of("Top-theta capk", 0, 64, 0.5, 0.2))
+        results.append(result_of(f"Top-k K={k}", k, 0.6 - 2 / k, kept))
+        results.append(result_of(f"Top-theta K={k}", k, 0.6 - 3 / k, kept * 1.05))
+    results.append(result_of("Top-theta capk", 64, 0.5, 0.2))
     return results
 
 
 def test_tradeoff_joins_the_ks_of_a_method(tmp_path: Path) -> None:
-    figure, notes = tradeoff_figure([*tradeoff_results(), result_of("no statistics", 0, 64, 0.5, None)], "t")
+    figure, notes = tradeoff_figure([*tradeoff_results(), result_of("no statistics", 64, 0.5, None)], "t")
     left, right = figure.axes
     assert left.get_ylabel() == "acc_norm on arc_easy (%)"
     assert left.get_xlabel() == "kept attention elements in prefill (% of dense)"
@@ -67,17 +68,15 @@ def test_tradeoff_labels_cover_nothing() -> None:
 
 
 def test_tradeoff_metric_and_phase() -> None:
-    results = tradeoff_results()
-    for result in results:
-        result["metrics"] = {
-            "rouge": {"value": 12.5, "stderr": "N/A"},
-            "pass@1": {"value": 0.25, "stderr": None},
-        }
-        result["kept"]["generative_decoding"] = {"attn": 0.1, "vrow": None}
+    metrics = {"rouge": Metric(12.5), "pass@1": Metric(0.25)}
+    results = [
+        replace(result, metrics=metrics, kept=(result.kept or {}) | {"generative_decoding": Kept(0.1, 0.2)})
+        for result in tradeoff_results()
+    ]
     figure, _ = tradeoff_figure(results, "t")
     assert figure.axes[0].get_ylabel() == "pass@1 on arc_easy (%)"
     assert figure.axes[0].get_xlabel() == "kept attention elements in decode (% of dense)"
-    del results[2]["metrics"]["pass@1"]
+    results[2] = replace(results[2], metrics={"rouge": Metric(12.5)})
     assert tradeoff_figure(results, "t")[0].axes[0].get_ylabel() == "rouge on arc_easy"
 
 
@@ -86,8 +85,8 @@ def test_tradeoff_refuses_what_it_cannot_draw() -> None:
     for results, words in (
         ([], "no results"),
         ([dense], "no result tells"),
-        ([dense, {**sparse[0], "task": "gsm8k"}], "several tasks"),
-        ([dense, {**sparse[0], "metrics": {"f1": {"value": 1.0}}}], "no metric in common"),
+        ([dense, replace(sparse[0], task="gsm8k")], "several tasks"),
+        ([dense, replace(sparse[0], metrics={"f1": Metric(1.0)})], "no metric in common"),
     ):
         with pytest.raises(UsageError, match=words):
             tradeoff_figure(results, "t")

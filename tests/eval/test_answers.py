@@ -1,0 +1,120 @@
+"""Every cell keeps its answer to each question, in every data set: keys, hashes, and scores that
+make the metric."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.eval.helpers import gen_settings, qa_settings
+from toptheta.report.results import Answer, CellResult, read_answers
+
+
+def answers_by_key(result: CellResult) -> dict[str, Answer]:
+    assert result.folder is not None
+    return {answer.key: answer for answer in read_answers(result.folder)}
+
+
+def test_multiple_choice(folder_model: str, here: Path) -> None:
+    from toptheta.eval.runner import evaluate
+
+    sparse, dense = map(answers_by_key, results := evaluate(qa_settings(folder_model, mode=(1, 3))))
+    assert len(dense) == 5 and all(key.startswith("everyday_science/") for key in dense)
+    assert {key: answer.hash for key, answer in sparse.items()} == {k: a.hash for k, a in dense.items()}
+    assert any(sparse[key].loglikelihoods != dense[key].loglikelihoods for key in dense)
+    for result, answers in zip(results, (sparse, dense)):
+        for name, metric in result.metrics.items():
+            assert np.mean([answer.score[name] for answer in answers.values()]) == metric.value
+    for answer in dense.values():
+        assert answer.loglikelihoods is not None and answer.tokens["prompt"] > 50
+        assert answer.answer == int(np.argmax(answer.loglikelihoods))
+        assert answer.score["acc"] == (answer.answer == answer.target)
+    fewer = evaluate(qa_settings(folder_model, mode=(3,), num_fewshot=2))
+    assert not {a.hash for a in answers_by_key(fewer[0]).values()} & {a.hash for a in dense.values()}
+
+
+def test_a_resumed_cell_keeps_all(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toptheta.eval import cell as products
+    from toptheta.eval import lm_eval_model as harness
+    from toptheta.eval.runner import evaluate
+
+    monkeypatch.setattr(products, "CHECKPOINT_SECONDS", 0.0)
+    (straight,) = evaluate(qa_settings(folder_model, mode=(1,), output_dir="straight"))
+    score, calls = harness.TopThetaLM._score, []
+
+    def scoring(self, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, batch)
+
+    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(qa_settings(folder_model, mode=(1,), output_dir="stopped"))
+    (run,) = here.joinpath("stopped").iterdir()
+    assert not (run / "answers.jsonl").exists()
+    (resumed,) = evaluate(qa_settings(folder_model, mode=(1,), output_dir="stopped"), resume=str(run))
+    assert answers_by_key(resumed) == answers_by_key(straight)
+
+
+def test_replies_of_the_harness(folder_model: str, here: Path, local_data: Path) -> None:
+    """One answer to a question, with the scores of both filters."""
+    from toptheta.eval.runner import evaluate
+
+    (result,) = evaluate(
+        qa_settings(
+            folder_model, mode=(3,), task="gsm8k", data_dir=str(local_data), num_samples=2, num_fewshot=1
+        )
+    )
+    answers = answers_by_key(result)
+    assert len(answers) == 2 and all(key.startswith("gsm8k/") for key in answers)
+    for answer in answers.values():
+        assert isinstance(answer.answer, str) and set(answer.score) == set(result.metrics)
+        assert answer.tokens["prompt"] > 50 and "reply" in answer.tokens and answer.loglikelihoods is None
+
+
+def test_windows_and_needles(folder_model: str, here_with_text: Path) -> None:
+    from toptheta.eval.runner import evaluate
+
+    for changes, metric, keys in (
+        (
+            {"dataset": "perplexity", "text": "text.txt", "num_tasks": 3},
+            "nll",
+            ["window0", "window1", "window2"],
+        ),
+        (
+            {"dataset": "needle", "needle_lengths": (200,), "needle_depths": (0, 100)},
+            "found",
+            ["200/0/0", "200/100/0"],
+        ),
+    ):
+        sparse, dense = evaluate(gen_settings(folder_model, mode=(1, 3), **changes))
+        of_sparse, of_dense = answers_by_key(sparse), answers_by_key(dense)
+        assert list(of_dense) == list(of_sparse) == keys
+        assert len({answer.hash for answer in of_dense.values()}) == len(keys)
+        assert [a.hash for a in of_dense.values()] == [a.hash for a in of_sparse.values()]
+        mean = np.mean([answer.score[metric] for answer in of_dense.values()])
+        expected = np.log(dense.metrics["ppl"].value) if metric == "nll" else dense.metrics["found"].value
+        assert mean == pytest.approx(expected)
+
+
+def test_programs_scored_later(folder_model: str, here: Path) -> None:
+    """Without execution there is no score; --score adds it, sample by sample."""
+    from toptheta.eval.runner import evaluate
+    from toptheta.eval.score import score_folder
+
+    (result,) = evaluate(
+        gen_settings(
+            folder_model, mode=(3,), num_tasks=2, num_samples_per_task=2, do_sample=True, batch_size=4,
+            max_seq_len=400, prefill_chunk=None,
+        )
+    )  # fmt: skip
+    answers = answers_by_key(result)
+    assert list(answers) == [f"HumanEval/{task}#{sample}" for task in (0, 1) for sample in (0, 1)]
+    assert all(a.score == {} and isinstance(a.answer, str) and a.tokens["reply"] for a in answers.values())
+    assert answers["HumanEval/0#0"].hash == answers["HumanEval/0#1"].hash != answers["HumanEval/1#0"].hash
+    score_folder(str(here / "products"))
+    assert {a.score["passed"] for a in answers_by_key(result).values()} == {0.0}
+    lines = (Path(str(result.folder)) / "samples.jsonl_results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["passed"] for line in lines] == [False] * 4
