@@ -4,16 +4,17 @@
 are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, parse_settings, run_main, shared_flags
-from toptheta.eval.generation_flags import generation_flags
-from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.eval.cli import Parser, parse_settings, run_main, settings_flags, settings_from_json
+from toptheta.eval.settings import GENERATION, GenSettings
 from toptheta.util.errors import UsageError
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="gen_llama.py", description=__doc__.splitlines()[0])
-    shared_flags(parser)
-    generation_flags(parser)
+    groups = settings_flags(parser, GenSettings)
+    groups[GENERATION].add_argument(
+        "--score", metavar="DIR", help="generate nothing: score the completions saved in DIR"
+    )
     return parser
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from toptheta.eval.cli import parse_settings, shared_flags
+from toptheta.eval.cli import parse_settings, settings_flags
 from toptheta.eval.settings import GenSettings, QASettings, Settings
 
 
@@ -23,7 +23,7 @@ def calibrating_settings(folder_model: str, **changes) -> QASettings:
 
 def parse(flags: str) -> Settings:
     parser = argparse.ArgumentParser()
-    shared_flags(parser)
+    settings_flags(parser, Settings)
     return parse_settings(Settings, parser.parse_args(flags.split()))
 
 

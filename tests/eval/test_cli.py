@@ -8,7 +8,7 @@ import pytest
 
 from tests.eval.helpers import parse
 from tests.helpers.paths import ROOT
-from toptheta.eval.cli import parse_settings, shared_flags
+from toptheta.eval.cli import parse_settings, settings_flags
 from toptheta.eval.settings import Settings
 from toptheta.util.errors import UsageError
 
@@ -28,7 +28,7 @@ from toptheta.util.errors import UsageError
 )
 def test_bad_flags(flags: str, message: str) -> None:
     parser = argparse.ArgumentParser()
-    shared_flags(parser)
+    settings_flags(parser, Settings)
     with pytest.raises(UsageError, match=message):
         parse_settings(Settings, parser.parse_args(flags.split()))
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.eval.helpers import gen_settings
-from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.settings import GenSettings
 from toptheta.util.errors import UsageError
 
 

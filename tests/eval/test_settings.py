@@ -3,7 +3,8 @@
 import pytest
 
 from tests.eval.helpers import parse
-from toptheta.eval.settings import GenSettings, QASettings, Settings, label, settings_from_json
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.settings import GenSettings, QASettings, Settings, label
 from toptheta.util.errors import UsageError
 
 
@@ -11,13 +12,13 @@ def test_cells() -> None:
     settings = parse("--mode 0,1,3 --k 32,64 --sdc exact --vmc --calib_tac --capk --layerk {0:512,1:0}")
     cells = settings.cells()
     assert [label(cell) for cell in cells] == [
-        "Top-theta K=32",
-        "Top-theta K=64",
+        "Top-theta capk K=32",
+        "Top-theta capk K=64",
         "Top-k K=32",
         "Top-k K=64",
         "dense",
     ]
-    assert [cell.capk for cell in cells] == [True, True, False, False, False]
+    assert [getattr(cell.method, "capk", False) for cell in cells] == [True, True, False, False, False]
     assert settings.layer_ks(cells[0], 4) == (512, 0, 32, 32)
     with pytest.raises(UsageError, match="--layerk names layer 1, but the model has layers 0 to 0"):
         settings.layer_ks(cells[0], 1)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from toptheta.calibration.kept_samples import write_calibration_samples
 from toptheta.calibration.tables import BINARY_NAME, save_tables
 from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
-from toptheta.eval.settings import QASettings, Settings, cell_folder, label, settings_from_json
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.settings import QASettings, Settings, cell_folder, label
 from toptheta.methods.params import TOP_THETA, AttentionParams
 from toptheta.models.control import (
     begin_calibration,

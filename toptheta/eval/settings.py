@@ -1,76 +1,159 @@
-"""A script's settings: one typed, frozen object, checked once, before anything is loaded."""
+"""A script's settings: one typed, frozen object. Each is declared here once; its flag, run.json and check
+follow (util/options.py). Rules that involve several of them are rules.py's."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from toptheta.eval.generation_flags import HUMANEVAL, check_generation
 from toptheta.eval.tasks.lm_eval_tasks import BUNDLED_TASK
-from toptheta.methods.params import DENSE, PLACEMENTS, TOP_K, TOP_THETA, AttentionParams, check, method_name
+from toptheta.methods.base import Method, of_mode, parse_method, parse_methods
+from toptheta.methods.params import CALIBRATION_GROUP, AttentionParams, MethodOptions, expand_k
 from toptheta.util.errors import UsageError
+from toptheta.util.options import at_least, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUMANEVAL = "openai_humaneval"
+LONGBENCH = ("longbench_qmsum", "longbench_gov_report")
+PERPLEXITY, NEEDLE = "perplexity", "needle"
+DATASETS = (HUMANEVAL, *LONGBENCH, PERPLEXITY, NEEDLE)
+TEXT_JOBS = (HUMANEVAL, *LONGBENCH, NEEDLE)  # those that show the model a prompt and read its reply
+
+RUN, TASK, GENERATION, LONG = "model and run", "task", "generation", "long context"  # groups of flags
+
+
+def _is_share_or_count(number: float) -> bool:
+    return 0 < number <= 1 or number > 1 and number == int(number)
+
+
+SHARE_OR_COUNT = (_is_share_or_count, "give a count, or a share between 0 and 1")
+
+
+def _is_device(device: str) -> bool:
+    return device in ("auto", "cpu", "cuda", "mps") or (
+        device.startswith("cuda:") and device.removeprefix("cuda:").isdigit()
+    )
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What both jobs share. mode, k: every pair of them is one cell of the table. layerk: K of single
-    layers. calib_task: the Q&A task to calibrate on; None: what is evaluated."""
+class CellOptions:
+    """Which methods are run with which K: every pair of them is one cell of the table. method: specs as
+    `parse_methods` reads them, in place of `mode`. layerk: K of single layers."""
 
-    llama: str = "smollm2"
-    mode: tuple[int, ...] = (DENSE,)
-    k: tuple[int, ...] = (256,)
-    layerk: dict[int, int] = field(default_factory=dict)
-    placement: str = "pre-softmax"
-    sdc: str = "none"
-    sdc_scale: float = 1.0
-    vmc: bool = False
-    capk: bool = False
-    calib_tac: bool = False
-    calib_add_sigma: float = 0.0
-    calib_sample_frac: float = 0.1
-    calib_load_path: str = ""
-    calib_samples: float | None = None
-    calib_task: str | None = None
-    calib_interp: str = "nearest"
-    calib_smooth: int = 0
-    calib_dump_samples: bool = False
-    calibrate_only: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int = 1
-    seed: int = 42
-    output_dir: str = "products"
-    apply_chat_template: bool = False
-    statistics: bool = True
-    vrow_popularity: bool = False
-    effective_k: bool = False
+    mode: tuple[int, ...] = option(
+        (3,), "0 Top-theta, 1 Top-k, 3 dense; a list runs each (default 3)", metavar="M[,M]", group="method"
+    )
+    method: tuple[str, ...] = option(
+        (),
+        "in place of --mode: methods by name with their options, e.g. top_k or top_theta:capk; a list runs "
+        "each, and an unknown name is answered with all there are",
+        metavar="NAME[:OPTION=VALUE,...]",
+        group="method",
+        parse=lambda text: tuple(method.spec for method in parse_methods(text, "--method")),
+    )
+    k: tuple[int, ...] = option(
+        (256,),
+        "attention elements to keep per row; a list runs each (default 256)",
+        metavar="K[,K]",
+        group="method",
+    )
+    layerk: dict[int, int] = option(
+        {},
+        "K of single layers, e.g. 0:512,1:512; 0 leaves a layer dense",
+        metavar="L:K[,L:K]",
+        group="method",
+    )
+    capk: bool = option(
+        False, "Top-theta: of what passes the threshold keep the K most recent only", group="method"
+    )
+
+    def methods(self) -> list[Method]:
+        """The methods, each once; those with an option `capk` have it set by --capk."""
+        named = [parse_method(spec, "--method") for spec in self.method]
+        methods = named or [of_mode(mode) for mode in self.mode]
+        if self.capk:
+            methods = [replace(one, **{"capk": True}) if hasattr(one, "capk") else one for one in methods]
+        return list(dict.fromkeys(methods))
+
+
+@dataclass(frozen=True)
+class Settings(MethodOptions, CellOptions):
+    """What both jobs share. calib_task: the Q&A task to calibrate on; None: what is evaluated."""
+
+    calib_samples: float | None = option(
+        None,
+        "calibration examples; below 1, a share of them",
+        metavar="N",
+        group=CALIBRATION_GROUP,
+        rule=SHARE_OR_COUNT,
+    )
+    calib_task: str | None = option(
+        None,
+        "calibrate on the calibration split of this Q&A task, with its usual shots and size (default: on "
+        "what is evaluated)",
+        metavar="TASK",
+        group=CALIBRATION_GROUP,
+    )
+    calib_dump_samples: bool = option(
+        False,
+        "also write every sample of a threshold (calib_samples.safetensors); all of them are held in memory: "
+        "4 bytes for each layer, head and sampled row of each K",
+        group=CALIBRATION_GROUP,
+        answers=False,
+    )
+    calibrate_only: bool = option(
+        False, "calibrate, write the tables, and stop", group=CALIBRATION_GROUP, answers=False
+    )
+    llama: str = option(
+        "smollm2",
+        "smollm2 (default), 2-7, 2-70, 34, 3-8, 3-8i, 3-70, 3-70i, 3.1-8i, a hub id, a folder or a .gguf "
+        "file",
+        metavar="MODEL",
+        group=RUN,
+    )
+    device: str = option(
+        "auto",
+        "cpu, cuda, cuda:1, ..., or auto (default): all GPUs if there are any",
+        group=RUN,
+        rule=(_is_device, "choose auto, cpu, cuda, cuda:N or mps"),
+        answers=False,
+    )
+    dtype: str = option(
+        "auto",
+        f"{', '.join(DTYPES)} (auto: float32 on CPU, the model's own on a GPU)",
+        group=RUN,
+        choices=DTYPES,
+    )
+    batch_size: int = option(
+        1, "prompts computed at once (default 1)", metavar="N", group=RUN, rule=at_least(1), answers=False
+    )
+    seed: int = option(42, "seeds subsets, row sampling and generation (default 42)", metavar="N", group=RUN)
+    apply_chat_template: bool = option(
+        False, "put prompts into the model's chat template", group=RUN, serves=TEXT_JOBS
+    )
+    output_dir: str = option(
+        "products", "where product folders go (default products)", metavar="DIR", group=RUN, answers=False
+    )
+    statistics: bool = option(True, "do not count kept elements and V rows", group=RUN)
+    vrow_popularity: bool = option(
+        False, "also dump how often each V row is kept (large)", group=RUN, answers=False
+    )
+    effective_k: bool = option(
+        False, "Top-theta: report what single rows keep, against K", group=RUN, answers=False
+    )
 
     def cells(self) -> list[AttentionParams]:
-        """The settings of each cell: every mode with every K; dense has no K and comes once."""
+        """The parameters of each cell: every method with every K; a method without K comes once."""
         cells = []
-        for mode in dict.fromkeys(self.mode):
-            sparse = mode in (TOP_THETA, TOP_K) and self.placement != "none"
-            for k in dict.fromkeys(self.k) if sparse else [self.k[0]]:
-                cells.append(self._cell(mode, k) if sparse else AttentionParams(mode=mode, placement="none"))
+        for method in self.methods():
+            if method.is_dense or self.placement == "none":
+                cells.append(AttentionParams(method=method, placement="none"))
+                continue
+            options = {f.name: getattr(self, f.name) for f in fields(MethodOptions)}
+            options["calib_tac"] &= method.needs_thresholds
+            cell = AttentionParams(method=method, **options)
+            if not cell.needs_calibration:
+                cell = replace(cell, calib_load_path="")
+            cells += [replace(cell, K=k) for k in dict.fromkeys(self.k)] if method.uses_k else [cell]
         return cells
-
-    def _cell(self, mode: int, k: int) -> AttentionParams:
-        return AttentionParams(
-            K=k,
-            mode=mode,
-            placement=self.placement,
-            sdc=self.sdc,
-            sdc_scale=self.sdc_scale,
-            vmc=self.vmc,
-            capk=self.capk and mode == TOP_THETA,
-            calib_tac=self.calib_tac and mode == TOP_THETA,
-            calib_add_sigma=self.calib_add_sigma,
-            calib_sample_frac=self.calib_sample_frac,
-            calib_interp=self.calib_interp,
-            calib_smooth=self.calib_smooth,
-        )
 
     @property
     def calibration_task(self) -> str:
@@ -79,14 +162,8 @@ class Settings:
 
     def layer_ks(self, cell: AttentionParams, num_layers: int) -> tuple[int, ...]:
         """K of every layer in a cell. Raises UsageError for a --layerk layer that the model does not have."""
-        for layer in self.layerk:
-            if not 0 <= layer < num_layers:
-                raise UsageError(
-                    f"--layerk names layer {layer}, but the model has layers 0 to {num_layers - 1}: "
-                    "name one of those."
-                )
         assert isinstance(cell.K, int)
-        return tuple(self.layerk.get(layer, cell.K) for layer in range(num_layers))
+        return expand_k(self.layerk, num_layers, cell.K, "--layerk")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,10 +173,30 @@ class Settings:
 class QASettings(Settings):
     """Settings of test_llama.py. num_samples: documents to evaluate; below 1, a fraction; None: all."""
 
-    task: str = BUNDLED_TASK
-    num_samples: float | None = None
-    num_fewshot: int | None = None
-    data_dir: str | None = None
+    task: str = option(
+        BUNDLED_TASK,
+        "everyday_science (bundled, default), hellaswag, arc_challenge, arc_easy, mmlu, gsm8k, medmcqa, or "
+        "any task of lm-eval; a list runs each",
+        metavar="T[,T]",
+        group=TASK,
+    )
+    num_samples: float | None = option(
+        None,
+        "questions to evaluate; below 1, a share (default all)",
+        metavar="N",
+        group=TASK,
+        rule=SHARE_OR_COUNT,
+    )
+    num_fewshot: int | None = option(
+        None,
+        "examples in each prompt (default: the task's usual number)",
+        metavar="N",
+        group=TASK,
+        rule=at_least(0),
+    )
+    data_dir: str | None = option(
+        None, "local data: DIR/<task>/<split>.jsonl with the hub's rows", metavar="DIR", group=TASK
+    )
 
     @property
     def calibration_task(self) -> str:
@@ -111,21 +208,107 @@ class GenSettings(Settings):
     """Settings of gen_llama.py. max_seq_len: tokens of prompt and reply together. prefill_chunk: tokens of a
     prompt computed at once; None: all. needle_lengths: tokens, empty: powers of two; needle_depths: %."""
 
-    dataset: str = HUMANEVAL
-    num_tasks: int | None = None
-    num_samples_per_task: int = 1
-    max_seq_len: int = 4096
-    prompt_prefix: str = ""
-    prompt_suffix: str = ""
-    do_sample: bool = False
-    allow_code_execution: bool = False
-    prefill_chunk: int | None = None
-    data_dir: str | None = None
-    max_new_tokens: int | None = None
-    text: str | None = None
-    needle_lengths: tuple[int, ...] = ()
-    needle_depths: tuple[int, ...] = (0, 25, 50, 75, 100)
-    needle_repeats: int = 1
+    dataset: str = option(
+        HUMANEVAL,
+        f"{', '.join(DATASETS)} (default {HUMANEVAL})",
+        group=GENERATION,
+        choices=DATASETS,
+        hint=True,
+    )
+    num_tasks: int | None = option(
+        None,
+        "tasks, rows or windows to evaluate (default all)",
+        metavar="N",
+        group=GENERATION,
+        rule=at_least(1),
+        serves=(HUMANEVAL, *LONGBENCH, PERPLEXITY),
+    )
+    num_samples_per_task: int = option(
+        1,
+        "completions per task (default 1)",
+        metavar="N",
+        group=GENERATION,
+        rule=at_least(1),
+        serves=(HUMANEVAL,),
+    )
+    max_seq_len: int = option(
+        4096,
+        "tokens of prompt and reply (default 4096)",
+        metavar="N",
+        group=GENERATION,
+        rule=at_least(128),
+    )
+    prefill_chunk: int | None = option(
+        None,
+        "tokens of a prompt to compute at once (default all)",
+        metavar="N",
+        group=GENERATION,
+        rule=at_least(1),
+        answers=False,
+    )
+    prompt_prefix: str = option(
+        "",
+        "text before every prompt",
+        metavar="TEXT",
+        group=GENERATION,
+        serves=(HUMANEVAL, *LONGBENCH),
+    )
+    prompt_suffix: str = option(
+        "", "text after every prompt", metavar="TEXT", group=GENERATION, serves=(HUMANEVAL, *LONGBENCH)
+    )
+    do_sample: bool = option(
+        False,
+        "sample tokens (temperature 0.5) instead of greedy choice",
+        group=GENERATION,
+        serves=(HUMANEVAL,),
+    )
+    allow_code_execution: bool = option(
+        False, "run the generated programs, in a sandbox", group=GENERATION, serves=(HUMANEVAL,)
+    )
+    data_dir: str | None = option(
+        None,
+        "longbench_*, --calib_task: folder of rows (default: the hub)",
+        metavar="DIR",
+        group=LONG,
+        serves=LONGBENCH,
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "longbench_*: tokens of a reply (default LongBench's own, 512)",
+        metavar="N",
+        group=LONG,
+        rule=at_least(1),
+        serves=LONGBENCH,
+    )
+    text: str | None = option(
+        None,
+        "perplexity: the text; needle: the haystack (default: made up)",
+        metavar="FILE",
+        group=LONG,
+        serves=(PERPLEXITY, NEEDLE),
+    )
+    needle_lengths: tuple[int, ...] = option(
+        (),
+        "needle: context lengths (default 512, 1024, ... )",
+        metavar="N[,N]",
+        group=LONG,
+        serves=(NEEDLE,),
+    )
+    needle_depths: tuple[int, ...] = option(
+        (0, 25, 50, 75, 100),
+        "needle: depths in %% (default 0,25,50,75,100)",
+        metavar="P[,P]",
+        group=LONG,
+        serves=(NEEDLE,),
+    )
+    needle_repeats: int = option(
+        1,
+        "needle: needles at each length and depth (default 1)",
+        metavar="N",
+        group=LONG,
+        rule=at_least(1),
+        serves=(NEEDLE,),
+    )
 
     @property
     def calibration_task(self) -> str:
@@ -133,111 +316,6 @@ class GenSettings(Settings):
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-def check_settings(settings: AnySettings) -> AnySettings:
-    """The rules beyond a single cell. Raises UsageError."""
-    sparse = [mode for mode in settings.mode if mode in (TOP_THETA, TOP_K)]
-    if min(settings.k) < 1:
-        raise UsageError(
-            f"--k {min(settings.k)} keeps nothing: give whole numbers of at least 1 (dense is --mode 3)."
-        )
-    if any(k < 0 for k in settings.layerk.values()):
-        raise UsageError("--layerk takes K of at least 0 (0 leaves the layer dense).")
-    if settings.placement not in PLACEMENTS:
-        raise UsageError(f"--placement is {settings.placement!r}: choose one of {', '.join(PLACEMENTS)}.")
-    for name in ("vmc", "capk", "calib_tac"):
-        if getattr(settings, name) and not sparse:
-            raise UsageError(
-                f"--{name} has no effect on dense attention: add --mode 0"
-                + (" or 1." if name == "vmc" else ".")
-            )
-        if name != "vmc" and getattr(settings, name) and TOP_THETA not in sparse:
-            raise UsageError(f"--{name} is for thresholds: use it with --mode 0.")
-    if settings.sdc != "none" and not sparse:
-        raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
-    cells = [check(cell, lambda name: f"--{name.lower()}") for cell in settings.cells()]
-    needing = [cell for cell in cells if cell.needs_calibration]
-    if settings.calib_load_path:
-        if not needing:
-            raise UsageError(
-                "--calib_load_path serves --mode 0 and --sdc offline-calibrated: add one, or leave it out."
-            )
-        if not Path(settings.calib_load_path).is_dir():
-            raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
-    _check_calibration(settings, needing)
-    if settings.calibrate_only and (not needing or settings.calib_load_path):
-        raise UsageError(
-            "--calibrate_only needs something to calibrate: --mode 0 or --sdc offline-calibrated, "
-            "and no --calib_load_path."
-        )
-    if settings.dtype not in DTYPES:
-        raise UsageError(f"--dtype is {settings.dtype!r}: choose one of {', '.join(DTYPES)}.")
-    if settings.vrow_popularity and not settings.statistics:
-        raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
-    if settings.effective_k:
-        if not any(cell.sparse and cell.mode == TOP_THETA for cell in cells):
-            raise UsageError("--effective_k judges thresholds: use it with --mode 0 and a --placement.")
-        if not settings.statistics:
-            raise UsageError("--effective_k needs statistics: leave out --no_statistics.")
-        if settings.calibrate_only:
-            raise UsageError("--effective_k needs an evaluation: leave out --calibrate_only.")
-    limits: Sequence[tuple[str, float]] = (
-        ("batch_size", 1),
-        ("num_tasks", 1),
-        ("num_samples_per_task", 1),
-        ("max_seq_len", 128),
-        ("num_fewshot", 0),
-    )
-    for name, least in limits:
-        value = getattr(settings, name, None)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} is {value}: give at least {least}.")
-    for name in ("num_samples", "calib_samples"):
-        value = getattr(settings, name, None)
-        if value is not None and (value <= 0 or value > 1 and value != int(value)):
-            raise UsageError(f"--{name} is {value}: give a count, or a share between 0 and 1.")
-    if isinstance(settings, GenSettings):
-        check_generation(settings)
-    device = settings.device
-    if device not in ("auto", "cpu", "cuda", "mps") and not (
-        device.startswith("cuda:") and device[5:].isdigit()
-    ):
-        raise UsageError(f"--device is {device!r}: choose auto, cpu, cuda, cuda:N or mps.")
-    return settings
-
-
-def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> None:
-    """Flags that shape calibrated tables need a cell that uses some. Raises UsageError."""
-    defaults = type(settings)()
-    for name in ("calib_interp", "calib_smooth", "calib_task", "calib_dump_samples"):
-        value = getattr(settings, name, None)
-        if value == getattr(defaults, name, None):
-            continue
-        shapes_use = name in ("calib_interp", "calib_smooth")
-        given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
-        if not needing:
-            raise UsageError(
-                f"{given} has no effect without calibration: add --mode 0 or --sdc offline-calibrated."
-            )
-        if not shapes_use and settings.calib_load_path:
-            raise UsageError(f"{given} has no effect with --calib_load_path, which calibrates nothing.")
-        if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
-            raise UsageError(f"{given} keeps samples of thresholds: use it with --mode 0.")
-
-
-def settings_from_json(kind: type[AnySettings], saved: dict[str, Any]) -> AnySettings:
-    """Settings as `to_json` saved them. Raises UsageError when they are of another program or version."""
-    try:
-        values = saved | {
-            "mode": tuple(saved["mode"]),
-            "k": tuple(saved["k"]),
-            "layerk": {int(layer): k for layer, k in saved["layerk"].items()},
-        }
-        values |= {name: tuple(saved[name]) for name in ("needle_lengths", "needle_depths") if name in saved}
-        return check_settings(kind(**values))
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"--resume: config.json there does not fit this script ({error}).") from None
 
 
 def resolve_device(settings: AnySettings) -> AnySettings:
@@ -259,11 +337,17 @@ def resolve_device(settings: AnySettings) -> AnySettings:
     return replace(settings, device=device, dtype=dtype)
 
 
+def cell_k(cell: AttentionParams) -> int | None:
+    """A cell's K; None when it is dense or its method has none."""
+    assert isinstance(cell.K, int)
+    return cell.K if cell.sparse and cell.method.uses_k else None
+
+
 def label(cell: AttentionParams) -> str:
     """A cell's name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
-    name = method_name(cell.mode, cell.placement)
-    return name if name == "dense" else f"{name} K={cell.K}"
+    return cell.label
 
 
 def cell_folder(cell: AttentionParams) -> str:
-    return f"mode{cell.mode}" if not cell.sparse else f"mode{cell.mode}_k{cell.K}"
+    """A cell's folder in a run of several: 'mode3', 'mode0_k64', 'streaming_llm_sinks8_k64'."""
+    return cell.method.folder(cell_k(cell))

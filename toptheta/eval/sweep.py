@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,47 +21,48 @@ from typing import Any
 from tqdm import tqdm
 
 from toptheta.eval.cli import Parser, parse_settings
+from toptheta.eval.rules import flag
 from toptheta.eval.run import Run, is_under_way, product_folder, saved_run, task_parts
-from toptheta.eval.settings import GenSettings, QASettings, Settings, resolve_device
+from toptheta.eval.settings import CellOptions, GenSettings, QASettings, Settings, cell_k, resolve_device
 from toptheta.eval.tasks.lm_eval_tasks import check_task
-from toptheta.methods.params import TOP_THETA, AttentionParams
+from toptheta.methods.params import AttentionParams, MethodOptions
 from toptheta.report.sweep_table import write_table
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
+from toptheta.util.options import at_least, check_options, option, options_of
 
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
 SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
-# Settings that change where, how fast or with what beside it an answer is computed, but not the answer.
-NO_EFFECT = {
-    "output_dir",
-    "device",
-    "batch_size",
-    "vrow_popularity",
-    "effective_k",
-    "calib_dump_samples",
-    "calibrate_only",
-    "prefill_chunk",
-}
 STOP_SECONDS = 120.0  # that runs get to save what they have when the sweep is stopped
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """The flags of reproduce.py, as given."""
+    """The flags of reproduce.py."""
 
-    table: str | None = None
-    dry_run: bool = False
-    table_only: bool = False
-    only: str | None = None
-    samples: str | None = None
-    data_dir: str | None = None
-    jobs: str = "1"
-    slurm: str | None = None
-    slurm_hours: str = "24"
-    file: str | None = None
-    output_dir: str = "products"
+    table: str | None = option(None, "the table to make; without it, the tables are listed", metavar="NAME")
+    dry_run: bool = option(False, "print the commands that are left to run, and stop")
+    table_only: bool = option(False, "run nothing: build the table of what is finished")
+    only: str | None = option(
+        None, "only cells whose name (task, method, K=64) holds one of these", metavar="TEXT[,TEXT]"
+    )
+    samples: str | None = option(
+        None, "questions and HumanEval tasks of each cell, instead of the table's", metavar="N"
+    )
+    data_dir: str | None = option(None, "local data of the tasks: see test_llama.py --help", metavar="DIR")
+    jobs: int = option(
+        1, "runs at a time: a GPU each, or a share of the CPU cores", metavar="N", rule=at_least(1)
+    )
+    slurm: str | None = option(
+        None, "submit the runs to a Slurm cluster instead, and stop", metavar="PARTITION"
+    )
+    slurm_hours: int = option(24, "time limit of each Slurm job (default 24)", metavar="H", rule=at_least(1))
+    file: str | None = option(
+        None, "the file of tables (default reproduce.json beside this script)", metavar="FILE"
+    )
+    output_dir: str = option("products", "where runs and tables go (default products)", metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ class Found:
 
 def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], root: Path) -> int:
     """The work of reproduce.py; returns the exit code. parsers: of each script; root: the scripts' folder."""
+    check_options(options, flag)
     tables = _read_tables(Path(options.file) if options.file else root / "reproduce.json")
     if options.table is None:
         for name, entry in tables["tables"].items():
             print(f"{name:32} {entry['title']}")
         return 0
     table = _choose(options.table, tables["tables"], "--table")
-    jobs = _whole("--jobs", options.jobs)
     if options.data_dir and not Path(options.data_dir).is_dir():
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
     cells = _plan(table, tables["methods"], options, parsers)
@@ -116,10 +117,10 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     folder = Path(options.output_dir) / "tables" / options.table
     if commands and not options.table_only:
         if options.slurm:
-            hours = _whole("--slurm_hours", options.slurm_hours)
-            _submit(commands, root, folder / "logs", options.slurm, hours, table.get("gpus", 1))
+            gpus, hours = table.get("gpus", 1), options.slurm_hours
+            _submit(commands, root, folder / "logs", options.slurm, hours, gpus)
             return 0
-        failed = _run_all(commands, root, folder / "logs", jobs, table.get("gpus", 1))
+        failed = _run_all(commands, root, folder / "logs", options.jobs, table.get("gpus", 1))
         found = scan(Path(options.output_dir), {cell.script for cell in cells})
     rows = [(cell, found.results.get(cell.key)) for cell in cells]
     if any(result is not None for _, result in rows):
@@ -151,12 +152,6 @@ def _choose(name: str, among: dict[str, Any], flag: str) -> Any:
     raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near)}.")
 
 
-def _whole(flag: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"{flag} is {text!r}: give a whole number of at least 1.")
-    return int(text)
-
-
 def _plan(
     table: dict[str, Any],
     methods: dict[str, dict[str, Any]],
@@ -172,28 +167,43 @@ def _plan(
         for task in part["tasks"]:
             if script == "test_llama.py":
                 check_task(task, options.data_dir)
-            for method in part["methods"]:
-                flags = table.get("flags", {}) | part.get("flags", {})
-                flags |= _choose(method, methods, "reproduce.json: method")
+            for name in part["methods"]:
+                method = _choose(name, methods, "reproduce.json: method")
+                if len(method.keys() & {"mode", "method"}) != 1:
+                    raise UsageError(
+                        f"reproduce.json: method {name!r} wants 'method' or 'mode', one of them."
+                    )
+                flags = table.get("flags", {}) | part.get("flags", {}) | method
                 flags[TASK_FLAG[script]] = task
-                if flags["mode"] != TOP_THETA and flags.get("sdc") != "offline-calibrated":
-                    flags.pop(
-                        "calib_task", None
-                    )  # a table's own, which the scripts refuse where it does nothing
                 if options.samples is not None:
                     flags[SAMPLES_FLAG[script]] = options.samples
                 if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
                     flags["data_dir"] = options.data_dir
-                arguments = _arguments(flags)
                 ks = ",".join(map(str, part["k"]))
-                namespace = parsers[script]().parse_args([*arguments, "--k", ks])
-                settings = resolve_device(parse_settings(KINDS[script], namespace))
+                arguments, settings = _settings(script, flags, ks, parsers)
                 for cell in settings.cells():
-                    k = int(str(cell.K)) if cell.sparse else None
-                    cells.append(
-                        SweepCell(task, method, k, script, tuple(arguments), answer_key(settings, cell))
-                    )
+                    key = answer_key(settings, cell)
+                    cells.append(SweepCell(task, name, cell_k(cell), script, tuple(arguments), key))
     return cells
+
+
+def _settings(
+    script: str, flags: dict[str, Any], ks: str, parsers: dict[str, Callable[[], Parser]]
+) -> tuple[list[str], Settings]:
+    """Arguments of a script, but for --k, and the settings they give. Raises UsageError.
+
+    A table's calib_task is for its calibrated methods; the scripts refuse it where it does nothing.
+    """
+
+    def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
+        arguments = _arguments(flags)
+        namespace = parsers[script]().parse_args([*arguments, "--k", ks])
+        return arguments, resolve_device(parse_settings(KINDS[script], namespace))
+
+    arguments, settings = read({name: value for name, value in flags.items() if name != "calib_task"})
+    if "calib_task" in flags and any(cell.needs_calibration for cell in settings.cells()):
+        return read(flags)
+    return arguments, settings
 
 
 def _arguments(flags: dict[str, Any]) -> list[str]:
@@ -220,19 +230,20 @@ def _only(cells: list[SweepCell], only: str) -> list[SweepCell]:
 
 
 def answer_key(settings: Settings, cell: AttentionParams) -> str:
-    """Names a cell by every setting that changes its answer."""
-    shared = settings.to_json()
-    own = {key: value for key, value in asdict(cell).items() if not key.startswith("calib")}
-    facts = {key: value for key, value in shared.items() if key not in own and key not in NO_EFFECT}
-    del facts["k"]
+    """Names a cell by everything that changes its answer: its method, and the settings that can."""
+    method_options = [f.name for f in fields(MethodOptions)]
+    of_cell = {*method_options, *(f.name for f in fields(CellOptions))}
+    answering = [name for name, facts, _ in options_of(settings) if facts.answers]
+    facts: dict[str, Any] = {name: getattr(settings, name) for name in answering if name not in of_cell}
+    if cell.sparse:
+        facts |= {name: getattr(cell, name) for name in method_options} | {"method": cell.method.spec}
+    if cell_k(cell) is not None:
+        facts |= {"k": cell_k(cell), "layerk": settings.layerk}
     if not cell.needs_calibration:
-        facts = {key: value for key, value in facts.items() if not key.startswith("calib_")}
-    if not cell.sparse:
-        own = {"mode": "dense"}
-        del facts["layerk"]
+        facts = {name: value for name, value in facts.items() if not name.startswith("calib_")}
     if facts.get("data_dir"):
         facts["data_dir"] = str(Path(facts["data_dir"]).resolve())
-    return json.dumps(facts | own, sort_keys=True, default=str)
+    return json.dumps(facts, sort_keys=True)
 
 
 def scan(output_dir: Path, scripts: Iterable[str]) -> Found:

@@ -14,9 +14,11 @@ from toptheta.methods.base import KernelSpec, Method, of_mode, parse_method
 from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.dense import Dense
 from toptheta.util.errors import UsageError
+from toptheta.util.options import check_options, option
 
 PLACEMENTS = ("pre-softmax", "post-softmax", "none")
 INTERPOLATIONS = ("nearest", "linear", "fit")  # of row lengths, see calibration/interpolation.py
+CALIBRATION_GROUP = "calibration of thresholds"  # of flags
 PUBLISHED = ("mode", "capk")  # names of the published project that are parts of `method` here
 
 
@@ -53,24 +55,81 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class AttentionParams:
+class MethodOptions:
+    """The options of sparse attention that `set_params` and the scripts' flags share, beside the method and
+    its K. calib_interp and calib_smooth act when tables are used; the tables themselves stay as calibrated.
+    """
+
+    placement: str = option(
+        "pre-softmax",
+        "pre-softmax (default), post-softmax or none",
+        metavar="WHERE",
+        group="method",
+        choices=PLACEMENTS,
+    )
+    sdc: str = option(
+        "none",
+        f"softmax denominator compensation: {', '.join(SDC_METHODS)}",
+        metavar="HOW",
+        group="method",
+        choices=SDC_METHODS,
+    )
+    sdc_scale: float = option(
+        1.0,
+        "factor on the compensated part of the denominator (default 1)",
+        metavar="X",
+        group="method",
+        rule=(lambda scale: scale >= 0.0, "give a number of at least 0"),
+    )
+    vmc: bool = option(
+        False, "V-mean compensation: add the mean V row, weighted by the lost mass", group="method"
+    )
+    calib_tac: bool = option(
+        False, "compute with Top-k while calibrating (recommended)", group=CALIBRATION_GROUP
+    )
+    calib_add_sigma: float = option(
+        0.0, "add X standard deviations to the mean threshold", metavar="X", group=CALIBRATION_GROUP
+    )
+    calib_sample_frac: float = option(
+        0.1,
+        "share of a prompt's rows to sample (default 0.1)",
+        metavar="F",
+        group=CALIBRATION_GROUP,
+        rule=(lambda share: 0.0 < share <= 1.0, "give a share of rows above 0 and up to 1"),
+    )
+    calib_interp: str = option(
+        "nearest",
+        "row lengths that calibration never saw: nearest (default), linear (between calibrated ones) or fit "
+        "(a smooth curve per head instead of the table; also beyond the longest)",
+        metavar="HOW",
+        group=CALIBRATION_GROUP,
+        choices=INTERPOLATIONS,
+    )
+    calib_smooth: int = option(
+        0,
+        "average calibrated values over row lengths up to W tokens apart (default 0; the files keep them as "
+        "they are)",
+        metavar="W",
+        group=CALIBRATION_GROUP,
+        rule=(
+            lambda width: type(width) is int and width >= 0,
+            "give a whole number of tokens, 0 for no smoothing",
+        ),
+    )
+    calib_load_path: str = option(
+        "", "load th.txt / sdc.txt from DIR instead of calibrating", metavar="DIR", group=CALIBRATION_GROUP
+    )
+
+
+@dataclass(frozen=True)
+class AttentionParams(MethodOptions):
     """Everything that `set_params` steers, under the published project's names (DESIGN sections 1-4), except
     for `mode` and `capk`, which `method` stands for."""
 
     K: int | Sequence[int] | Mapping[int, int] = 256
     method: Method = field(default_factory=Dense)
-    placement: str = "pre-softmax"
-    sdc: str = "none"
-    sdc_scale: float = 1.0
-    vmc: bool = False
     test_layer: int | None = None
     calibrate: bool = False
-    calib_tac: bool = False
-    calib_add_sigma: float = 0.0
-    calib_sample_frac: float = 0.1
-    calib_load_path: str = ""
-    calib_interp: str = "nearest"  # of lengths that calibration never saw; both act when tables are used,
-    calib_smooth: int = 0  # in tokens to either side; the tables themselves stay as calibrated
     calibration_requests: int | None = (
         None  # accepted for the published project's users; calibration ends explicitly
     )
@@ -166,37 +225,18 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
 
     `flag` turns a parameter's name into what its user typed: `set_params` leaves it, the scripts add '--'.
     """
-    method, placement = params.method, params.placement
-    if placement not in PLACEMENTS:
-        raise UsageError(f"{flag('placement')} is {placement!r}: choose one of {', '.join(PLACEMENTS)}.")
-    if params.sdc not in SDC_METHODS:
-        raise UsageError(f"{flag('sdc')} is {params.sdc!r}: choose one of {', '.join(SDC_METHODS)}.")
+    check_options(params, flag)
+    method = params.method
     if not isinstance(method, Method):
         raise UsageError(f"{flag('method')} is {method!r}: give a method's name, or one of toptheta.methods.")
     method.check(flag)
-    if not params.sdc_scale >= 0.0:
-        raise UsageError(f"{flag('sdc_scale')} is {params.sdc_scale}: give a number of at least 0.")
-    if not 0.0 < params.calib_sample_frac <= 1.0:
-        raise UsageError(
-            f"{flag('calib_sample_frac')} is {params.calib_sample_frac}: give a share of rows above 0 "
-            "and up to 1."
-        )
-    if params.calib_interp not in INTERPOLATIONS:
-        raise UsageError(
-            f"{flag('calib_interp')} is {params.calib_interp!r}: choose one of {', '.join(INTERPOLATIONS)}."
-        )
-    smooth = params.calib_smooth
-    if isinstance(smooth, bool) or not isinstance(smooth, int) or smooth < 0:
-        raise UsageError(
-            f"{flag('calib_smooth')} is {smooth!r}: give a whole number of tokens, 0 for no smoothing."
-        )
     for k in params.K.values() if isinstance(params.K, Mapping) else [params.K]:
         for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise UsageError(f"{flag('K')} is {value!r}: give whole numbers.")
     if not params.sparse:
         return params
-    compensation.check(method, placement, params.sdc, params.vmc, flag)
+    compensation.check(method, params.placement, params.sdc, params.vmc, flag)
     if params.calib_tac and not method.needs_thresholds:
         raise UsageError(
             f"{flag('calib_tac')} shapes the calibration of thresholds: use it with {flag('mode')} 0 only."

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from toptheta.util.errors import UsageError
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -39,6 +41,19 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_text(path: Path | str, flag: str) -> str:
+    """A UTF-8 text file that a person named with `flag`. Raises UsageError when it is none, or empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{flag} {path} is not UTF-8 text: convert it, or name another file.") from None
+    if not text.strip():
+        raise UsageError(f"{flag} {path} is empty: name a file with text.")
+    return text
 
 
 def open_text(path: Path | str):

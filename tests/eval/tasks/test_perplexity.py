@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.eval.helpers import gen_settings, only_run
-from toptheta.eval.settings import GenSettings, settings_from_json
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.settings import GenSettings
 from toptheta.models import generation as chunked
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from toptheta.eval.cell import Cell
-from toptheta.eval.generation_flags import HUMANEVAL, LONGBENCH, PERPLEXITY
 from toptheta.eval.run import Run, finish_run, prepare, write_config
-from toptheta.eval.settings import GenSettings, label
+from toptheta.eval.settings import HUMANEVAL, LONGBENCH, PERPLEXITY, GenSettings, label
 from toptheta.eval.tasks.qa import calibrate_on_task
 from toptheta.methods.params import AttentionParams
 from toptheta.models import generation as chunked

@@ -13,12 +13,11 @@ from itertools import product as pairs
 from pathlib import Path
 from typing import Any
 
-from toptheta.eval.generation_flags import read_text
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import CALIBRATION_ITEMS, Item, ReplyJob, mean_and_stderr
 from toptheta.report.plots.needle import draw_needle
 from toptheta.util.errors import UsageError
-from toptheta.util.files import write_text
+from toptheta.util.files import read_text, write_text
 
 SHORTEST = 512  # of the default lengths
 REPLY_TOKENS = 24
@@ -73,7 +72,7 @@ class NeedleJob(ReplyJob):
         super().__init__(settings, tokenizer)
         self.lengths = sorted(set(settings.needle_lengths)) or default_lengths(settings.max_seq_len)
         self.depths = sorted(set(settings.needle_depths))
-        text = read_text(settings.text) if settings.text else _filler(settings.seed)
+        text = read_text(settings.text, "--text") if settings.text else _filler(settings.seed)
         self.sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
         with_space = [" " + sentence for sentence in self.sentences]
         self.sizes = [len(ids) for ids in tokenizer(with_space, add_special_tokens=False)["input_ids"]]

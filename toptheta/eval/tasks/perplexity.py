@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from toptheta.eval.generation_flags import read_text
 from toptheta.eval.run import Run
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import CALIBRATION_ITEMS, GenJob, Item, split_off
@@ -25,7 +24,7 @@ from toptheta.report.plots.perplexity import draw_perplexity
 from toptheta.report.plots.tradeoff import draw_tradeoff
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import write_json, write_text
+from toptheta.util.files import read_text, write_json, write_text
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 
@@ -41,7 +40,7 @@ class PerplexityJob(GenJob):
         self.start = tokenizer("")[
             "input_ids"
         ]  # what the tokenizer puts before every text (BOS), if anything
-        ids = tokenizer(read_text(settings.text), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(read_text(settings.text, "--text"), add_special_tokens=False)["input_ids"]
         width = settings.max_seq_len - len(self.start)
         windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
         if len(windows) < 2:

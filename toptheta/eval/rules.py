@@ -1,0 +1,125 @@
+"""Which settings go together, checked once, before anything is loaded. What concerns one setting alone is
+declared beside it (settings.py)."""
+
+from pathlib import Path
+
+from toptheta.eval.settings import PERPLEXITY, AnySettings, GenSettings, Settings
+from toptheta.methods.params import AttentionParams, check
+from toptheta.util.errors import UsageError
+from toptheta.util.options import check_options, options_of
+
+
+def flag(name: str) -> str:
+    """What a person typed for a setting."""
+    return f"--{name.lower()}"
+
+
+def check_settings(settings: AnySettings) -> AnySettings:
+    """The settings, unchanged. Raises UsageError for a value or combination that makes no sense."""
+    check_options(settings, flag)
+    _check_methods(settings)
+    cells = [check(cell, flag) for cell in settings.cells()]
+    needing = [cell for cell in cells if cell.needs_calibration]
+    _check_calibration(settings, needing)
+    _check_statistics(settings, cells)
+    if isinstance(settings, GenSettings):
+        _check_generation(settings)
+    return settings
+
+
+def _check_methods(settings: Settings) -> None:
+    defaults = type(settings)()
+    if settings.method and settings.mode != defaults.mode:
+        raise UsageError("--method and --mode both name the method: give one of them.")
+    if min(settings.k) < 1:
+        raise UsageError(
+            f"--k {min(settings.k)} keeps nothing: give whole numbers of at least 1 (dense is --mode 3)."
+        )
+    if any(k < 0 for k in settings.layerk.values()):
+        raise UsageError("--layerk takes K of at least 0 (0 leaves the layer dense).")
+    sparse = [method for method in settings.methods() if not method.is_dense]
+    serving = {
+        "vmc": bool(sparse),
+        "capk": any(hasattr(method, "capk") for method in sparse),
+        "calib_tac": any(method.needs_thresholds for method in sparse),
+    }
+    for name, serves in serving.items():
+        if getattr(settings, name) and not sparse:
+            raise UsageError(
+                f"--{name} has no effect on dense attention: add --mode 0"
+                + (" or 1." if name == "vmc" else ".")
+            )
+        if getattr(settings, name) and not serves:
+            raise UsageError(f"--{name} is for thresholds: use it with --mode 0.")
+    if settings.sdc != "none" and not sparse:
+        raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
+
+
+def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> None:
+    """Flags about calibrated tables want a cell that uses some; needing: the cells that do."""
+    if settings.calib_load_path:
+        if not needing:
+            raise UsageError(
+                "--calib_load_path serves --mode 0 and --sdc offline-calibrated: add one, or leave it out."
+            )
+        if not Path(settings.calib_load_path).is_dir():
+            raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
+    defaults = type(settings)()
+    for name in ("calib_interp", "calib_smooth", "calib_task", "calib_dump_samples"):
+        value = getattr(settings, name)
+        if value == getattr(defaults, name):
+            continue
+        shapes_use = name in ("calib_interp", "calib_smooth")
+        given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
+        if not needing:
+            raise UsageError(
+                f"{given} has no effect without calibration: add --mode 0 or --sdc offline-calibrated."
+            )
+        if not shapes_use and settings.calib_load_path:
+            raise UsageError(f"{given} has no effect with --calib_load_path, which calibrates nothing.")
+        if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
+            raise UsageError(f"{given} keeps samples of thresholds: use it with --mode 0.")
+    if settings.calibrate_only and (not needing or settings.calib_load_path):
+        raise UsageError(
+            "--calibrate_only needs something to calibrate: --mode 0 or --sdc offline-calibrated, "
+            "and no --calib_load_path."
+        )
+
+
+def _check_statistics(settings: Settings, cells: list[AttentionParams]) -> None:
+    if settings.vrow_popularity and not settings.statistics:
+        raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
+    if settings.effective_k:
+        if not any(cell.sparse and cell.method.aims_at_k for cell in cells):
+            raise UsageError("--effective_k judges thresholds: use it with --mode 0 and a --placement.")
+        if not settings.statistics:
+            raise UsageError("--effective_k needs statistics: leave out --no_statistics.")
+        if settings.calibrate_only:
+            raise UsageError("--effective_k needs an evaluation: leave out --calibrate_only.")
+
+
+def _check_generation(settings: GenSettings) -> None:
+    for name, facts, default in options_of(settings):
+        if name == "data_dir" and settings.calib_task:
+            continue  # the rows of that task
+        if facts.serves and settings.dataset not in facts.serves and getattr(settings, name) != default:
+            raise UsageError(
+                f"--{name} has no effect on --dataset {settings.dataset}: leave it out, or choose "
+                f"{' or '.join(facts.serves)}."
+            )
+    if settings.num_samples_per_task > 1 and not settings.do_sample:
+        raise UsageError("--num_samples_per_task above 1 repeats the same greedy answer: add --do_sample.")
+    if settings.dataset == PERPLEXITY and not settings.text:
+        raise UsageError("--dataset perplexity needs a text: name a file with --text.")
+    if settings.text and not Path(settings.text).is_file():
+        raise UsageError(f"--text {settings.text}: there is no such file.")
+    if settings.data_dir and not Path(settings.data_dir).is_dir():
+        raise UsageError(f"--data_dir {settings.data_dir}: there is no such folder.")
+    if any(not 0 <= depth <= 100 for depth in settings.needle_depths):
+        raise UsageError("--needle_depths are percents: give numbers from 0 to 100.")
+    for length in settings.needle_lengths:
+        if not 128 <= length <= settings.max_seq_len:
+            raise UsageError(
+                f"--needle_lengths has {length}: give lengths from 128 to --max_seq_len "
+                f"({settings.max_seq_len}), or raise that."
+            )

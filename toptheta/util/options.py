@@ -1,0 +1,174 @@
+"""Settings that are declared once: a field of a dataclass with its help, choices and rule; its flag, its
+reading from a command line or from JSON, and its check follow from that.
+
+The field's type says how text is read: int, float, str; bool is a switch; tuple[int, ...] a comma-separated
+list; dict[int, int] pairs such as 0:512,1:512. Rules that involve several fields are their owner's.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from toptheta.util.errors import UsageError
+
+AnyOptions = TypeVar("AnyOptions")
+WORDS = {int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is declared of a field beside its type and default.
+
+    help, metavar, group: of its flag. choices: the values there are. hint: whether a wrong value is answered
+    with the nearest of them. rule: a test of a value, and what to do when it fails ("give at least 1"); a
+    default of None passes. parse: reads the flag's text, where its type does not say how. answers: whether it
+    can change an answer. serves: the data sets that it has an effect on; empty: all.
+    """
+
+    help: str
+    metavar: str | None = None
+    group: str = ""
+    choices: tuple[str, ...] = ()
+    hint: bool = False
+    rule: tuple[Callable[[Any], bool], str] | None = None
+    parse: Callable[[str], Any] | None = None
+    answers: bool = True
+    serves: tuple[str, ...] = ()
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field with these facts, see `Option`."""
+    metadata = {"option": Option(help, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def at_least(least: float) -> tuple[Callable[[Any], bool], str]:
+    """The rule of a number that has a least value."""
+    return lambda value: value >= least, f"give at least {least}"
+
+
+def options_of(kind: Any) -> Iterator[tuple[str, Option, Any]]:
+    """Name, facts and default of every option of a dataclass or of an instance of one."""
+    for f in fields(kind):
+        if "option" in f.metadata:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            yield f.name, f.metadata["option"], default
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type) -> dict[str, Any]:
+    """Add a flag for every option of a dataclass; returns the groups by title. A switch that is on by default
+    gets a flag --no_NAME. A flag that is not given leaves None, so that it is known which are."""
+    groups: dict[str, Any] = {"": parser}
+    for name, facts, default in options_of(kind):
+        if facts.group not in groups:
+            groups[facts.group] = parser.add_argument_group(facts.group)
+        add = groups[facts.group].add_argument
+        if default is True:
+            add(f"--no_{name}", dest=name, action="store_false", default=None, help=facts.help)
+        elif default is False:
+            add(f"--{name}", action="store_true", default=None, help=facts.help)
+        else:
+            add(f"--{name}", metavar=facts.metavar, help=facts.help)
+    return groups
+
+
+def from_flags(kind: type[AnyOptions], namespace: argparse.Namespace) -> AnyOptions:
+    """The dataclass of what was given, unchecked. Raises UsageError for text that cannot be read."""
+    hints, values = get_type_hints(kind), {}
+    for name, facts, _ in options_of(kind):
+        text = getattr(namespace, name, None)
+        if isinstance(text, str):
+            values[name] = facts.parse(text) if facts.parse else _read(f"--{name}", text, hints[name])
+        elif text is not None:
+            values[name] = text
+    return kind(**values)
+
+
+def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
+    """The dataclass that `dataclasses.asdict` made, unchecked; what is not in it has its default. Raises
+    ValueError, naming the field, for one that is unknown or whose value is of another type."""
+    if not isinstance(saved, Mapping):
+        raise ValueError("its settings are no object")
+    hints = get_type_hints(kind)
+    known = {name for name, _, _ in options_of(kind)}
+    for name in saved:
+        if name not in known:
+            raise ValueError(f"there is no setting {name!r}")
+    try:
+        values = {}
+        for name, value in saved.items():
+            values[name] = _typed(value, hints[name])
+    except (TypeError, ValueError):
+        raise ValueError(f"its {name} is {value!r}") from None
+    return kind(**values)
+
+
+def check_options(values: Any, flag: Callable[[str], str] = str) -> None:
+    """Raise UsageError for a value that is none of its choices or breaks its rule. flag: turns a field's name
+    into what its user typed."""
+    for name, facts, default in options_of(values):
+        value = getattr(values, name)
+        if facts.choices and value not in facts.choices:
+            near = get_close_matches(str(value), facts.choices, n=2, cutoff=0.4) if facts.hint else []
+            hint = f" (near it: {', '.join(near)})" if near else ""
+            raise UsageError(f"{flag(name)} is {value!r}: choose one of {', '.join(facts.choices)}{hint}.")
+        optional = default is None and value is None
+        if facts.rule and not optional and not _passes(facts.rule[0], value):
+            raise UsageError(f"{flag(name)} is {value!r}: {facts.rule[1]}.")
+
+
+def _passes(test: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return test(value)
+    except TypeError:  # not even of the type that the test compares
+        return False
+
+
+def _read(flag: str, text: str, hint: Any) -> Any:
+    """A flag's text as a value of a type. Raises UsageError."""
+    hint = _without_none(hint)
+    if get_origin(hint) is tuple:
+        return tuple(_read(flag, part.strip(), get_args(hint)[0]) for part in text.split(","))
+    if get_origin(hint) is dict:
+        pairs = {}
+        for part in filter(None, (p.strip() for p in text.strip("{} ").split(","))):
+            key, colon, value = part.partition(":")
+            if not colon:
+                raise UsageError(f"{flag} is {text!r}: give layer:K pairs, e.g. 0:512,1:512.")
+            pairs[_read(flag, key, get_args(hint)[0])] = _read(flag, value, get_args(hint)[1])
+        return pairs
+    try:
+        return hint(text)
+    except ValueError:
+        raise UsageError(f"{flag} is {text!r}: give {WORDS[hint]}.") from None
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A value read from JSON as one of a type. Raises TypeError or ValueError."""
+    if value is None and NoneType in get_args(hint):
+        return None
+    hint = _without_none(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return tuple(_typed(one, get_args(hint)[0]) for one in value)
+    if get_origin(hint) is dict:  # JSON has text for its keys
+        key_type, value_type = get_args(hint)
+        return {key_type(key): _typed(one, value_type) for key, one in dict(value).items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError
+    return value
+
+
+def _without_none(hint: Any) -> Any:
+    """X of X | None; another type as it is."""
+    if get_origin(hint) in (Union, UnionType):
+        return next(one for one in get_args(hint) if one is not NoneType)
+    return hint
