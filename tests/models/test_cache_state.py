@@ -35,7 +35,8 @@ class DropsForGood(Method):
             dropped = state.tensors["dropped"]
             alive = block.visible[:, 0, 0] & (dropped == 0)
             own = torch.arange(end) == block.n[:, :1] - 1
-            least = state.tensors["given"].masked_fill(~alive | own, float("inf")).argmin(dim=-1, keepdim=True)
+            given = state.tensors["given"].masked_fill(~alive | own, float("inf"))
+            least = given.argmin(dim=-1, keepdim=True)
             too_many = (alive.sum(dim=-1, keepdim=True) > K + 1).to(dropped.dtype)
             dropped.scatter_add_(-1, least, too_many)
         return block.visible & (state.tensors["dropped"] == 0)[:, None, None]
@@ -72,7 +73,7 @@ def test_drops_more_and_more(model) -> None:
 
 
 def test_repeats_and_reorders(model) -> None:
-    """Sequences that share a prefix, repeated behind it, are what each is alone; reordered like their keys."""
+    """Sequences that share a repeated prefix are what each is alone; they are reordered like their keys."""
     prefix, rest = tokens(length=20), torch.cat([tokens(length=5, seed=3), tokens(length=5, seed=4)])
     alone = [steps(model, prefilled(model, prefix), one[None]) for one in rest]
     for repeat in (
