@@ -20,6 +20,7 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports
 
 test: lint
 	$(PY) -m pytest -n 2 --ignore tests/eval/sandbox

@@ -32,10 +32,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from toptheta.attention.reference import LayerSpec
+from toptheta.attention.call import AttentionCall
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.calibration.interpolation import nearest_lookup
 from toptheta.kernels import registry as kernels
+from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_k import TopK
+from toptheta.methods.top_theta import TopTheta
 
 K = 64
 SCORE_SPREAD = 1.5
@@ -44,9 +47,9 @@ MAX_BYTES = 6 << 30  # of K and V of one case
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # query heads, KV heads, head_dim
 METHODS = {
     "dense": LayerSpec(),
-    "Top-k": LayerSpec(1, "pre-softmax", K),
-    "Top-theta pre": LayerSpec(0, "pre-softmax", K, "exact", vmc=True),
-    "Top-theta post": LayerSpec(0, "post-softmax", K, vmc=True),
+    "Top-k": LayerSpec(TopK(), "pre-softmax", K),
+    "Top-theta pre": LayerSpec(TopTheta(), "pre-softmax", K, "exact", vmc=True),
+    "Top-theta post": LayerSpec(TopTheta(), "post-softmax", K, vmc=True),
 }
 
 
@@ -123,14 +126,14 @@ def calls(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], obje
     def ours(spec: LayerSpec, theta: Tensor | None) -> Callable[[], object]:
         def one() -> object:
             k, v, v_sum = next(turn)
-            return kernels.attend(q, k, v, rows, spec, scale, theta, v_sum=v_sum)
+            return kernels.attend(AttentionCall(q, k, v, rows, spec, scale, theta, v_sum=v_sum))
 
         return one
 
     found: dict[str, Callable[[], object]] = {"sdpa": sdpa}
     kept = {"sdpa": 1.0}
     for name, spec in METHODS.items():
-        theta = calibrated(case, spec.placement, device) if spec.mode == 0 else None
+        theta = calibrated(case, spec.placement, device) if spec.method.needs_thresholds else None
         found[name] = ours(spec, theta)
         kept[name] = kept_share(q, next(turn)[:2], rows, spec, scale, theta)
     return found, kept
@@ -139,7 +142,7 @@ def calls(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], obje
 def kept_share(
     q: Tensor, kv: tuple[Tensor, Tensor], rows: Rows, spec: LayerSpec, scale: float, theta
 ) -> float:
-    _, counts = kernels.attend(q, *kv, rows, spec, scale, theta, count=True)
+    _, counts = kernels.attend(AttentionCall(q, *kv, rows, spec, scale, theta, count=True))
     assert counts is not None
     full = rows.n.expand(q.shape[0], -1).sum() * q.shape[1]
     return float(counts.attn.sum() / full)

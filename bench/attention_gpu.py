@@ -21,19 +21,22 @@ import torch
 from torch import Tensor
 
 from bench.attention import MODELS, SCORE_SPREAD, Case, calibrated
-from toptheta.attention.reference import LayerSpec
+from toptheta.attention.call import AttentionCall, Int8Keys
 from toptheta.attention.rows import rows_of
-from toptheta.kernels.int8_keys import Int8Keys, quantized, wanted_keys
+from toptheta.kernels.int8_keys import quantized, wanted_keys
 from toptheta.kernels.triton import backend as gpu
+from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_k import TopK
+from toptheta.methods.top_theta import TopTheta
 
 K = 512
 MODEL = "Llama-3-8B"
 SHARED = 0.8
 DTYPE = torch.bfloat16
 COLD_BYTES = 400 << 20  # several times the L2 cache of any GPU so far
-THETA = LayerSpec(0, "pre-softmax", K, "exact")
-POST = LayerSpec(0, "post-softmax", K)
-TOPK = LayerSpec(1, "pre-softmax", K)
+THETA = LayerSpec(TopTheta(), "pre-softmax", K, "exact")
+POST = LayerSpec(TopTheta(), "post-softmax", K)
+TOPK = LayerSpec(TopK(), "pre-softmax", K)
 FRACTIONS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Call = Callable[[], Any]
@@ -96,8 +99,10 @@ class Problem:
         if two_tier and not self.int8:
             self.int8 = [int8_copy(k) for k in self.k]
         return self.over_copies(
-            lambda k, v, i: gpu.attend(
-                self.q, k, v, self.rows, spec, self.scale, theta, int8=self.int8[i] if two_tier else None
+            lambda k, v, i: gpu.run(
+                AttentionCall(
+                    self.q, k, v, self.rows, spec, self.scale, theta, int8=self.int8[i] if two_tier else None
+                )
             )[0]
         )
 
@@ -164,7 +169,7 @@ class Problem:
         """f of elements, and of V rows that some head of a group keeps; in decode also of K rows that the
         int8 copy leaves in question."""
         arguments = (self.q, self.k[0], self.v[0], self.rows, THETA, self.scale, self.theta)
-        _, counts = gpu.attend(*arguments, count=True)
+        _, counts = gpu.run(AttentionCall(*arguments, count=True))
         assert counts is not None
         full = float(self.rows.n.sum()) * self.case.batch * self.q.shape[1]
         found = {"kept": float(counts.attn.sum()) / full}

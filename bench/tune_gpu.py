@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import Case
 from bench.attention_gpu import MODEL, THETA, Call, Problem, captured, median_times
-from toptheta.attention.reference import LayerSpec
 from toptheta.kernels.triton import decode as triton_decode
 from toptheta.kernels.triton import prefill as triton_prefill
+from toptheta.methods.params import LayerSpec
 
 Config = dict[str, Any]
 CASES = {

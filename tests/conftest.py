@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.helpers.models import tiny_config
-from tests.helpers.paths import SHARED
+from tests.helpers.paths import GOLDEN, SHARED
 from toptheta.kernels import registry as kernels
 from toptheta.models.control import record_statistics
 from toptheta.models.patch import restore_model, update_model
@@ -63,9 +63,8 @@ def folder_model(tmp_path_factory, small_tokenizer) -> str:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    if not (SHARED / "golden").is_dir():
-        pytest.skip("no reference numbers: the folder ../shared/golden is not there")
-    return SHARED / "golden"
+    """The folder of reference numbers."""
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")

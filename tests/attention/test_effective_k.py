@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from tests.helpers import reference
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.effective_k import histogram_of
 from tests.helpers.kernel_cases import KINDS, K, case, inputs, needs_kernel, tables
 from toptheta.attention import effective_k as effective
-from toptheta.attention.reference import LayerSpec, sparse_attention
+from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import Rows
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.methods.params import LayerSpec
 from toptheta.models.recorder import PREFILL, Recorder
 
 HEADS, SCALE = (4, 2, 16), 0.25
@@ -33,17 +35,17 @@ def test_rows_are_counted_alike_by_kernel_plain_path_and_loops(kind: str) -> Non
     torch.manual_seed(0)
     rows, batch, q_len, kv_len = case(kind)
     q, k, v = inputs(batch, HEADS, q_len, kv_len)
-    capped = LayerSpec(0, "pre-softmax", K, "exact", vmc=True, capk=True)
-    for spec in (LayerSpec(0, "pre-softmax", K), LayerSpec(0, "post-softmax", K), capped):
+    capped = layer_spec(0, "pre-softmax", K, "exact", vmc=True, capk=True)
+    for spec in (layer_spec(0, "pre-softmax", K), layer_spec(0, "post-softmax", K), capped):
         theta = (0.5 * tables(spec, HEADS[0], kv_len)[0]).clamp(max=50.0)  # the loops compute exp(theta)
-        plain = sparse_attention(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True)[1]
-        fast = cpu.attend(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True)[1]
+        plain = sparse_attention(call(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True))[1]
+        fast = cpu.run(call(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True))[1]
         slow = slow_counts(q, k, v, rows, spec, theta)
         assert slow.max() > 1 and plain.row.dtype == fast.row.dtype == torch.int32
         assert torch.equal(plain.row.long(), slow) and torch.equal(fast.row.long(), slow), spec
         assert torch.equal(slow.sum(dim=-1), plain.attn)
-        for attend in (sparse_attention, cpu.attend):
-            assert attend(q, k, v, rows, spec, SCALE, theta, count=True)[1].row is None
+        for attend in (sparse_attention, cpu.run):
+            assert attend(call(q, k, v, rows, spec, SCALE, theta, count=True))[1].row is None
 
         recorder = Recorder(HEADS[0], effective_k=True)
         recorder.phase = PREFILL

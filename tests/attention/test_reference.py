@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from tests.helpers import reference
-from toptheta.attention.reference import LayerSpec, sparse_attention
-from toptheta.attention.rows import Rows, rows_of, toptheta_mask
-from toptheta.methods.params import AttentionParams, check
+from tests.helpers.calls import call, layer_spec
+from toptheta.attention.reference import sparse_attention
+from toptheta.attention.rows import Rows, rows_of
+from toptheta.methods.params import AttentionParams, LayerSpec, check
+from toptheta.models.interface import toptheta_mask
 
 K = 5
 OPTIONS = [
-    LayerSpec(mode=mode, placement=placement, k=K, sdc=sdc, sdc_scale=scale, vmc=vmc, capk=capk)
+    layer_spec(mode=mode, placement=placement, k=K, sdc=sdc, sdc_scale=scale, vmc=vmc, capk=capk)
     for mode, placement, (sdc, scale), vmc, capk in itertools.product(
         (0, 1, 3),
         ("pre-softmax", "post-softmax"),
@@ -20,6 +22,7 @@ OPTIONS = [
         (False, True),
         (False, True),
     )
+    if mode == 0 or not capk
 ]
 
 
@@ -28,17 +31,16 @@ def makes_sense(spec: LayerSpec) -> bool:
         check(
             AttentionParams(
                 K=spec.k,
-                mode=spec.mode,
+                method=spec.method,
                 placement=spec.placement,
                 sdc=spec.sdc,
                 sdc_scale=spec.sdc_scale,
                 vmc=spec.vmc,
-                capk=spec.capk,
             )
         )
     except ValueError:
         return False
-    return spec.mode != 3 or not (spec.sdc != "none" or spec.vmc or spec.capk)
+    return not spec.method.is_dense or not (spec.sdc != "none" or spec.vmc)
 
 
 OPTIONS = [spec for spec in OPTIONS if makes_sense(spec)]
@@ -110,7 +112,7 @@ def test_against_loops(kind: str, heads: tuple[int, int]) -> None:
         table = torch.rand(num_heads, length)
         table[:, : K + 1] = 0.0
         expected, kept = reference.attention(q, k, v, visible, spec, scale, theta, table)
-        out, counts = sparse_attention(q, k, v, rows, spec, scale, theta, table, count=True)
+        out, counts = sparse_attention(call(q, k, v, rows, spec, scale, theta, table, count=True))
         torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6, msg=str(spec))
         assert counts is not None
         if rows.real is not None:
@@ -124,11 +126,11 @@ def test_against_loops(kind: str, heads: tuple[int, int]) -> None:
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(1, 4, 50, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
-    spec = LayerSpec(mode=1, placement="pre-softmax", k=7, sdc="exact", vmc=True)
+    spec = layer_spec(mode=1, placement="pre-softmax", k=7, sdc="exact", vmc=True)
     rows = rows_of(None, 50, 50, torch.device("cpu"))
-    whole, counts = sparse_attention(q, k, v, rows, spec, 0.25, count=True)
+    whole, counts = sparse_attention(call(q, k, v, rows, spec, 0.25, count=True))
     monkeypatch.setattr("toptheta.attention.reference.BLOCK_ELEMENTS", {"cpu": 1000})
-    parts, part_counts = sparse_attention(q, k, v, rows, spec, 0.25, count=True)
+    parts, part_counts = sparse_attention(call(q, k, v, rows, spec, 0.25, count=True))
     torch.testing.assert_close(parts, whole)
     assert counts is not None and part_counts is not None
     assert torch.equal(counts.vrow, part_counts.vrow)
@@ -136,9 +138,9 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_exactly_k_on_ties() -> None:
     q, k = torch.zeros(1, 1, 10, 4), torch.zeros(1, 1, 10, 4)  # every score is 0
-    spec = LayerSpec(mode=1, placement="pre-softmax", k=3)
+    spec = layer_spec(mode=1, placement="pre-softmax", k=3)
     rows = rows_of(None, 10, 10, torch.device("cpu"))
-    _, counts = sparse_attention(q, k, torch.randn(1, 1, 10, 4), rows, spec, 0.5, count=True)
+    _, counts = sparse_attention(call(q, k, torch.randn(1, 1, 10, 4), rows, spec, 0.5, count=True))
     assert counts is not None and counts.attn.item() == 1 + 2 + 3 * 8
 
 
@@ -151,10 +153,10 @@ def test_low_precision(dtype: torch.dtype, mode: int) -> None:
     q, k, v = (torch.randn(1, h, 40, 16).to(dtype) for h in (4, 2, 2))
     theta = torch.full((4, 41), 0.3)
     theta[:, :8] = float("-inf")
-    spec = LayerSpec(mode=mode, placement="pre-softmax", k=7, sdc="exact", vmc=True)
+    spec = layer_spec(mode=mode, placement="pre-softmax", k=7, sdc="exact", vmc=True)
     rows = rows_of(None, 40, 40, torch.device("cpu"))
-    out, _ = sparse_attention(q, k, v, rows, spec, 0.25, theta)
-    exact, _ = sparse_attention(q.float(), k.float(), v.float(), rows, spec, 0.25, theta)
+    out, _ = sparse_attention(call(q, k, v, rows, spec, 0.25, theta))
+    exact, _ = sparse_attention(call(q.float(), k.float(), v.float(), rows, spec, 0.25, theta))
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     plain_exact = torch.nn.functional.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True

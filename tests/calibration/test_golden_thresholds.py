@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from tests.helpers.golden import calibrate, compare_tables, read_reference
+from tests.helpers.golden import calibrate, compare_tables, read_tables
 
 
-def test_thresholds_without_tac(patched_model, golden: Path, token_ids: dict, tmp_path: Path) -> None:
-    theirs = read_reference(golden, tmp_path, "pre-softmax_tac0_sigma0.0_none.th.txt.gz")
+def test_thresholds_without_tac(patched_model, golden: Path, token_ids: dict) -> None:
+    theirs = read_tables(golden, "pre-softmax_tac0_sigma0.0_none.th")
     ours = calibrate(patched_model, token_ids, placement="pre-softmax")
     assert theirs.k == ours.k == dict.fromkeys(range(30), 64)
     assert compare_tables(ours.theta, theirs.theta, relative=False) < 1e-4
 
 
-def test_thresholds_with_tac_and_sigma(patched_model, golden: Path, token_ids: dict, tmp_path: Path) -> None:
-    theirs = read_reference(golden, tmp_path, "post-softmax_tac1_sigma0.1_none.th.txt.gz")
+def test_thresholds_with_tac_and_sigma(patched_model, golden: Path, token_ids: dict) -> None:
+    theirs = read_tables(golden, "post-softmax_tac1_sigma0.1_none.th")
     ours = calibrate(patched_model, token_ids, placement="post-softmax", calib_tac=True, calib_add_sigma=0.1)
     # Weights are small numbers: relative, so that the bound means something.
     assert compare_tables(ours.theta, theirs.theta, relative=True) < 1e-4

@@ -14,7 +14,7 @@ from toptheta.models.control import (
     get_params,
     use_tables,
 )
-from toptheta.models.patch import patched_layers
+from toptheta.models.patch import layer_states
 
 NEG_INF = float("-inf")
 K = 6
@@ -157,7 +157,7 @@ def test_extrapolation_reaches_the_output(tiny_model: LlamaForCausalLM, kind: st
         set_params(tiny_model, calib_interp=interp)
         assert get_params(tiny_model).calib_interp == interp
         logits[interp] = tiny_model(ids).logits[0]
-    layer = patched_layers(tiny_model)[0]
+    layer = layer_states(tiny_model)[0]
     assert layer.theta.shape == layer.sdc_table.shape == (6, 513)
     assert (layer.sdc_table >= 0).all() and (layer.sdc_table[:, : K + 1] == 0).all()
     torch.testing.assert_close(logits["linear"], logits["nearest"])

@@ -20,7 +20,7 @@ from toptheta.models.control import (
     calibration_samples,
     get_params,
 )
-from toptheta.models.patch import patched_layers
+from toptheta.models.patch import layer_states
 from toptheta.util.errors import UsageError
 
 
@@ -37,12 +37,12 @@ def test_kept_samples_average_to_the_tables(
     mask = torch.ones_like(ids)
     mask[1, 25:] = 0
     begin_calibration(tiny_model, params, [(9, 9, 9)])
-    assert all("kept" not in key for key in patched_layers(tiny_model)[0].calibration.state())
+    assert all("kept" not in key for key in layer_states(tiny_model)[0].calibration.state())
     begin_calibration(tiny_model, params, [(9, 9, 9)], keep_samples=True)
     tiny_model(ids, attention_mask=mask)
-    states = [layer.calibration.state() for layer in patched_layers(tiny_model)]
+    states = [layer.calibration.state() for layer in layer_states(tiny_model)]
     begin_calibration(tiny_model, params, [(9, 9, 9)], keep_samples=True)
-    for layer, state in zip(patched_layers(tiny_model), states):
+    for layer, state in zip(layer_states(tiny_model), states):
         layer.calibration.load_state(state)
     tiny_model(ids[:1, :33])
     for k in (4, 9):

@@ -9,9 +9,10 @@ from transformers import LlamaForCausalLM
 
 from tests.helpers.calibration import calibrated, prompts
 from topk_llama import set_params, update_model
-from toptheta.calibration.sampler import RunningSums, draw_rows, sample_count
+from toptheta.calibration.sampler import draw_rows, sample_count
+from toptheta.calibration.statistics import RunningSums
 from toptheta.models.control import begin_calibration, calibrated_tables, get_params
-from toptheta.models.patch import patched_layers
+from toptheta.models.patch import layer_states
 from toptheta.util.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -203,9 +204,9 @@ def test_a_resumed_calibration_ends_the_same(tiny_model: LlamaForCausalLM) -> No
     set_params(tiny_model, mode=0, K=6, calib_sample_frac=0.3, calib_tac=True, calibrate=True)
     for ids in prompts()[:2]:
         tiny_model(ids)
-    states = [layer.calibration.state() for layer in patched_layers(tiny_model)]
+    states = [layer.calibration.state() for layer in layer_states(tiny_model)]
     set_params(tiny_model, mode=0, K=6, calib_sample_frac=0.3, calib_tac=True, calibrate=True)
-    for layer, state in zip(patched_layers(tiny_model), states):
+    for layer, state in zip(layer_states(tiny_model), states):
         layer.calibration.load_state(state)
     for ids in prompts()[2:]:
         tiny_model(ids)

@@ -146,6 +146,29 @@ def test_keys_hold_what_changes_an_answer() -> None:
     assert not set(keys(replace(base, seed=1))) & {theta, topk, dense}
 
 
+def test_methods_by_name(tables: Path) -> None:
+    """A method of a table is a number or a name with options; a table's calib_task goes to those that
+    calibrate."""
+    content = json.loads(tables.read_text())
+    content["methods"]["capped"] = {"method": "top_theta:capk", "calib_tac": True}
+    content["methods"]["named"] = {"method": "top_k", "sdc": "exact", "vmc": True}
+    table = content["tables"]["tiny"]
+    table["flags"]["calib_task"] = "everyday_science"
+    table["parts"][0]["methods"] += ["capped", "named"]
+    cells = _plan(table, content["methods"], options(tables), PARSERS)
+    by_name = {cell.name: cell for cell in cells}
+    assert len(cells) == 9
+    # The key is the cell's, however its method was named.
+    assert by_name["everyday_science named K=8"].key == by_name["everyday_science Top-k K=8"].key
+    assert by_name["everyday_science capped K=8"].key != by_name["everyday_science Top-theta K=8"].key
+    assert {cell.method for cell in cells if "--calib_task" in cell.arguments} == {"Top-theta", "capped"}
+    for wrong in ({"vmc": True}, {"mode": 1, "method": "top_k"}):
+        with pytest.raises(UsageError, match="method 'named' wants 'method' or 'mode'"):
+            _plan(table, content["methods"] | {"named": wrong}, options(tables), PARSERS)
+    with pytest.raises(UsageError, match="--method is 'topk'"):
+        _plan(table, content["methods"] | {"named": {"method": "topk"}}, options(tables), PARSERS)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

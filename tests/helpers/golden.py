@@ -1,13 +1,14 @@
 """The small real model beside the reference numbers: calls, calibration and comparison of tables."""
 
-import shutil
+import io
+import lzma
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from topk_llama import set_params
-from toptheta.calibration.tables import CalibrationTables, load_tables
+from toptheta.calibration.tables import CalibrationTables, LayerTable
 from toptheta.models.control import calibrated_tables
 
 SWITCHED_OFF = {
@@ -34,11 +35,25 @@ def calibrate(model, token_ids: dict, **params) -> CalibrationTables:
     return calibrated_tables(model)
 
 
-def read_reference(golden: Path, folder: Path, name: str) -> CalibrationTables:
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = name.split(".")[-3]
-    shutil.copy(golden / "calibration" / name, folder / f"{kind}.txt.gz")
-    return load_tables(folder, 30, 9)
+def read_arrays(golden: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of one file of `tests/golden/`."""
+    content = io.BytesIO(lzma.decompress((golden / f"{name}.npz.xz").read_bytes()))
+    with np.load(content) as arrays:
+        return dict(arrays)
+
+
+def read_tables(golden: Path, *names: str) -> CalibrationTables:
+    """Tables of the published implementation: thresholds (`.th`), SDC tables (`.sdc`), or both."""
+    tables = CalibrationTables(30, 9, dict.fromkeys(range(30), 64))
+    for name in names:
+        arrays = read_arrays(golden, name)
+        values = np.full((30, 9, arrays["n"].max() + 1), np.nan)
+        values[:, :, arrays["n"]] = arrays["values"]
+        samples = np.zeros((9, values.shape[2]), dtype=np.int64)
+        samples[:, arrays["n"]] = arrays["samples"]
+        layers = {layer: LayerTable(values[layer], samples.copy()) for layer in range(30)}
+        setattr(tables, "theta" if name.endswith(".th") else "sdc", layers)
+    return tables
 
 
 def compare_tables(ours: dict, theirs: dict, relative: bool) -> float:

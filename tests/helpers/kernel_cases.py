@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from toptheta.attention.reference import (
-    Block,
-    LayerSpec,
-    per_row,
-    sparse_weights,
-)
-from toptheta.attention.rows import Rows, rows_of, toptheta_mask
+from tests.helpers.calls import layer_spec
+from toptheta.attention.call import per_row
+from toptheta.attention.reference import sparse_weights
+from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.methods.base import Block, RowTables
+from toptheta.methods.params import LayerSpec
+from toptheta.models.interface import toptheta_mask
 
 K, SCALE = 12, 0.125
 SDC = [("none", 1.0), ("exact", 1.0), ("exact", 0.5), ("exp-threshold", 0.7), ("offline-calibrated", 1.3)]
-SPECS = [LayerSpec()] + [
-    LayerSpec(mode, placement, K, sdc, sdc_scale, vmc, capk)
+SPECS = [layer_spec()] + [
+    layer_spec(mode, placement, K, sdc, sdc_scale, vmc, capk)
     for mode, placement, (sdc, sdc_scale), vmc, capk in itertools.product(
         (0, 1), ("pre-softmax", "post-softmax"), SDC, (False, True), (False, True)
     )
@@ -101,8 +101,9 @@ def in_float64(q, k, v, rows: Rows, spec: LayerSpec, theta: Tensor, table: Tenso
     visible = rows.visible(0, q_len, kv_len)
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    at_n = [per_row(x, rows.n).double() for x in (theta, table)]
-    weights, _ = sparse_weights(Block(scores, rows.n, rows.real, 0, spec.k), spec, *at_n, None)
+    at_n = RowTables(*(per_row(x, rows.n).double() for x in (theta, table)))
+    block = Block(scores, scores.amax(dim=-1, keepdim=True), rows.n, rows.real, 0, spec.k)
+    weights, _ = sparse_weights(block, spec, at_n)
     out = weights @ v[:, :, :end]
     if spec.vmc:
         lost = (1 - weights.sum(dim=-1)) * (rows.n > spec.k)[:, None]

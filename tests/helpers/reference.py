@@ -15,19 +15,20 @@ def attention_row(scores, values, n_visible, spec, theta=None, table=None):
     top = max(scores)
     exps = [math.exp(s - top) for s in scores]
     weights = [e / sum(exps) for e in exps]
-    sparse = spec.k > 0 and n > spec.k and spec.mode in (0, 1) and spec.placement != "none"
+    mode, capk = spec.method.mode, getattr(spec.method, "capk", False)
+    sparse = spec.k > 0 and n > spec.k and mode in (0, 1) and spec.placement != "none"
     if not sparse:
         out = sum(w * v for w, v in zip(weights, values))
         return out, list(range(n))
 
     compared = scores if spec.placement == "pre-softmax" else weights
-    if spec.mode == 1:
+    if mode == 1:
         kept = sorted(sorted(range(n), key=lambda i: -compared[i])[: spec.k])
     else:
         kept = [i for i in range(n) if compared[i] > theta]
         if not kept:
             kept = [i for i in range(n) if compared[i] == max(compared)]
-        if spec.capk:
+        if capk:
             kept = kept[-spec.k :]
 
     if spec.placement == "pre-softmax":

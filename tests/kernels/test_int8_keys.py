@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import SCALE, K, case, tables
 from tests.kernels.triton.helpers import DEVICE, draw, here, on_device
-from toptheta.attention.reference import LayerSpec
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels import int8_keys as two_tier
 from toptheta.kernels.triton import backend as gpu
+from toptheta.methods.params import LayerSpec
 
 
 def both_tiers(q, k, v, rows: Rows, spec: LayerSpec, theta: Tensor, table: Tensor | None = None):
@@ -19,7 +20,7 @@ def both_tiers(q, k, v, rows: Rows, spec: LayerSpec, theta: Tensor, table: Tenso
     q, k, v, theta = (x.to(DEVICE) for x in (q, k, v, theta))
     arguments = (q, k, v, on_device(rows), spec, SCALE, theta, None if table is None else table.to(DEVICE))
     int8 = two_tier.quantized(k)
-    one, two = gpu.attend(*arguments, count=True), gpu.attend(*arguments, count=True, int8=int8)
+    one, two = gpu.run(call(*arguments, count=True)), gpu.run(call(*arguments, count=True, int8=int8))
     return *one, *two
 
 
@@ -34,7 +35,7 @@ def test_two_tiers_keep_the_same(kind, head_dim, sdc):
     q, k, v = draw(batch, (4, 2, head_dim), q_len, kv_len)
     k = k + 3 * torch.randn(2, 1, head_dim)  # as keys have it: channels with a large mean
     int8 = two_tier.quantized(k)
-    spec = LayerSpec(0, "pre-softmax", K, sdc)
+    spec = layer_spec(0, "pre-softmax", K, sdc)
     _, table = tables(spec, 4, kv_len)
     about, _ = two_tier.estimates(q, int8, SCALE)
     theta = torch.full((4, kv_len), -math.inf)
@@ -46,7 +47,7 @@ def test_two_tiers_keep_the_same(kind, head_dim, sdc):
     assert torch.equal(counts.attn, counts8.attn) and torch.equal(counts.vrow, counts8.vrow)
     torch.testing.assert_close(out8, out, rtol=1e-5 if sdc != "exact" else 5e-3, atol=1e-5)
     assert counts.attn[0, 0] == 1 and 8 <= (counts.vrow[0, 1] > 0).sum() <= read < 30
-    expected, keep = two_tier.two_tier_attention(q, k, v, int8, rows, spec, SCALE, theta, table)
+    expected, keep = two_tier.two_tier_attention(call(q, k, v, rows, spec, SCALE, theta, table, int8=int8))
     torch.testing.assert_close(out8.cpu(), expected, rtol=1e-5, atol=2e-6)
     assert torch.equal(keep.sum(dim=-1), counts.attn.cpu())
 
@@ -88,7 +89,7 @@ def test_two_tiers_miss_nothing(keys, dtype):
     kept = set()
     for theta in (at, torch.nextafter(at, below), torch.nextafter(at, above)):
         table = theta[:, None].expand(4, kv_len + 1).contiguous()
-        out, counts, out8, counts8 = both_tiers(q, k, v, rows, LayerSpec(0, "pre-softmax", K), table)
+        out, counts, out8, counts8 = both_tiers(q, k, v, rows, layer_spec(0, "pre-softmax", K), table)
         assert torch.equal(counts.attn, counts8.attn) and torch.equal(counts.vrow, counts8.vrow)
         torch.testing.assert_close(out8, out, rtol=1e-3, atol=1e-4)
         kept.add(tuple(counts.attn[0].tolist()))
@@ -99,7 +100,7 @@ def test_int8_copy_bounds_every_score():
     """Estimates are off by at most their reach, and for ordinary keys that is little."""
     torch.manual_seed(7)
     q, k = torch.randn(2, 6, 1, 64), torch.randn(2, 3, 200, 64) + 4 * torch.randn(3, 1, 64)
-    keys = two_tier.quantized(k[:, :, :150]).followed_by(k[:, :, 150:])
+    keys = two_tier.followed_by(two_tier.quantized(k[:, :, :150]), k[:, :, 150:])
     assert keys.codes.shape == k.shape and keys.codes.dtype == torch.int8
     about, reach = two_tier.estimates(q, keys, SCALE)
     exact = (q.double().view(2, 3, 2, 64) @ k.double().transpose(2, 3) * SCALE).view(2, 6, 200)

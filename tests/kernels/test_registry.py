@@ -1,13 +1,13 @@
 """Which path attention takes: the kernel where it fits, what is forced, and no compiler."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import needs_kernel
-from toptheta.attention.reference import (
-    LayerSpec,
-    sparse_attention,
-)
+from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry as kernels
 from toptheta.kernels.cpu import backend as cpu
@@ -16,28 +16,29 @@ from toptheta.util.errors import UsageError
 
 def small_call(head_dim: int = 64, dtype: torch.dtype = torch.float32):
     q = torch.randn(1, 2, 5, head_dim).to(dtype)
-    return q, q, q, rows_of(None, 5, 5, torch.device("cpu")), LayerSpec(1, "pre-softmax", 2), 0.1
+    return q, q, q, rows_of(None, 5, 5, torch.device("cpu")), layer_spec(1, "pre-softmax", 2), 0.1
 
 
 @needs_kernel
 def test_chooses_the_kernel_where_it_fits(monkeypatch):
     calls = []
-    real = cpu.attend
-    monkeypatch.setattr(cpu, "attend", lambda *args: calls.append(1) or real(*args))
+    ours = kernels.BACKENDS[0]
+    counted = replace(ours, run=lambda call: calls.append(1) or ours.run(call))
+    monkeypatch.setattr(kernels, "BACKENDS", (counted, *kernels.BACKENDS[1:]))
     monkeypatch.setattr(kernels, "FORCED", None)
-    kernels.attend(*small_call())
+    kernels.attend(call(*small_call()))
     assert len(calls) == 1
-    kernels.attend(*small_call(head_dim=20))
-    kernels.attend(*small_call(dtype=torch.bfloat16))
+    kernels.attend(call(*small_call(head_dim=20)))
+    kernels.attend(call(*small_call(dtype=torch.bfloat16)))
     with torch.enable_grad():
         q, k, v, *rest = small_call()
-        assert not cpu.supports(q.requires_grad_(), k, v, *rest[:2])
+        assert cpu.unsupported(call(q.requires_grad_(), k, v, *rest)) == "the kernel has no backward pass"
     assert len(calls) == 1
     monkeypatch.setattr(kernels, "FORCED", "reference")
-    kernels.attend(*small_call())
+    kernels.attend(call(*small_call()))
     assert len(calls) == 1
     monkeypatch.setattr(kernels, "FORCED", "cpu")
-    kernels.attend(*small_call())
+    kernels.attend(call(*small_call()))
     assert len(calls) == 2
 
 
@@ -53,7 +54,7 @@ def test_chooses_the_kernel_where_it_fits(monkeypatch):
 def test_forcing_what_cannot_be(forced, changes, says, monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", forced)
     with pytest.raises(UsageError, match=says):
-        kernels.attend(*small_call(**changes))
+        kernels.attend(call(*small_call(**changes)))
 
 
 def test_no_compiler_is_said_once(monkeypatch, tmp_path):
@@ -64,10 +65,10 @@ def test_no_compiler_is_said_once(monkeypatch, tmp_path):
     cpu._warn_once.cache_clear()
     args = small_call()
     with pytest.warns(UserWarning, match="no C.. compiler") as said:
-        out, _ = kernels.attend(*args)
-        kernels.attend(*args)
+        out, _ = kernels.attend(call(*args))
+        kernels.attend(call(*args))
     assert len(said) == 1
-    assert torch.equal(out, sparse_attention(*args)[0])
+    assert torch.equal(out, sparse_attention(call(*args))[0])
     monkeypatch.setattr(kernels, "FORCED", "cpu")
     with pytest.raises(UsageError, match="no C.. compiler"):
-        kernels.attend(*args)
+        kernels.attend(call(*args))

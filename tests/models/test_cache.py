@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from tests.helpers.models import SPARSE, steer, tokens
 from topk_llama import TopThetaCache, set_params
+from toptheta.attention.call import AttentionCall
 from toptheta.kernels import registry as kernels
 from toptheta.util.errors import UsageError
 
@@ -23,13 +24,14 @@ def sums(monkeypatch) -> list[bool]:
     known: list[bool] = []
     real = kernels.attend
 
-    def checked(q: Tensor, k: Tensor, v: Tensor, rows, *args, v_sum: Tensor | None = None, **kwargs):
-        if q.shape[2] == 1:
-            known.append(v_sum is not None)
-        if v_sum is not None:
-            seen = v if rows.mask is None else v * rows.mask[:, :, 0, :, None]
-            torch.testing.assert_close(v_sum, seen.sum(dim=2), rtol=1e-5, atol=1e-5)
-        return real(q, k, v, rows, *args, v_sum=v_sum, **kwargs)
+    def checked(call: AttentionCall):
+        if call.q.shape[2] == 1:
+            known.append(call.v_sum is not None)
+        if call.v_sum is not None:
+            mask = call.rows.mask
+            seen = call.v if mask is None else call.v * mask[:, :, 0, :, None]
+            torch.testing.assert_close(call.v_sum, seen.sum(dim=2), rtol=1e-5, atol=1e-5)
+        return real(call)
 
     monkeypatch.setattr(kernels, "attend", checked)
     return known

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from toptheta.models import generation as chunked
 from toptheta.models.control import record_statistics, set_params
-from toptheta.models.patch import patched_layers, update_model
+from toptheta.models.patch import layer_states, update_model
 from toptheta.models.recorder import Recorder
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,6 @@ def test_calibration_in_chunks(tiny_model: LlamaForCausalLM, path: str) -> None:
         )  # fmt: skip
         chunked.negative_log_likelihood(tiny_model, ids, chunk)
         set_params(tiny_model, calibrate=False)
-        theta.append([layer.theta for layer in patched_layers(tiny_model)])
+        theta.append([layer.theta for layer in layer_states(tiny_model)])
     for one, two in zip(*theta):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

@@ -1,17 +1,18 @@
 """The patched model: it runs our code in every layer, dense is stock bit for bit, a patch can be undone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from tests.helpers.calls import layer_spec
 from tests.helpers.models import SPARSE, steer, tiny_config, tokens
 from topk_llama import TopK_LLamaAttention, restore_model, set_params, update_model
-from toptheta.attention.reference import LayerSpec
 from toptheta.models.control import record_statistics
-from toptheta.models.patch import patched_layers
+from toptheta.models.patch import layer_states, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.util.errors import UsageError
 
@@ -26,7 +27,7 @@ def test_every_layer_runs_our_code(tiny_model: LlamaForCausalLM) -> None:
     set_params(tiny_model, mode=1, K=4)
     tiny_model(tokens())
     tiny_model(tokens(length=9))
-    assert [layer.calls for layer in layers] == [2, 2, 2]
+    assert [layer.toptheta.calls for layer in layers] == [2, 2, 2]
 
 
 def test_update_twice_and_restore(tiny_model: LlamaForCausalLM) -> None:
@@ -81,13 +82,14 @@ def test_dense_is_stock_bit_for_bit(implementation: str, recording: bool) -> Non
 def test_thresholds_stay_float32_and_move(tiny_model: LlamaForCausalLM) -> None:
     steer(tiny_model, SPARSE["Top-theta offline"])
     layer = patched_layers(tiny_model)[0]
-    before = layer.theta.clone()
+    state = layer.toptheta
+    before = state.theta.clone()
     tiny_model.to(torch.bfloat16)
     assert layer.q_proj.weight.dtype == torch.bfloat16
-    assert layer.theta.dtype == torch.float32 and torch.equal(layer.theta, before)
+    assert state.theta.dtype == torch.float32 and torch.equal(state.theta, before)
     assert tiny_model(tokens()).logits.isfinite().all()
     tiny_model.to("meta")
-    assert layer.theta.device.type == "meta"
+    assert state.theta.device.type == "meta"
 
 
 def test_offloaded_model(tiny_model: LlamaForCausalLM) -> None:
@@ -130,7 +132,35 @@ def test_two_models_in_one_process(tiny_model: LlamaForCausalLM) -> None:
     assert torch.equal(other(tokens()).logits, stock)
     update_model(other)
     set_params(other, mode=1, K=20)
-    assert [layer.spec.k for layer in patched_layers(tiny_model)] == [3, 3, 3]
+    assert [state.spec.k for state in layer_states(tiny_model)] == [3, 3, 3]
+
+
+def test_models_of_one_config() -> None:
+    """The attention's name stands on the config: patching one of two models that share it leaves the
+    other."""
+    config = tiny_config()
+    torch.manual_seed(0)
+    one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    stock, own = other(tokens()).logits, one(tokens()).logits
+    update_model(one)
+    set_params(one, mode=1, K=3)
+    assert other.config._attn_implementation == "sdpa" and torch.equal(other(tokens()).logits, stock)
+    update_model(other)
+    set_params(other, mode=1, K=4)
+    set_params(one, mode=3)
+    assert torch.equal(one(tokens()).logits, own) and not torch.equal(other(tokens()).logits, stock)
+    restore_model(other)
+    assert torch.equal(other(tokens()).logits, stock)
+
+
+def test_copies_have_a_state_of_their_own(tiny_model: LlamaForCausalLM) -> None:
+    steer(tiny_model, SPARSE["Top-theta offline"])
+    sparse = tiny_model(tokens()).logits
+    for other in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
+        assert torch.equal(other(tokens()).logits, sparse)
+        set_params(other, mode=3)
+        assert not torch.equal(other(tokens()).logits, sparse)
+        assert torch.equal(tiny_model(tokens()).logits, sparse)
 
 
 def test_statistics_cost_nothing_when_off(tiny_model: LlamaForCausalLM) -> None:
@@ -138,6 +168,6 @@ def test_statistics_cost_nothing_when_off(tiny_model: LlamaForCausalLM) -> None:
     assert tiny_model.config._attn_implementation == "sdpa"  # dense: the stock function by its own name
     set_params(tiny_model, mode=1, K=4)
     assert tiny_model.config._attn_implementation == "toptheta"
-    assert all(layer.spec == LayerSpec(1, "pre-softmax", 4) for layer in patched_layers(tiny_model))
+    assert all(state.spec == layer_spec(1, "pre-softmax", 4) for state in layer_states(tiny_model))
     set_params(tiny_model, mode=3)
     assert tiny_model.config._attn_implementation == "sdpa"

@@ -49,7 +49,7 @@ def test_chunks_answers_and_decode_count_every_row_once(tiny_model: LlamaForCaus
     asked = []
     attend = kernels.attend
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "attend", lambda *a, **b: asked.append(b["count_rows"]) or attend(*a, **b))
+        patch.setattr(kernels, "attend", lambda call: asked.append(call.count_rows) or attend(call))
         record_statistics(tiny_model, Recorder(6))
         tiny_model(ids)
         record_statistics(tiny_model, None)

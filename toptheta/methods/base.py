@@ -5,16 +5,22 @@ Flags, labels, product folders, plots and tables come from the registry. Covers 
 and means are compensation.py's, thresholds are calibration's.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import IntEnum
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor
-
+from toptheta import methods
 from toptheta.util.errors import UsageError
+
+if TYPE_CHECKING:  # importing torch takes seconds, and flags need this file
+    from torch import Tensor
 
 NEG_INF = float("-inf")
 
@@ -72,9 +78,10 @@ class State:
     def grow(self, length: int, value: float | bool = 0) -> None:
         """Give keys that came since the last call an entry of `value`."""
         for name, x in self.tensors.items():
-            missing = length - x.shape[-1]
-            if missing > 0:
-                self.tensors[name] = torch.nn.functional.pad(x, (0, missing), value=value)
+            if length > x.shape[-1]:
+                grown = x.new_full((*x.shape[:-1], length), value)
+                grown[..., : x.shape[-1]] = x
+                self.tensors[name] = grown
 
     def select(self, index: Tensor) -> None:
         """Reorder or repeat the sequences: `[new B]` indices of sequences."""
@@ -149,11 +156,11 @@ class Method:
         """The selection as kernels know it, without what is the layer's; None: the reference path only."""
         return None
 
-    def while_calibrating(self, tac: bool) -> "Method":
+    def while_calibrating(self, tac: bool) -> Method:
         """What attention computes while thresholds are calibrated. tac: top-k at calibration."""
-        return REGISTRY["dense"]()
+        return registered()["dense"]()
 
-    def for_sdc_samples(self) -> "Method":
+    def for_sdc_samples(self) -> Method:
         """The selection whose missing denominator calibration samples."""
         return self
 
@@ -202,28 +209,43 @@ def register(method: AnyMethod) -> AnyMethod:
     return method
 
 
+@cache
+def _import_methods() -> None:
+    for module in iter_modules(methods.__path__):
+        import_module(f"{methods.__name__}.{module.name}")
+
+
+def registered() -> dict[str, type[Method]]:
+    """The methods by name: those of this package, and what others registered."""
+    _import_methods()
+    return REGISTRY
+
+
 def names() -> list[str]:
     """The registered methods, those with a published number first."""
-    return sorted(REGISTRY, key=lambda name: (REGISTRY[name].mode is None, REGISTRY[name].mode, name))
+    known = registered()
+    return sorted(known, key=lambda name: (known[name].mode is None, known[name].mode, name))
 
 
 def of_mode(mode: int) -> Method:
     """The method of a published number; any number that is none: dense."""
-    for method in REGISTRY.values():
+    known = registered()
+    for method in known.values():
         if method.mode == mode:
             return method()
-    return REGISTRY["dense"]()
+    return known["dense"]()
 
 
 def parse_method(text: str, flag: str = "method") -> Method:
     """A method from 'NAME[:option=value[,option=value...]]'. Raises UsageError for a name, option or value
     that is unknown, naming `flag`."""
     name, _, rest = text.strip().partition(":")
-    if name not in REGISTRY:
-        near = get_close_matches(name, REGISTRY, n=2, cutoff=0.5)
+    known_methods = registered()
+    if name not in known_methods:
+        near = get_close_matches(name, known_methods, n=2, cutoff=0.5)
         hint = f" (near it: {', '.join(near)})" if near else ""
         raise UsageError(f"{flag} is {name!r}: choose one of {', '.join(names())}{hint}.")
-    kind = REGISTRY[name]
+    kind = known_methods[name]
     known = {f.name: f for f in fields(kind)}
     options: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in rest.split(","))):
@@ -242,7 +264,7 @@ def parse_methods(text: str, flag: str = "method") -> tuple[Method, ...]:
     name and has no colon is one more option of the method before it. Raises UsageError as `parse_method`."""
     parts: list[str] = []
     for part in (part.strip() for part in text.split(",")):
-        if parts and part not in REGISTRY and ":" not in part and ("=" in part or ":" in parts[-1]):
+        if parts and part not in registered() and ":" not in part and ("=" in part or ":" in parts[-1]):
             parts[-1] += ("," if ":" in parts[-1] else ":") + part
         else:
             parts.append(part)

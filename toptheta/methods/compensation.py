@@ -4,13 +4,16 @@ section 3).
 Rows with n <= K have nothing to compensate: there theta is -inf, the table is 0, and nothing was dropped.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from toptheta.methods.base import Method, RowTables
 from toptheta.util.errors import UsageError
+
+if TYPE_CHECKING:  # as in base.py
+    from torch import Tensor
 
 SDC_METHODS = ("none", "exact", "exp-threshold", "offline-calibrated")
 
@@ -27,7 +30,7 @@ def missing_denominator(
     if sdc == "exp-threshold":
         assert tables.theta is not None
         dropped = n[:, None, :, None] - keep.sum(dim=-1, keepdim=True)
-        return dropped * torch.exp(tables.theta - row_max)
+        return dropped * (tables.theta - row_max).exp()
     if sdc == "offline-calibrated":
         assert tables.sdc is not None
         return tables.sdc.expand(exps.shape[0], -1, -1, -1)

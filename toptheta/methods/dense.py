@@ -1,10 +1,14 @@
 """Dense attention: every visible key, the baseline."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from toptheta.methods.base import Block, KernelSpec, Method, RowTables, register
+
+if TYPE_CHECKING:  # as in base.py
+    from torch import Tensor
 
 
 @register

@@ -12,35 +12,34 @@ from toptheta.methods.base import State
 from toptheta.util.errors import UsageError
 
 
-class _Following:
-    """Mixed into the class of a cache layer: what happens to its keys happens to `method_state`."""
-
-    method_state: State
-
-    def crop(self, *args, **kwargs) -> None:
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        self.method_state.crop(int(self.get_seq_length()))  # type: ignore[attr-defined]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.method_state.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self.method_state.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.method_state.repeat(repeats)
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
-        self.method_state.clear()
-
-
 @cache
-def _following(kind: type) -> type:
-    return type(kind.__name__, (_Following, kind), {})
+def _following(kind: Any) -> type:
+    """The class of a cache layer, whose `method_state` goes through what its keys go through."""
+
+    class Following(kind):
+        method_state: State
+
+        def crop(self, *args, **kwargs) -> None:
+            super().crop(*args, **kwargs)
+            self.method_state.crop(int(self.get_seq_length()))
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.method_state.select(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self.method_state.select(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self.method_state.repeat(repeats)
+
+        def reset(self) -> None:
+            super().reset()
+            self.method_state.clear()
+
+    return Following
 
 
 def state_beside(cache_: Cache | None, layer_idx: int) -> State:
@@ -49,12 +48,12 @@ def state_beside(cache_: Cache | None, layer_idx: int) -> State:
     if cache_ is None:
         return State()
     layer: Any = cache_.layers[layer_idx]
-    if not isinstance(layer, _Following):
+    if not hasattr(layer, "method_state"):
         if getattr(layer, "is_sliding", False):
             raise UsageError(
                 f"layer {layer_idx} has a sliding-window cache, which a method that remembers keys cannot "
                 "follow: use another method."
             )
-        layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
+        layer.__class__ = _following(type(layer))
         layer.method_state = State()
     return layer.method_state

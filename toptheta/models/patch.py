@@ -159,3 +159,8 @@ def _set_implementation(layer: TopK_LLamaAttention, name: str) -> None:
 def model_device(model: PreTrainedModel) -> torch.device:
     """The device that inputs go to."""
     return model.get_input_embeddings().weight.device if model.device.type == "meta" else model.device
+
+
+def layer_states(model: nn.Module) -> list[LayerState]:
+    """What the model's patched layers remember, in order. Raises UsageError when it has none."""
+    return [layer.toptheta for layer in patched_layers(model)]

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ def cache_folder() -> Path:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, git commit and device that a run depends on, for config.json."""
-    import lm_eval
     import torch
-    import transformers
 
     import toptheta
 
@@ -37,8 +36,8 @@ def environment(device: str) -> dict[str, Any]:
         "git_commit": commit or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lm_eval": getattr(lm_eval, "__version__", None),
+        "transformers": version("transformers"),
+        "lm_eval": version("lm_eval"),
         "device": device,
         "device_name": name,
         "threads": torch.get_num_threads(),

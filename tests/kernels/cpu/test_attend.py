@@ -12,14 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import KINDS, SCALE, SPECS, K, case, in_float64, inputs, needs_kernel, tables
-from toptheta.attention.reference import (
-    LayerSpec,
-    mean_of_visible,
-    sparse_attention,
-)
+from toptheta.attention.reference import mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.methods.params import LayerSpec
 
 HEADS = [(9, 3, 64), (4, 4, 128), (8, 2, 80)]
 
@@ -30,15 +28,15 @@ def check(q, k, v, rows: Rows, specs: Sequence[LayerSpec], **more) -> None:
         theta, table = tables(
             spec, q.shape[1], k.shape[2]
         )  # one short: the last length is looked up at the end
-        plain, expected = sparse_attention(q, k, v, rows, spec, SCALE, theta, table, count=True)
-        out, counts = cpu.attend(q, k, v, rows, spec, SCALE, theta, table, count=True, **more)
+        plain, expected = sparse_attention(call(q, k, v, rows, spec, SCALE, theta, table, count=True))
+        out, counts = cpu.run(call(q, k, v, rows, spec, SCALE, theta, table, count=True, **more))
         assert torch.equal(counts.attn, expected.attn), spec
         assert torch.equal(counts.vrow, expected.vrow), spec
         exact = in_float64(q, k, v, rows, spec, theta, table)
         errors = torch.stack([(x - exact).abs().max() for x in (out, plain)])
         assert errors[0] < 2e-5, spec  # and below, over all of them, tightly
         worst = worst.maximum(torch.cat([errors, (out + 0.3 - 0.3 - out).abs().max()[None]]))
-        uncounted, none = cpu.attend(q, k, v, rows, spec, SCALE, theta, table, **more)
+        uncounted, none = cpu.run(call(q, k, v, rows, spec, SCALE, theta, table, **more))
         assert none is None and torch.equal(uncounted, out)
     ours, theirs, rounding = worst.tolist()
     assert ours <= 2 * theirs + 2 * rounding
@@ -61,7 +59,7 @@ def test_long_rows_and_other_k(k):
     rows = rows_of(None, 1030, 1030, torch.device("cpu"))
     q, keys, v = inputs(1, (2, 1, 64), 1030, 1030)
     both = ("pre-softmax", "post-softmax")
-    check(q, keys, v, rows, [LayerSpec(mode, at, k, vmc=at == both[1]) for mode in (0, 1) for at in both])
+    check(q, keys, v, rows, [layer_spec(mode, at, k, vmc=at == both[1]) for mode in (0, 1) for at in both])
 
 
 @needs_kernel
@@ -69,7 +67,7 @@ def test_any_strides():
     """Slices of a larger cache, and K and V whose head_dim is not contiguous."""
     torch.manual_seed(2)
     rows, batch, q_len, kv_len = case("prefill")
-    spec = LayerSpec(0, "pre-softmax", K, "exact", vmc=True)
+    spec = layer_spec(0, "pre-softmax", K, "exact", vmc=True)
     q, k, v = inputs(batch, (4, 2, 64), q_len, kv_len)
     wide_k, wide_v = torch.full((2, batch, 3, kv_len + 9, 96), math.nan)
     wide_k[:, :2, 5 : 5 + kv_len, 16:80], wide_v[:, :2, 5 : 5 + kv_len, 16:80] = k, v
@@ -87,14 +85,14 @@ def test_ties(placement, q_len):
     the peak."""
     q, k, v = torch.ones(1, 3, q_len, 64), torch.ones(1, 1, 60, 64), torch.randn(1, 1, 60, 64)
     rows = rows_of(None, q_len, 60, torch.device("cpu"))
-    out, counts = cpu.attend(q, k, v, rows, LayerSpec(1, placement, K, "none"), SCALE, count=True)
+    out, counts = cpu.run(call(q, k, v, rows, layer_spec(1, placement, K, "none"), SCALE, count=True))
     assert counts.attn.tolist() == [[rows.n.clamp(max=K).sum().item()] * 3]
     if placement == "pre-softmax":  # equal weights: each output is a mean of K of the first n rows of V
         assert torch.allclose(out[:, :, 0], v[:, :, :1].expand(1, 3, 1, 64)[:, :, 0]) or q_len == 1
     theta = torch.full((3, 61), 1e9)
-    _, counts = cpu.attend(q, k, v, rows, LayerSpec(0, placement, K), SCALE, theta, count=True)
+    _, counts = cpu.run(call(q, k, v, rows, layer_spec(0, placement, K), SCALE, theta, count=True))
     assert counts.attn.tolist() == [[rows.n.sum().item()] * 3]
-    _, counts = cpu.attend(q, k, v, rows, LayerSpec(0, placement, K, capk=True), SCALE, theta, count=True)
+    _, counts = cpu.run(call(q, k, v, rows, layer_spec(0, placement, K, capk=True), SCALE, theta, count=True))
     assert counts.attn.tolist() == [[rows.n.clamp(max=K).sum().item()] * 3]
 
 
@@ -106,8 +104,9 @@ def test_thresholds_are_strict(placement):
     rows = rows_of(None, 101, 101, torch.device("cpu"))
     q, k, v = inputs(1, (9, 3, 64), 101, 101)
     theta = torch.full((9, 102), -math.inf)
-    theta[:, K + 1 :] = cpu.calibrate(q, k, v, rows, SCALE, [K], placement, None).values[0, 0, :, K:]
-    _, counts = cpu.attend(q, k, v, rows, LayerSpec(0, placement, K), SCALE, theta, count=True)
+    dense = call(q, k, v, rows, layer_spec(), SCALE)
+    theta[:, K + 1 :] = cpu.sample(dense, [K], placement, output=False).values[0, 0, :, K:]
+    _, counts = cpu.run(call(q, k, v, rows, layer_spec(0, placement, K), SCALE, theta, count=True))
     assert counts.attn.tolist() == [[rows.n.clamp(max=K).sum().item()] * 9]
 
 
@@ -117,7 +116,7 @@ def test_tied_missing_denominator():
     torch.manual_seed(3)
     q, k, v = torch.ones(1, 1, 80, 64), torch.ones(1, 1, 80, 64), torch.ones(1, 1, 80, 64)
     rows = rows_of(None, 80, 80, torch.device("cpu"))
-    out, _ = cpu.attend(q, k, v, rows, LayerSpec(1, "pre-softmax", K, "exact"), SCALE)
+    out, _ = cpu.run(call(q, k, v, rows, layer_spec(1, "pre-softmax", K, "exact"), SCALE))
     assert torch.allclose(out[0, 0, :, 0], K / rows.n[0].clamp_min(K).float())
 
 
@@ -128,7 +127,7 @@ def test_distant_scores():
     q, k, v = inputs(1, (2, 2, 64), 60, 60)
     rows = rows_of(None, 60, 60, torch.device("cpu"))
     free = ("post-softmax", 1)  # weights of 0 tie: which are kept is free
-    check(q * 32, k, v, rows, [spec for spec in SPECS if (spec.placement, spec.mode) != free])
+    check(q * 32, k, v, rows, [spec for spec in SPECS if (spec.placement, spec.method.mode) != free])
 
 
 @needs_kernel
@@ -137,7 +136,7 @@ def test_v_sum_replaces_reading_v():
     rows, batch, q_len, kv_len = case("static decode")
     q, k, v = inputs(batch, (8, 2, 80), q_len, kv_len)
     total = mean_of_visible(v, rows)[:, :, 0] * rows.n[..., None]
-    specs = [LayerSpec(0, "pre-softmax", K, "exact", vmc=True), LayerSpec(1, "post-softmax", K, vmc=True)]
+    specs = [layer_spec(0, "pre-softmax", K, "exact", vmc=True), layer_spec(1, "post-softmax", K, vmc=True)]
     check(q, k, v, rows, specs, v_sum=total)
 
 
@@ -168,9 +167,9 @@ def test_threads_do_not_change_results():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = cpu.attend(q, k, v, rows, spec, SCALE, theta, table, count=True)
+        one = cpu.run(call(q, k, v, rows, spec, SCALE, theta, table, count=True))
         torch.set_num_threads(3)
-        three = cpu.attend(q, k, v, rows, spec, SCALE, theta, table, count=True)
+        three = cpu.run(call(q, k, v, rows, spec, SCALE, theta, table, count=True))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one[0], three[0]) and torch.equal(one[1].vrow, three[1].vrow)

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import SCALE, K, case, inputs, needs_kernel
-from toptheta.attention.reference import (
-    Block,
-    LayerSpec,
-    sparse_attention,
-)
+from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.sampler import LayerCalibration
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.methods.base import Block, of_mode
 
 
 @needs_kernel
@@ -25,11 +23,12 @@ def test_samples_are_the_next_largest(kind, placement):
     q, k, v = inputs(batch, (8, 2, 80), q_len, kv_len)
     ks = (5, K, 40)
     chosen = torch.rand(batch, q_len) < 0.7
-    for output in (LayerSpec(), LayerSpec(1, placement, K, vmc=placement == "post-softmax"), None):
-        got = cpu.calibrate(q, k, v, rows, SCALE, ks, placement, output, chosen=chosen)
+    for output in (layer_spec(), layer_spec(1, placement, K, vmc=placement == "post-softmax"), None):
         seen = _Seen()
-        plain = LayerSpec(3, placement) if output is None or not output.sparse else output
-        expected, _ = sparse_attention(q, k, v, rows, plain, SCALE, calibrator=seen)
+        plain = layer_spec(3, placement) if output is None or not output.sparse else output
+        asked = call(q, k, v, rows, plain, SCALE)
+        got = cpu.sample(asked, ks, placement, output is not None, chosen=chosen)
+        expected, _ = sparse_attention(call(q, k, v, rows, plain, SCALE), seen)
         x = torch.nn.functional.pad(torch.cat(seen.blocks, dim=2), (0, max(ks)), value=-math.inf)
         largest = x.topk(max(ks) + 1, dim=-1).values
         for which, k_ in enumerate(ks):
@@ -48,11 +47,11 @@ class _Seen:
         self.blocks: list[Tensor] = []
 
     def observe(self, block: Block) -> None:
-        width = block.scores.shape[-1]
+        width = block.x.shape[-1]
         if self.blocks and width > self.blocks[0].shape[-1]:
             grow = width - self.blocks[0].shape[-1]
             self.blocks = [torch.nn.functional.pad(b, (0, grow), value=-math.inf) for b in self.blocks]
-        self.blocks.append(block.scores.clone())
+        self.blocks.append(block.x.clone())
 
 
 @needs_kernel
@@ -63,13 +62,14 @@ def test_missing_denominators(mode):
     rows, batch, q_len, kv_len = case("left padding")
     q, k, v = inputs(batch, (8, 2, 80), q_len, kv_len)
     ks = (K, 5)
-    plain = LayerCalibration(ks, 8, mode=mode, with_sdc=True)
+    plain = LayerCalibration(ks, 8, of_mode(mode), with_sdc=True)
     plain.start_call(rows.n, rows.real, batch, kv_len)
-    sparse_attention(q, k, v, rows, LayerSpec(3, "pre-softmax"), SCALE, calibrator=plain)
+    sparse_attention(call(q, k, v, rows, layer_spec(3, "pre-softmax"), SCALE), plain)
     thresholds = [plain.thresholds[k_].threshold(0.0).float() for k_ in ks] if mode == 0 else None
-    got = cpu.calibrate(q, k, v, rows, SCALE, ks, "pre-softmax", None, True, thresholds, chosen=rows.real)
+    dense = call(q, k, v, rows, layer_spec(), SCALE)
+    got = cpu.sample(dense, ks, "pre-softmax", False, True, thresholds, chosen=rows.real)
     for which, k_ in enumerate(ks):
-        mine = LayerCalibration((k_,), 8, mode=mode, with_sdc=True).missing[k_]
+        mine = LayerCalibration((k_,), 8, of_mode(mode), with_sdc=True).missing[k_]
         mine.reserve(kv_len)
         sampled = rows.real & (rows.n > k_)
         mine.add(got.missing[which], rows.n, sampled)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.calls import layer_spec
 from tests.helpers.kernel_cases import K, inputs
-from toptheta.attention.reference import LayerSpec
 from toptheta.attention.rows import Rows
 from toptheta.kernels.triton import backend as gpu
 
@@ -54,7 +54,7 @@ def draw(batch: int, heads: tuple[int, int, int], q_len: int, kv_len: int) -> tu
 
 
 FEW = [
-    LayerSpec(0, "pre-softmax", K, "exact", vmc=True),
-    LayerSpec(0, "pre-softmax", K, "offline-calibrated", 1.3, vmc=True),
-    LayerSpec(0, "post-softmax", K, vmc=True),
+    layer_spec(0, "pre-softmax", K, "exact", vmc=True),
+    layer_spec(0, "pre-softmax", K, "offline-calibrated", 1.3, vmc=True),
+    layer_spec(0, "post-softmax", K, vmc=True),
 ]

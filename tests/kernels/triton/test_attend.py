@@ -10,11 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import SCALE, SPECS, K, case, in_float64, tables
 from tests.kernels.triton.helpers import DEVICE, FEW, draw, here, on_device
-from toptheta.attention.reference import LayerSpec, mean_of_visible, sparse_attention
+from toptheta.attention.reference import mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.triton import backend as gpu
+from toptheta.methods.params import LayerSpec
 
 
 def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more) -> None:
@@ -23,11 +25,11 @@ def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more
     moved, device_rows = [x.to(DEVICE) for x in (q, k, v)], on_device(rows)
     worst = torch.zeros(3)
     for spec in specs:
-        assert gpu.unsupported(*moved, device_rows, spec) is None, spec
+        assert gpu.unsupported(call(*moved, device_rows, spec, SCALE)) is None, spec
         theta, table = tables(spec, q.shape[1], k.shape[2])
-        plain, expected = sparse_attention(q, k, v, rows, spec, SCALE, theta, table, count=True)
+        plain, expected = sparse_attention(call(q, k, v, rows, spec, SCALE, theta, table, count=True))
         at = (theta.to(DEVICE), table.to(DEVICE))
-        out, counts = gpu.attend(*moved, device_rows, spec, SCALE, *at, count=True, **more)
+        out, counts = gpu.run(call(*moved, device_rows, spec, SCALE, *at, count=True, **more))
         out = out.cpu()
         assert out.dtype == dtype
         assert torch.equal(counts.attn.cpu(), expected.attn), spec
@@ -38,12 +40,12 @@ def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more
         worst = worst.maximum(torch.stack([*errors, rounding]).float())
     ours, theirs, rounding = worst.tolist()
     assert ours <= 2 * theirs + 2 * rounding, worst
-    uncounted, none = gpu.attend(*moved, device_rows, spec, SCALE, *at, **more)
+    uncounted, none = gpu.run(call(*moved, device_rows, spec, SCALE, *at, **more))
     assert none is None and torch.equal(uncounted.cpu(), out)
 
 
 def supported(q_len: int) -> list[LayerSpec]:
-    return [s for s in SPECS if not (s.sparse and (s.capk or (s.mode == 1 and q_len > 1)))]
+    return [s for s in SPECS if not (s.sparse and (s.kernel.capk or (s.method.mode == 1 and q_len > 1)))]
 
 
 @here
@@ -73,7 +75,7 @@ def test_every_option(kind):
 def test_every_kind_of_rows(kind, heads):
     torch.manual_seed(1)
     rows, batch, q_len, kv_len = case(kind)
-    more = [LayerSpec(1, "pre-softmax", K, "exact", vmc=True)] if q_len == 1 else []
+    more = [layer_spec(1, "pre-softmax", K, "exact", vmc=True)] if q_len == 1 else []
     check(*draw(batch, heads, q_len, kv_len), rows, FEW + more)
 
 
@@ -108,7 +110,11 @@ def test_other_k():
     rows = rows_of(None, 1, 70, torch.device("cpu"))
     q, k, v = draw(1, (2, 1, 16), 1, 70)
     check(
-        q, k, v, rows, [LayerSpec(1, "pre-softmax", 500, "exact", vmc=True), LayerSpec(1, "post-softmax", 0)]
+        q,
+        k,
+        v,
+        rows,
+        [layer_spec(1, "pre-softmax", 500, "exact", vmc=True), layer_spec(1, "post-softmax", 0)],
     )
     check(q, k, v, rows, [replace(FEW[0], k=70), replace(FEW[2], k=69), replace(FEW[0], k=0)])
 
@@ -116,15 +122,15 @@ def test_other_k():
 @here
 @pytest.mark.parametrize("q_len", [1, 40])
 @pytest.mark.parametrize(
-    "spec", [LayerSpec(), LayerSpec(0, "pre-softmax", K, "exact")], ids=["dense", "theta"]
+    "spec", [layer_spec(), layer_spec(0, "pre-softmax", K, "exact")], ids=["dense", "theta"]
 )
 def test_threshold_of_minus_infinity_is_dense_bit_for_bit(q_len, spec):
     torch.manual_seed(3)
     q, k, v = (x.to(DEVICE) for x in draw(1, (3, 1, 16), q_len, 200))
     rows = on_device(rows_of(None, q_len, 200, torch.device("cpu")))
     theta = torch.full((3, 201), -math.inf, device=DEVICE)
-    dense, _ = gpu.attend(q, k, v, rows, LayerSpec(), SCALE)
-    assert torch.equal(gpu.attend(q, k, v, rows, spec, SCALE, theta)[0], dense)
+    dense, _ = gpu.run(call(q, k, v, rows, layer_spec(), SCALE))
+    assert torch.equal(gpu.run(call(q, k, v, rows, spec, SCALE, theta))[0], dense)
 
 
 @here
@@ -134,10 +140,10 @@ def test_ties(placement):
     q, k = torch.ones(1, 3, 1, 16, device=DEVICE), torch.ones(1, 1, 300, 16, device=DEVICE)
     v = torch.randn(1, 1, 300, 16).to(DEVICE)
     rows = on_device(rows_of(None, 1, 300, torch.device("cpu")))
-    _, counts = gpu.attend(q, k, v, rows, LayerSpec(1, placement, K), SCALE, count=True)
+    _, counts = gpu.run(call(q, k, v, rows, layer_spec(1, placement, K), SCALE, count=True))
     assert counts is not None and counts.attn.tolist() == [[K] * 3]
     theta = torch.full((3, 301), 1e9, device=DEVICE)
-    out, counts = gpu.attend(q, k, v, rows, LayerSpec(0, placement, K), SCALE, theta, count=True)
+    out, counts = gpu.run(call(q, k, v, rows, layer_spec(0, placement, K), SCALE, theta, count=True))
     assert counts is not None and counts.attn.tolist() == [[300] * 3]
     torch.testing.assert_close(out[0, :, 0], v[0, 0].mean(dim=0).expand(3, 16), rtol=1e-5, atol=1e-5)
 
@@ -159,7 +165,7 @@ def test_mostly_empty_cache(spec):
     theta, table = (x.to(DEVICE) for x in tables(spec, 4, kv_len))
     moved = [x.to(DEVICE) for x in (q, k, v)]
     v_sum = torch.zeros(3, 2, 16, device=DEVICE)
-    out, _ = gpu.attend(*moved, on_device(rows), spec, SCALE, theta, table, v_sum=v_sum)
+    out, _ = gpu.run(call(*moved, on_device(rows), spec, SCALE, theta, table, v_sum=v_sum))
     assert out.isfinite().all()
 
 
@@ -169,4 +175,4 @@ def test_v_sum_replaces_reading_v():
     rows, batch, q_len, kv_len = case("static decode")
     q, k, v = draw(batch, (4, 2, 16), q_len, kv_len)
     total = (mean_of_visible(v, rows)[:, :, 0] * rows.n[..., None]).to(DEVICE)
-    check(q, k, v, rows, [LayerSpec(0, "pre-softmax", K, "exact", vmc=True)], v_sum=total)
+    check(q, k, v, rows, [layer_spec(0, "pre-softmax", K, "exact", vmc=True)], v_sum=total)

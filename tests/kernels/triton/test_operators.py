@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import SCALE, K, tables
 from tests.kernels.triton.helpers import DEVICE, FEW, draw, here, on_device
-from toptheta.attention.reference import LayerSpec
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import int8_keys as two_tier
 from toptheta.kernels.triton import backend as gpu
@@ -38,17 +38,17 @@ def test_compiles_whole(q_len):
     q, k, v = (x.to(DEVICE) for x in draw(1, (2, 1, 16), q_len, 70 if q_len == 1 else q_len))
     rows = on_device(rows_of(None, q_len, k.shape[2], torch.device("cpu")))
     theta = torch.full((2, 71), -math.inf, device=DEVICE)
-    call = torch.compile(
-        lambda: gpu.attend(q, k, v, rows, FEW[0], SCALE, theta)[0], fullgraph=True, backend="aot_eager"
+    compiled = torch.compile(
+        lambda: gpu.run(call(q, k, v, rows, FEW[0], SCALE, theta))[0], fullgraph=True, backend="aot_eager"
     )
     for value in (-math.inf, 1.0, 2.0):
         theta[:, K + 1 :] = value
-        expected = gpu.attend(q, k, v, rows, FEW[0], SCALE, theta)[0]
-        torch.testing.assert_close(call(), expected, rtol=1e-6, atol=1e-6)
+        expected = gpu.run(call(q, k, v, rows, FEW[0], SCALE, theta))[0]
+        torch.testing.assert_close(compiled(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("spec", [*FEW, LayerSpec(1, "pre-softmax", K, "exact")], ids=str)
+@pytest.mark.parametrize("spec", [*FEW, layer_spec(1, "pre-softmax", K, "exact")], ids=str)
 def test_cuda_graph(spec):
     """Nothing waits for the device, and a replay takes the thresholds and queries that are there by then."""
     torch.manual_seed(9)
@@ -56,15 +56,15 @@ def test_cuda_graph(spec):
     rows = on_device(rows_of(None, 1, 1000, torch.device("cpu")))
     theta, table = (x.to(DEVICE) for x in tables(spec, 8, 1001))
 
-    def call() -> Tensor:
-        return gpu.attend(q, k, v, rows, spec, SCALE, theta, table)[0]
+    def once() -> Tensor:
+        return gpu.run(call(q, k, v, rows, spec, SCALE, theta, table))[0]
 
-    call()  # compiles
+    once()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = call()
+        out = once()
     for _ in range(3):
         q.mul_(0.9)
         theta.mul_(0.8)
         graph.replay()
-        assert torch.equal(out, call())
+        assert torch.equal(out, once())

@@ -1,5 +1,7 @@
 """The Triton kernels in a whole patched model: prefill, decode, caches, torch.compile."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,6 @@ from tests.kernels.triton.helpers import DEVICE, here
 from topk_llama import TopThetaCache
 from toptheta.kernels import int8_keys as two_tier
 from toptheta.kernels import registry as kernels
-from toptheta.kernels.triton import backend as gpu
 from toptheta.models.control import record_statistics
 from toptheta.models.recorder import Recorder
 
@@ -19,6 +20,14 @@ def small_llama() -> LlamaForCausalLM:
     torch.manual_seed(10)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     return LlamaForCausalLM(tiny_config(**sizes)).eval().to(DEVICE)
+
+
+def spy(monkeypatch, see) -> None:
+    """Have `see` called with each call that the kernels take."""
+    triton = next(backend for backend in kernels.BACKENDS if backend.name == "triton")
+    seen = replace(triton, run=lambda call: see(call) or triton.run(call))
+    others = [backend for backend in kernels.BACKENDS if backend.name != "triton"]
+    monkeypatch.setattr(kernels, "BACKENDS", (*others, seen))
 
 
 @here
@@ -31,8 +40,7 @@ def test_whole_model(name, monkeypatch):
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     calls = []
-    real = gpu.attend
-    monkeypatch.setattr(gpu, "attend", lambda *args: calls.append(args[0].shape[2]) or real(*args))
+    spy(monkeypatch, lambda call: calls.append(call.q.shape[2]))
     got = {}
     for path in ("reference", "triton"):
         monkeypatch.setattr(kernels, "FORCED", path)
@@ -109,8 +117,7 @@ def test_two_tiers_keep_the_same(monkeypatch):
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     monkeypatch.setattr(kernels, "FORCED", "triton")
     copies = []
-    real = gpu.attend
-    monkeypatch.setattr(gpu, "attend", lambda *args: copies.append(args[10]) or real(*args))
+    spy(monkeypatch, lambda call: copies.append(call.int8))
     got = {}
     for kind, make in CACHES.items():
         copies.clear()

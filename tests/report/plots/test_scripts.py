@@ -1,5 +1,6 @@
 """The plot scripts: every figure, their flags, missing and damaged inputs."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import ROOT, SHARED
+from tests.helpers.golden import read_tables
+from tests.helpers.paths import ROOT
 from tests.report.helpers import LAYERS, assert_refused, make_products, put, run_script
+from toptheta.calibration.tables import save_tables
 from toptheta.report.plots import read
 
-REAL_TABLE = SHARED / "golden/calibration/pre-softmax_tac1_sigma0.1_offline-calibrated.th.txt.gz"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -145,15 +147,16 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
         assert_refused(run_script(script, "-t", "t"), "--dir", "required")
 
 
-def test_a_real_threshold_table(tmp_path: Path) -> None:
-    if not REAL_TABLE.is_file():
-        pytest.skip(f"no real threshold table at {REAL_TABLE}: the synthetic ones cover the format")
-    (tmp_path / "th.txt.gz").write_bytes(REAL_TABLE.read_bytes())
+def test_a_real_threshold_table(golden: Path, tmp_path: Path) -> None:
+    tables = read_tables(golden, "pre-softmax_tac1_sigma0.1_offline-calibrated.th")
+    save_tables(tables, tmp_path / "tables")
+    (tmp_path / "th.txt.gz").write_bytes(gzip.compress((tmp_path / "tables" / "th.txt").read_bytes()))
     frame = read.read_thresholds(tmp_path)
     assert frame is not None and len(frame) == 171720
     assert (frame["layer"].max(), frame["head"].max(), set(frame["k"])) == (29, 8, {64.0})
     first = frame.iloc[0]
-    assert (first["n"], first["samples"]) == (65, 8) and first["theta"] == -0.8428175663238419
+    assert (first["n"], first["samples"]) == (65, 8) and first["theta"] == tables.theta[0].values[0, 65]
+    assert first["theta"] == pytest.approx(-0.8428175663238419, rel=1e-7)
     result = run_script(
         "plot_th_llama.py", "-d", tmp_path, "-t", "SmolLM2", "--head-ids", "0,1,2,3,4,5,6,7,8"
     )

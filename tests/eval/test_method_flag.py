@@ -1,0 +1,110 @@
+"""--method beside --mode, and run.json files of before it."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tests.eval.helpers import parse
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.settings import GenSettings, QASettings, Settings, cell_folder, cell_k, label
+from toptheta.methods.params import AttentionParams, MethodOptions
+from toptheta.methods.top_theta import TopTheta
+from toptheta.util.errors import UsageError
+from toptheta.util.options import options_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_methods_by_name_are_those_by_number() -> None:
+    numbers = parse("--mode 0,1,3 --k 32,64 --sdc exact --vmc --calib_tac")
+    names = parse("--method top_theta,top_k,dense --k 32,64 --sdc exact --vmc --calib_tac")
+    assert names.method == ("top_theta", "top_k", "dense") and names.cells() == numbers.cells()
+    assert [cell_folder(cell) for cell in names.cells()] == [
+        "mode0_k32",
+        "mode0_k64",
+        "mode1_k32",
+        "mode1_k64",
+        "mode3",
+    ]
+    assert [cell_k(cell) for cell in names.cells()] == [32, 64, 32, 64, None]
+    assert settings_from_json(Settings, names.to_json()) == names
+
+
+def test_options_of_a_method() -> None:
+    settings = parse("--method top_theta:capk,top_theta,dense --k 8")
+    assert settings.methods()[:2] == [TopTheta(capk=True), TopTheta()]
+    assert [label(cell) for cell in settings.cells()] == ["Top-theta capk K=8", "Top-theta K=8", "dense"]
+    assert len({cell_folder(cell) for cell in settings.cells()}) == 3
+    # The flag is for all methods that have the option.
+    assert parse("--method top_theta,top_k --capk").methods()[0] == TopTheta(capk=True)
+
+
+def test_cells_take_every_option_of_sparse_attention(tmp_path: Path) -> None:
+    flags = (
+        f"--mode 0 --placement pre-softmax --sdc offline-calibrated --sdc_scale 0.5 --vmc --calib_tac "
+        f"--calib_add_sigma 0.5 --calib_sample_frac 1 --calib_interp fit --calib_smooth 3 "
+        f"--calib_load_path {tmp_path}"
+    )
+    settings = parse(flags)
+    (cell,) = settings.cells()
+    for f in fields(MethodOptions):
+        assert getattr(cell, f.name) == getattr(settings, f.name)
+        assert getattr(cell, f.name) != f.default or f.name == "placement"
+    dense = parse("--mode 0,3 --vmc --sdc exact").cells()[1]
+    assert dense == AttentionParams(method=dense.method, placement="none") and dense.method.is_dense
+    # What serves thresholds alone stays with them.
+    topk = parse(f"--mode 0,1 --calib_tac --calib_load_path {tmp_path}").cells()[1]
+    assert not topk.calib_tac and not topk.calib_load_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method top_k --mode 3", "--method and --mode both name the method: give one of them."),
+        ("--method topk", r"--method is 'topk': choose one of .*\(near it: top_k"),
+        ("--method top_theta:cap", "--method top_theta has no option 'cap': its options are capk"),
+        ("--method top_theta:capk=maybe", "--method top_theta:capk is 'maybe': give true or false"),
+        ("--method top_k,dense --calib_tac", "--calib_tac is for thresholds"),
+        ("--method dense --vmc", "--vmc has no effect on dense attention"),
+        ("--method top_k --effective_k", "--effective_k judges thresholds"),
+    ],
+)
+def test_methods_that_make_no_sense(flags: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(flags)
+
+
+def test_both_names_in_python() -> None:
+    with pytest.raises(UsageError, match="both name the method"):
+        settings_from_json(Settings, Settings(mode=(0,), method=("top_k",)).to_json())
+
+
+def test_runs_of_before() -> None:
+    """A run.json without what has come since loads with its default; one that does not fit is blamed."""
+    saved = QASettings(mode=(0, 1), k=(64,), layerk={0: 128}, num_samples=0.5).to_json()
+    for name in ("method", "calib_smooth"):
+        del saved[name]
+    loaded = settings_from_json(QASettings, saved)
+    assert loaded.to_json() | saved == loaded.to_json()
+    assert [cell_folder(cell) for cell in loaded.cells()] == ["mode0_k64", "mode1_k64"]
+    with pytest.raises(UsageError, match=r"run.json there does not fit this script \(its k is 64\)"):
+        settings_from_json(QASettings, saved | {"k": 64})
+    with pytest.raises(UsageError, match="run.json there .*there is no setting 'dataset'"):
+        settings_from_json(QASettings, {"dataset": "needle"})
+
+
+@pytest.mark.parametrize("kind", [QASettings, GenSettings])
+def test_every_setting_is_an_option(kind: type[Settings]) -> None:
+    assert [f.name for f in fields(kind)] == [name for name, _, _ in options_of(kind)]
+
+
+def test_help_waits_for_no_torch() -> None:
+    script = (
+        "import sys, test_llama, gen_llama\n"
+        "text = test_llama.make_parser().format_help() + gen_llama.make_parser().format_help()\n"
+        "assert '--method NAME' in text and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
