@@ -26,7 +26,8 @@ from lm_eval.models.huggingface import HFLM
 from bench.attention import device_name
 from bench.end_to_end import CALIBRATE, METHODS, PRE
 from toptheta.eval.lm_eval_model import TopThetaLM
-from toptheta.eval.tasks.lm_eval_tasks import BUNDLED_TASK, task_configs
+from toptheta.eval.settings import BUNDLED_TASK
+from toptheta.eval.tasks.lm_eval_tasks import task_configs
 from toptheta.models.control import record_statistics, set_params
 from toptheta.models.loading import find_model, load_tokenizer, unpacked
 from toptheta.models.recorder import Recorder

@@ -4,13 +4,13 @@ follow (util/options.py). Rules that involve several of them are rules.py's."""
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from toptheta.eval.tasks.lm_eval_tasks import BUNDLED_TASK
 from toptheta.methods.base import Method, of_mode, parse_method, parse_methods
 from toptheta.methods.params import CALIBRATION_GROUP, AttentionParams, MethodOptions, expand_k
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BUNDLED_TASK = "everyday_science"
 HUMANEVAL = "openai_humaneval"
 LONGBENCH = ("longbench_qmsum", "longbench_gov_report")
 PERPLEXITY, NEEDLE = "perplexity", "needle"

@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from toptheta.eval.settings import BUNDLED_TASK
 from toptheta.util.errors import UsageError
 
-BUNDLED_TASK = "everyday_science"
 SPLITS = ("train", "validation", "test", "dev")
 
 
