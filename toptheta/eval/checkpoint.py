@@ -1,4 +1,4 @@
-"""A calibration and its state: run where a cell needs it, kept in a file, taken up by a later start."""
+"""A calibration and its state: run where a cell needs it, kept in a file, continued by a later start."""
 
 import time
 from collections.abc import Callable

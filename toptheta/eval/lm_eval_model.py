@@ -206,7 +206,7 @@ class TopThetaLM(HFLM):
 def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
     """Tokens of each row of generated `[B, T]` ids up to its first end-of-sequence token, that one included.
 
-    What follows is padding: generate() runs finished sequences on beside the others.
+    What follows is padding: generate() goes on with finished sequences as long as any is not.
     """
     ends = torch.zeros_like(tokens, dtype=torch.bool)
     for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:

@@ -159,6 +159,6 @@ def write_config(
 
 
 def interrupted(run: Run) -> None:
-    """Tell the person what an interrupted run kept and how to go on."""
+    """Say what an interrupted run kept and how it goes on."""
     run.log("interrupted")
     say(f"\nInterrupted. What was finished is kept in {run.top}; go on with:\n  {run.resume_command}")

@@ -24,7 +24,7 @@ class Engine:
 @dataclass
 class Outcome:
     """What the evaluation of a cell found. answers: one for each question; extra: what results.json has
-    beside the metrics; files: texts of further product files, by name; summary: for results-<Model>/."""
+    besides the metrics; files: texts of further product files, by name; summary: for results-<Model>/."""
 
     metrics: dict[str, Metric]
     answers: list[Answer]
@@ -62,7 +62,7 @@ class Job(ABC):
         """Answer what `product` holds no answer to yet, hand it answers and counts, and score all."""
 
     def facts(self, cell: AttentionParams) -> dict[str, Any]:
-        """What config.json says of the data beside the settings."""
+        """What config.json says of the data, apart from the settings."""
         facts: dict[str, Any] = {"task": self.task}
         if cell.needs_calibration and not self.settings.calib_load_path:
             facts["calib_task"] = self.settings.calibration_task

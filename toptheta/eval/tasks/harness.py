@@ -97,7 +97,7 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
             raise UsageError(
                 f"the data of task {config['task']} cannot be loaded ({reason}): "
                 + (
-                    "mend the files in --data_dir."
+                    "correct the files in --data_dir."
                     if getattr(settings, "data_dir", None)
                     else "connect to the network, or name a folder of local rows with --data_dir."
                 )

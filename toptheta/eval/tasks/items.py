@@ -30,7 +30,7 @@ CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 @dataclass
 class Item:
     """One thing to compute. key: names it within a cell, without spaces; ids: tokens of the prompt or
-    window; facts: what the job needs beside them."""
+    window; facts: what else the job needs."""
 
     key: str
     ids: list[int]

@@ -175,6 +175,6 @@ def _twin(config: dict[str, Any], flag: str) -> dict[str, Any]:
         split = "validation"  # the stock config leaves it out, but the data has it
     if split is None or split == test:
         raise UsageError(
-            f"{flag} {config['task']} has no split to calibrate on beside the one that it evaluates."
+            f"{flag} {config['task']} has no split to calibrate on other than the one that it evaluates."
         )
     return config | {"task": f"{config['task']}_calibration", "test_split": split, "tag": None}

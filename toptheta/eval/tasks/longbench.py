@@ -63,13 +63,13 @@ class LongBenchJob(ReplyJob):
 
     def __init__(self, settings: GenSettings, tokenizer: Any):
         super().__init__(settings, tokenizer)
-        _rouge()  # a missing package is told before anything is computed
+        _rouge()  # a missing package is named before anything is computed
         self.set = SETS[settings.dataset]
         self.max_new = settings.max_new_tokens or self.set.max_new
         self.most = settings.max_seq_len - self.max_new  # tokens of a prompt
         if self.most < 128:
             raise UsageError(
-                f"--max_seq_len {settings.max_seq_len} leaves {self.most} tokens for the prompt beside a "
+                f"--max_seq_len {settings.max_seq_len} leaves {self.most} tokens for the prompt next to a "
                 f"reply of {self.max_new}: give at least {self.max_new + 128}, or lower --max_new_tokens."
             )
         rows, train = load_rows(settings.dataset, settings.data_dir)
@@ -108,7 +108,7 @@ class LongBenchJob(ReplyJob):
         while len(ids) > self.most:
             if half < 16:
                 raise UsageError(
-                    f"--max_seq_len {self.settings.max_seq_len}: nothing of a prompt is left beside the "
+                    f"--max_seq_len {self.settings.max_seq_len}: nothing of a prompt is left next to the "
                     "reply and the chat template; raise it."
                 )
             halves = (tokens[:half], tokens[-half:])

@@ -95,9 +95,9 @@ class NeedleJob(ReplyJob):
         draw = random.Random(f"{self.settings.seed} {key}")
         thing, number = draw.choice(THINGS), str(draw.randrange(1_000_000, 10_000_000))
         first, room = draw.randrange(len(self.sentences)), length - REPLY_TOKENS
-        count, taken = 0, 0
-        while taken + self.sizes[(first + count) % len(self.sizes)] <= room and count < len(self.sizes):
-            taken += self.sizes[(first + count) % len(self.sizes)]
+        count, size = 0, 0
+        while size + self.sizes[(first + count) % len(self.sizes)] <= room and count < len(self.sizes):
+            size += self.sizes[(first + count) % len(self.sizes)]
             count += 1
         chosen = [self.sentences[(first + i) % len(self.sentences)] for i in range(count)]
         ids = self._prompt(chosen, depth, thing, number)

@@ -83,12 +83,12 @@ def draw_effective_k(run: Run) -> Drawing:
 
 
 def _by_layer(run: Run, wanted: tuple[int, ...]) -> list[dict[str, Any]]:
-    """layer, phase, k, mean, p5, p95 over all lengths, as results.json tells them."""
+    """layer, phase, k, mean, p5, p95 over all lengths, as results.json has them."""
     result = read_results(run.folder)
-    told = (result.effective_k if result is not None else None) or []
+    phases = (result.effective_k if result is not None else None) or []
     return [
         layer | {"phase": one["phase"], "k": one["k"]}
-        for one in told
+        for one in phases
         for layer in one["layers"]
         if layer["layer"] in wanted
     ]

@@ -1,4 +1,4 @@
-"""Text beside points, placed so that it covers as little as possible and belongs visibly to its own point."""
+"""Labels of points, placed so that it covers as little as possible and belongs visibly to its own point."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Label:
 
 
 def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Write every label beside its point. Call it last: layout, limits and lines must be final."""
+    """Write every label next to its point. Call it last: layout, limits and lines must be final."""
     if not labels:
         return
     figure.draw_without_rendering()

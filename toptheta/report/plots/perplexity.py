@@ -1,4 +1,4 @@
-"""Perplexity by context length: a line for each method, and beside it how far each is above dense."""
+"""Perplexity by context length: a line for each method, and next to it how far each is above dense."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -208,7 +208,7 @@ def read_results_by_task(path: Path | str) -> dict[str, list[CellResult]]:
 
 
 def named_layers(folder: Path) -> list[int]:
-    """The layers that file names of the folder tell of, ascending."""
+    """The layers that file names of the folder name, ascending."""
     found = (
         re.match(r"layer(\d{1,6})(?:_kept_\w+)?\.(?:txt|csv)(?:\.gz)?$", path.name)
         for path in folder.iterdir()
@@ -267,7 +267,7 @@ def _find_damage(path: Path, content: bytes, form: _Format) -> None:
 def _damaged(path: Path, number: int, line: str, example: str) -> UsageError:
     shown = line.strip() if len(line) <= 60 else line.strip()[:57] + "..."
     return UsageError(
-        f"{path}, line {number}: {shown!r} is damaged, a line looks like {example!r}: mend or remove it."
+        f"{path}, line {number}: {shown!r} is damaged, a line looks like {example!r}: correct or remove it."
     )
 
 
@@ -289,7 +289,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     value = _json(path)
     if not isinstance(value, dict):
-        raise UsageError(f"{path}, line 1: it must hold a JSON object {{...}}: mend it, or remove the file.")
+        raise UsageError(
+            f"{path}, line 1: it must hold a JSON object {{...}}: correct it, or remove the file."
+        )
     return value
 
 
@@ -297,6 +299,8 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(_content(path).decode())
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}, line {error.lineno}: {error.msg}: mend it, or remove the file.") from None
+        raise UsageError(
+            f"{path}, line {error.lineno}: {error.msg}: correct it, or remove the file."
+        ) from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text: mend it, or remove the file.") from None
+        raise UsageError(f"{path} is not UTF-8 text: correct it, or remove the file.") from None

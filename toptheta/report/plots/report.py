@@ -62,8 +62,8 @@ class Drawing:
 def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], inputs: str) -> int:
     """Draw each of `figures` that the folder has files for, and return the exit code.
 
-    inputs: the names of these files, for the user. 0: something was drawn, and what could not be for want of
-    a file is said on stderr, a sentence each. 2: a flag is wrong, nothing can be drawn, or a file is damaged
+    inputs: the names of these files, for the user. 0: something was drawn, and what lacks a
+    file is said on stderr, a sentence each. 2: a flag is wrong, nothing can be drawn, or a file is damaged
     (the other figures are drawn all the same).
     """
     try:
@@ -147,7 +147,7 @@ def _size(config: dict, key: str, flag_value: int | None, flag: str, folder: Pat
         return flag_value
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise UsageError(
-            f"{folder / 'config.json'}: {key} is {value!r}, but must be a number above 0: mend it."
+            f"{folder / 'config.json'}: {key} is {value!r}, but must be a number above 0: correct it."
         )
     if flag_value not in (None, value):
         raise UsageError(
@@ -163,7 +163,7 @@ def _check_ids(flag: str, ids: tuple[int, ...] | None, word: str, count: int | N
 
 
 def _sizes_in_files(folder: Path) -> tuple[int | None, int | None]:
-    """(layers, heads) as the highest ids in the folder tell; None where nothing does."""
+    """(layers, heads) by the highest ids in the folder; None where nothing does."""
     layers = named_layers(folder)
     num_layers = max(layers) + 1 if layers else 0
     thresholds = read_thresholds(folder)

@@ -70,7 +70,7 @@ def tradeoff_figure(
     ]
     if not placed:
         raise UsageError(
-            f"no result tells what a sparse method kept in {PHASE_NAMES[phase]}: run one with "
+            f"no result says what a sparse method kept in {PHASE_NAMES[phase]}: run one with "
             "statistics collected."
         )
 
@@ -110,7 +110,7 @@ def tradeoff_figure(
         axes.set_xlabel(f"{words} in {PHASE_NAMES[phase]} (% of dense)")
         low, high = axes.dataLim.intervalx
         if kind == "vrow" and high - low < MIN_SPAN and labels["attn"]:
-            labels[kind] = []  # points on top of each other, labelled at the same heights beside
+            labels[kind] = []  # points on top of each other, labelled at the same heights in the other panel
         # Room for labels; and a span below which differences would look larger than they are.
         room = max(0.12 * (high - low), (MIN_SPAN - (high - low)) / 2)
         if np.isfinite(room):
