@@ -54,6 +54,6 @@ def state_beside(cache_: Cache | None, layer_idx: int) -> State:
                 f"layer {layer_idx} has a sliding-window cache, which a method that remembers keys cannot "
                 "follow: use another method."
             )
-        layer.__class__ = _following(type(layer))
+        layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
         layer.method_state = State()
     return layer.method_state
