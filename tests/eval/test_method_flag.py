@@ -9,7 +9,7 @@ import pytest
 
 from tests.eval.helpers import parse
 from toptheta.eval.cli import settings_from_json
-from toptheta.eval.settings import GenSettings, QASettings, Settings, cell_folder, cell_k, label
+from toptheta.eval.settings import GenSettings, QASettings, Settings, cell_folder, cell_k
 from toptheta.methods.params import AttentionParams, MethodOptions
 from toptheta.methods.top_theta import TopTheta
 from toptheta.util.errors import UsageError
@@ -36,7 +36,7 @@ def test_methods_by_name_are_those_by_number() -> None:
 def test_options_of_a_method() -> None:
     settings = parse("--method top_theta:capk,top_theta,dense --k 8")
     assert settings.methods()[:2] == [TopTheta(capk=True), TopTheta()]
-    assert [label(cell) for cell in settings.cells()] == ["Top-theta capk K=8", "Top-theta K=8", "dense"]
+    assert [cell.label for cell in settings.cells()] == ["Top-theta capk K=8", "Top-theta K=8", "dense"]
     assert len({cell_folder(cell) for cell in settings.cells()}) == 3
     # The flag is for all methods that have the option.
     assert parse("--method top_theta,top_k --capk").methods()[0] == TopTheta(capk=True)

@@ -343,11 +343,6 @@ def cell_k(cell: AttentionParams) -> int | None:
     return cell.K if cell.sparse and cell.method.uses_k else None
 
 
-def label(cell: AttentionParams) -> str:
-    """A cell's name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
-    return cell.label
-
-
 def cell_folder(cell: AttentionParams) -> str:
     """A cell's folder in a run of several: 'mode3', 'mode0_k64', 'streaming_llm_sinks8_k64'."""
     return cell.method.folder(cell_k(cell))

@@ -2,7 +2,7 @@
 5).
 
 Covers counting during calls and handing the counts over in bulk after a request. Writing them is
-products.py's job.
+eval/cell.py's job.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What runs inside the sandbox: a program's supervisor, and what the program gives up before it starts.
 
-sandbox.py starts it as a script (`python -I sandbox_child.py`), with the request on stdin. The supervisor
+run.py starts it as a script (`python -I child.py`), with the request on stdin. The supervisor
 forks the program, keeps its limits, and takes everything that it started down with it. The imports are few:
 each program waits for them.
 """

@@ -2,7 +2,7 @@
 
 Where the kernel lets us, a program has its own network (an empty one), process and mount namespaces: it
 reaches no other machine and no other process, and every file but those of its own folder is read-only.
-Elsewhere the limits hold, and `isolation_notice` says what does not. What runs inside is sandbox_child.py.
+Elsewhere the limits hold, and `isolation_notice` says what does not. What runs inside is child.py.
 
 Not kept from a program: reading the user's files (where it has no network, it can send them nowhere), and
 forging its own success by digging the token out of the interpreter's frames. Exiting early does not count as
