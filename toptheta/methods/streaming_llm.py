@@ -1,0 +1,42 @@
+"""StreamingLLM: the first keys, which attract attention whatever they say, and the most recent ones (Xiao et
+al. 2023, arXiv 2309.17453).
+
+The official code gives the keys new positions inside its cache; here every key keeps its own, so that the
+rule alone is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from toptheta.methods.base import Block, Method, RowTables, register
+from toptheta.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register
+@dataclass(frozen=True)
+class StreamingLLM(Method):
+    """sinks: how many of the K are the first visible keys of a row, K - 1 at most; the others are its
+    last."""
+
+    sinks: int = 4
+
+    name = "streaming_llm"
+    title = "StreamingLLM"
+    source = "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
+
+    def keep(self, block: Block, tables: RowTables) -> Tensor:
+        visible = block.visible[:, :1]  # all heads see the same keys
+        sinks = min(self.sinks, block.budget - 1)
+        place = visible.cumsum(dim=-1)  # among the row's visible keys, from 1 on: padding has none
+        recent = place > block.n[:, None, :, None] - (block.budget - sinks)
+        return (visible & ((place <= sinks) | recent)).expand_as(block.x)
+
+    def check(self, flag: Callable[[str], str] = str) -> None:
+        if self.sinks < 0:
+            raise UsageError(f"{flag('sinks')} is {self.sinks}: give a whole number of at least 0.")
