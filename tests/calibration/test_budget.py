@@ -1,4 +1,4 @@
-"""One threshold on weights for a budget: histograms, the solved threshold, shares of layers, files, refusals."""
+"""One threshold on weights for a budget: histograms, the solved threshold, layers, files, refusals."""
 
 import json
 from pathlib import Path
