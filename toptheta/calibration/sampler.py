@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toptheta.attention.call import AttentionCall
 from toptheta.calibration.statistics import RunningSums
 from toptheta.methods.base import NEG_INF, Block, Method, RowTables
 
@@ -35,13 +36,64 @@ class KeptSamples:
         self.n, self.values = [state["n"]], [state["values"]]
 
 
-class LayerCalibration:
+class RowSampler:
+    """Chooses the rows of one layer that are sampled while prompts run through it.
+
+    ks: the K that the pass serves: rows longer than the smallest are eligible. sample_frac: share of a
+    prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`.
+    """
+
+    apart = False  # whether samples are taken from the call itself, by `sample`, beside the attention
+
+    def __init__(self, ks: Sequence[int], sample_frac: float, seed: int, device: torch.device | str):
+        self.ks, self.sample_frac, self.device = tuple(ks), sample_frac, torch.device(device)
+        self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
+        self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
+        self.chosen: Tensor | None = None  # `[B, Q]` bool, the rows of this call that are sampled
+
+    def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
+        """Choose the rows of one attention call that will be sampled. n: `[B or 1, Q]` row lengths."""
+        n = n.expand(batch, -1)
+        self.longest = max(self.longest, kv_len)
+        if self.seen.shape[0] <= kv_len:
+            self.seen = torch.nn.functional.pad(self.seen, (0, kv_len + 1 - self.seen.shape[0]))
+        eligible = n > min(self.ks)
+        if real is not None:
+            eligible = eligible & real
+        if self.sample_frac >= 1.0:
+            self.chosen = eligible
+            return
+        if n.shape[1] == 1:  # decode: each row with probability f
+            draw = torch.rand(n.shape, generator=self.generator, device=self.device)
+            self.chosen = eligible & (draw < self.sample_frac)
+        else:
+            self.chosen = draw_rows(eligible, self.seen[n], self.sample_frac, self.generator)
+        self.seen.index_add_(0, n.reshape(-1), self.chosen.reshape(-1).long())
+
+    def sample(self, call: AttentionCall) -> None:
+        """Take the samples of the chosen rows of a call, where `apart`."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed calibration needs, as flat named tensors."""
+        return {
+            "seen": self.seen,
+            "longest": torch.tensor(self.longest),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.seen, self.longest = state["seen"].to(self.device), int(state["longest"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+class LayerCalibration(RowSampler):
     """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them
     all.
 
     method, placement, add_sigma: as they will be used. with_sdc: also sample R of SDC 'exact', for what the
-    method would drop. sample_frac: share of a prompt's eligible rows that are sampled, drawn with a generator
-    seeded by `seed`. keep_samples: keep each sample of thresholds, in the computer's memory.
+    method would drop. keep_samples: keep each sample of thresholds, in the computer's memory.
     """
 
     def __init__(
@@ -57,40 +109,19 @@ class LayerCalibration:
         device: torch.device | str = "cpu",
         keep_samples: bool = False,
     ):
-        self.ks = tuple(ks)
+        super().__init__(ks, sample_frac, seed, device)
         self.method, self.placement, self.with_sdc = method, placement, with_sdc
-        self.add_sigma, self.sample_frac = add_sigma, sample_frac
-        self.device = torch.device(device)
+        self.add_sigma = add_sigma
         self.thresholds = (
             {k: RunningSums(num_heads, self.device) for k in self.ks} if method.needs_thresholds else {}
         )
         self.missing = {k: RunningSums(num_heads, self.device) for k in self.ks} if with_sdc else {}
         self.kept = {k: KeptSamples(num_heads) for k in self.thresholds} if keep_samples else {}
-        self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
-        self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
-        self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.chosen: Tensor | None = None  # `[B, Q]` bool, the rows of this call that are sampled
 
     def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
-        """Choose the rows of one attention call that will be sampled. n: `[B or 1, Q]` row lengths."""
-        n = n.expand(batch, -1)
-        self.longest = max(self.longest, kv_len)
         for sums in (*self.thresholds.values(), *self.missing.values()):
             sums.reserve(kv_len)
-        if self.seen.shape[0] <= kv_len:
-            self.seen = torch.nn.functional.pad(self.seen, (0, kv_len + 1 - self.seen.shape[0]))
-        eligible = n > min(self.ks)
-        if real is not None:
-            eligible = eligible & real
-        if self.sample_frac >= 1.0:
-            self.chosen = eligible
-            return
-        if n.shape[1] == 1:  # decode: each row with probability f
-            draw = torch.rand(n.shape, generator=self.generator, device=self.device)
-            self.chosen = eligible & (draw < self.sample_frac)
-        else:
-            self.chosen = draw_rows(eligible, self.seen[n], self.sample_frac, self.generator)
-        self.seen.index_add_(0, n.reshape(-1), self.chosen.reshape(-1).long())
+        super().start_call(n, real, batch, kv_len)
 
     def observe(self, block: Block) -> None:
         """Take the samples of one block: its (K+1)-th largest, and R of what would be dropped."""
@@ -153,12 +184,7 @@ class LayerCalibration:
         return exps.masked_fill_(keep, 0.0).sum(dim=-1)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed calibration needs, as flat named tensors."""
-        state = {
-            "seen": self.seen,
-            "longest": torch.tensor(self.longest),
-            "generator": self.generator.get_state(),
-        }
+        state = super().state()
         for kind, sums_by_k in (("theta", self.thresholds), ("sdc", self.missing)):
             for k, sums in sums_by_k.items():
                 state.update({f"{kind}.{k}.{name}": value for name, value in sums.state().items()})
@@ -167,8 +193,7 @@ class LayerCalibration:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.seen, self.longest = state["seen"].to(self.device), int(state["longest"])
-        self.generator.set_state(state["generator"].cpu())
+        super().load_state(state)
         for kind, sums_by_k in (("theta", self.thresholds), ("sdc", self.missing)):
             for k, sums in sums_by_k.items():
                 sums.load_state({name: state[f"{kind}.{k}.{name}"] for name in ("count", "total", "squares")})

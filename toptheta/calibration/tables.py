@@ -115,10 +115,15 @@ def load_tables(
 
 
 def check_fit(
-    tables: CalibrationTables, kind: str, k_per_layer: tuple[int, ...], placement: str, layers: list[int]
+    tables: CalibrationTables,
+    kind: str,
+    k_per_layer: tuple[int, ...],
+    placement: str,
+    layers: list[int],
+    calib_to: str = "k",
 ) -> None:
-    """Raise UsageError unless `tables` hold `kind` ('theta' or 'sdc') of `layers` for these K and this
-    placement."""
+    """Raise UsageError unless `tables` hold `kind` ('theta' or 'sdc') of `layers` for these K, this placement
+    and, where they say it, this aim of calibration."""
     held = tables.theta if kind == "theta" else tables.sdc
     word = "thresholds" if kind == "theta" else "SDC table"
     missing = [layer for layer in layers if layer not in held]
@@ -135,6 +140,12 @@ def check_fit(
                 f"K={tables.k[layer]}, but K={k_per_layer[layer]} is asked for: use that K, or "
                 "calibrate anew."
             )
+    aim = tables.meta.get("calib_to", "k") if tables.meta else calib_to  # th.txt does not tell
+    if kind == "theta" and aim != calib_to:
+        raise UsageError(
+            f"the thresholds were calibrated with calib_to {aim}, but calib_to {calib_to} is asked for: use "
+            "that, or calibrate anew."
+        )
     known = tables.meta.get("placement")
     if known is not None and known != placement:
         raise UsageError(
@@ -150,6 +161,14 @@ def check_fit(
                 "post-softmax compares "
                 "weights (0 to 1): use placement pre-softmax, or calibrate anew."
             )
+
+
+def no_long_row(k: int, layer: int, longest: int) -> UsageError:
+    """What to say when calibration met no row that is sparse."""
+    return UsageError(
+        f"calibration found no row longer than K={k} in layer {layer}: the calibration prompts had up to "
+        f"{longest} tokens. Lower K, or calibrate on longer prompts (more shots)."
+    )
 
 
 def _lines(layers: dict[int, LayerTable], k: dict[int, int] | None):

@@ -65,11 +65,18 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
         if not Path(settings.calib_load_path).is_dir():
             raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
     defaults = type(settings)()
-    for name in ("calib_interp", "calib_smooth", "calib_task", "calib_dump_samples"):
+    for name in (
+        "calib_to",
+        "calib_layers",
+        "calib_interp",
+        "calib_smooth",
+        "calib_task",
+        "calib_dump_samples",
+    ):
         value = getattr(settings, name)
         if value == getattr(defaults, name):
             continue
-        shapes_use = name in ("calib_interp", "calib_smooth")
+        shapes_use = name not in ("calib_task", "calib_dump_samples")
         given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
         if not needing:
             raise UsageError(

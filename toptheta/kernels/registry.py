@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts
 from toptheta.attention.reference import sparse_attention
-from toptheta.calibration.sampler import LayerCalibration
+from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.kernels.cpu import backend as cpu
 from toptheta.kernels.triton import backend as triton
 from toptheta.util.errors import UsageError
@@ -50,12 +50,16 @@ def attend(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     return sparse_attention(call) if backend is None else backend.run(call)
 
 
-def calibrate(call: AttentionCall, calibration: LayerCalibration) -> Tensor:
+def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
     """Attention of `call` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples.
 
     The Triton kernels rank no row for its sample: on a GPU this is the reference, whatever TOPTHETA_KERNEL
-    says."""
+    says, unless samples are taken apart."""
     calibration.start_call(call.rows.n, call.rows.real, call.q.shape[0], call.k.shape[2])
+    if calibration.apart:
+        calibration.sample(call)
+        return attend(call)[0]
+    assert isinstance(calibration, LayerCalibration)
     backend = None if FORCED == "triton" else choose(call)
     if backend is None or backend.calibrate is None:
         return sparse_attention(call, calibration)[0]

@@ -18,6 +18,8 @@ from toptheta.util.options import check_options, option
 
 PLACEMENTS = ("pre-softmax", "post-softmax", "none")
 INTERPOLATIONS = ("nearest", "linear", "fit")  # of row lengths, see calibration/interpolation.py
+CALIBRATION_AIMS = ("k", "budget")
+LAYER_BUDGETS = ("uniform", "sensitivity")
 CALIBRATION_GROUP = "calibration of thresholds"  # of flags
 PUBLISHED = ("mode", "capk")  # names of the published project that are parts of `method` here
 
@@ -86,6 +88,22 @@ class MethodOptions:
     )
     calib_tac: bool = option(
         False, "compute with Top-k while calibrating (recommended)", group=CALIBRATION_GROUP
+    )
+    calib_to: str = option(
+        "k",
+        "k (default, as published): every head and row length aims at K; budget: one threshold on weights "
+        "for the whole model, K is the mean over heads and rows (needs --placement post-softmax)",
+        metavar="AIM",
+        group=CALIBRATION_GROUP,
+        choices=CALIBRATION_AIMS,
+    )
+    calib_layers: str = option(
+        "uniform",
+        "with --calib_to budget: uniform (default), the same threshold in all layers; sensitivity: one for "
+        "each layer, by what it costs the output to make that layer alone sparse",
+        metavar="HOW",
+        group=CALIBRATION_GROUP,
+        choices=LAYER_BUDGETS,
     )
     calib_add_sigma: float = option(
         0.0, "add X standard deviations to the mean threshold", metavar="X", group=CALIBRATION_GROUP
@@ -220,6 +238,32 @@ def expand_k(
     return tuple(k)
 
 
+def check_aim(params: AttentionParams, flag: Callable[[str], str]) -> None:
+    """Raise UsageError where `calib_to` and the other parameters do not fit."""
+    if params.calib_to == "k":
+        if params.calib_layers != "uniform":
+            raise UsageError(
+                f"{flag('calib_layers')} {params.calib_layers} shares out a budget: add {flag('calib_to')} "
+                "budget."
+            )
+        return
+    if params.placement != "post-softmax":
+        raise UsageError(
+            f"{flag('calib_to')} budget finds a threshold on weights, which needs {flag('placement')} "
+            f"post-softmax, not {params.placement}: change the placement, or use {flag('calib_to')} k."
+        )
+    for name, unused in (
+        ("calib_add_sigma", params.calib_add_sigma != 0.0),
+        ("calib_interp", params.calib_interp != "nearest"),
+        ("calib_smooth", params.calib_smooth != 0),
+    ):
+        if unused:
+            raise UsageError(
+                f"{flag(name)} has no effect with {flag('calib_to')} budget, whose threshold is the same for "
+                "all row lengths: leave it out."
+            )
+
+
 def check(params: AttentionParams, flag: Callable[[str], str] = str) -> AttentionParams:
     """Raise UsageError for a value or combination that makes no sense; return `params` unchanged otherwise.
 
@@ -237,6 +281,8 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
     if not params.sparse:
         return params
     compensation.check(method, params.placement, params.sdc, params.vmc, flag)
+    if method.needs_thresholds:
+        check_aim(params, flag)
     if params.calib_tac and not method.needs_thresholds:
         raise UsageError(
             f"{flag('calib_tac')} shapes the calibration of thresholds: use it with {flag('mode')} 0 only."

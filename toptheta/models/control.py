@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from toptheta.calibration.budget import BudgetCalibration, budget_tables
 from toptheta.calibration.interpolation import lookup_table
-from toptheta.calibration.sampler import LayerCalibration
-from toptheta.calibration.tables import CalibrationTables, LayerTable, check_fit, load_tables
+from toptheta.calibration.sampler import LayerCalibration, RowSampler
+from toptheta.calibration.tables import CalibrationTables, LayerTable, check_fit, load_tables, no_long_row
 from toptheta.methods.base import NEG_INF
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.models.layer_state import ModelState
 from toptheta.models.patch import TopK_LLamaAttention, choose_implementation, patched_layers
 from toptheta.models.recorder import Recorder
+from toptheta.models.sensitivity import keep_prompts, measure
 from toptheta.util.errors import UsageError
 
 
@@ -39,7 +42,7 @@ def recorder_of(model: nn.Module) -> Recorder | None:
     return model_state(model).recorder
 
 
-def calibrations(model: nn.Module) -> dict[int, LayerCalibration]:
+def calibrations(model: nn.Module) -> dict[int, RowSampler]:
     """The calibrations under way, by layer."""
     states = [layer.toptheta for layer in patched_layers(model)]
     return {i: state.calibration for i, state in enumerate(states) if state.calibration is not None}
@@ -81,6 +84,9 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
         num_heads = layers[0].config.num_attention_heads
         use_tables(model, load_tables(params.calib_load_path, len(layers), num_heads))
     if not params.calibrate:
+        if shared.prompt_hook is not None:
+            shared.prompt_hook.remove()
+            shared.prompt_hook = None
         for layer in layers:
             layer.toptheta.calibration = None
         _install(layers, params, k_per_layer, shared.tables)
@@ -109,7 +115,7 @@ def _install(
                 "set_params with calibrate=True, run some prompts, then calibrate=False; or load them with "
                 "calib_load_path."
             )
-        check_fit(tables, kind, k_per_layer, params.placement, sparse)
+        check_fit(tables, kind, k_per_layer, params.placement, sparse, params.calib_to)
     for i, layer in enumerate(layers):
         state = layer.toptheta
         state.theta = state.sdc_table = None
@@ -163,6 +169,8 @@ def begin_calibration(
         )
     if more_k and params.calib_tac:
         raise UsageError("calib_tac computes with one K, so it calibrates one K at a time.")
+    if keep_samples and params.calib_to == "budget":
+        raise UsageError("calib_to budget keeps histograms, no single samples: leave calib_dump_samples out.")
     sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
     computes = params.method.while_calibrating(params.calib_tac)
     for i, layer in enumerate(layers):
@@ -175,19 +183,30 @@ def begin_calibration(
         # to do.
         vmc = params.vmc and not computes.is_dense and params.placement == "post-softmax"
         state.spec = LayerSpec(computes, params.placement, k_per_layer[i], vmc=vmc)
+        ks = sorted({k_per_layer[i], *(ks[i] for ks in more_k)})
+        num_heads, device = layer.config.num_attention_heads, _execution_device(layer)
+        if params.calib_to == "budget" and params.needs_thresholds:
+            state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device)
+            continue
         state.calibration = LayerCalibration(
-            ks=sorted({k_per_layer[i], *(ks[i] for ks in more_k)}),
-            num_heads=layer.config.num_attention_heads,
+            ks=ks,
+            num_heads=num_heads,
             method=params.method,
             placement=params.placement,
             with_sdc=params.needs_sdc_table,
             add_sigma=params.calib_add_sigma,
             sample_frac=params.calib_sample_frac,
             seed=seed,
-            device=_execution_device(layer),
+            device=device,
             keep_samples=keep_samples,
         )
     shared = model_state(model)
+    if shared.prompt_hook is not None:  # of a calibration before
+        shared.prompt_hook.remove()
+        shared.prompt_hook = None
+    found = next(iter(calibrations(model).values()), None)
+    if params.calib_layers == "sensitivity" and isinstance(found, BudgetCalibration):
+        shared.prompt_hook = keep_prompts(model, found)
     shared.recorder = None  # calibration prompts count in no statistic
     shared.params = replace(params, calibrate=True)
     choose_implementation(layers)
@@ -208,13 +227,28 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
         "placement": params.placement,
         "method": params.method.spec,
         "mode": str(params.method.mode),
+        "calib_to": params.calib_to,
+        "calib_layers": params.calib_layers,
         "calib_tac": str(params.calib_tac),
         "calib_add_sigma": str(params.calib_add_sigma),
         "calib_sample_frac": str(params.calib_sample_frac),
     }
-    for i, layer in enumerate(layers):
-        calibration = layer.toptheta.calibration
-        if calibration is None:
+    under_way = calibrations(model)
+    budgets = {i: found for i, found in under_way.items() if isinstance(found, BudgetCalibration)}
+    if budgets:
+        damage = None
+        if params.calib_layers == "sensitivity":
+            prompts = next((found.prompts for found in budgets.values() if found.prompts), [])
+            if not prompts:
+                raise UsageError(
+                    f"calib_layers sensitivity needs a prompt of more than {2 * min(k_per_layer)} tokens: "
+                    "lower K, or calibrate on longer prompts."
+                )
+            damage = partial(measure, model, list(prompts), params)
+        tables.theta = budget_tables(budgets, k_per_layer, damage)
+        tables.k = {i: k_per_layer[i] for i in budgets}
+    for i, calibration in under_way.items():
+        if not isinstance(calibration, LayerCalibration):
             continue
         layer_k = k_per_layer[i]
         tables.k[i] = layer_k
@@ -228,11 +262,7 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
             sums = sums_by_k[layer_k]
             samples = sums.count.cpu().numpy()
             if not samples.any():
-                raise UsageError(
-                    f"calibration found no row longer than K={layer_k} in layer {i}: the calibration "
-                    "prompts had up to "
-                    f"{calibration.longest} tokens. Lower K, or calibrate on longer prompts (more shots)."
-                )
+                raise no_long_row(layer_k, i, calibration.longest)
             target[i] = LayerTable(value(sums).cpu().numpy(), samples)
     return tables
 
@@ -243,7 +273,8 @@ def calibration_samples(
     """The samples of thresholds that a calibration with keep_samples has kept so far, by layer: row lengths
     int32 `[S]` and values float32 `[S, H]`. k_per_layer: as in `calibrated_tables`."""
     k_per_layer = k_per_layer or get_params(model).k_per_layer(len(patched_layers(model)))
-    return {i: found.kept_samples(k_per_layer[i]) for i, found in calibrations(model).items()}
+    found = calibrations(model).items()
+    return {i: one.kept_samples(k_per_layer[i]) for i, one in found if isinstance(one, LayerCalibration)}
 
 
 def use_tables(model: nn.Module, tables: CalibrationTables) -> None:

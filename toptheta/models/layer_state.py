@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from toptheta.attention.call import AttentionCall
-from toptheta.calibration.sampler import LayerCalibration
+from toptheta.calibration.sampler import RowSampler
 from toptheta.calibration.tables import CalibrationTables
 from toptheta.methods.base import State
 from toptheta.methods.params import AttentionParams, LayerSpec
@@ -27,6 +27,7 @@ class ModelState:
         self.params = AttentionParams()
         self.tables: CalibrationTables | None = None
         self.recorder: Recorder | None = None
+        self.prompt_hook: Any = None  # while a calibration keeps prompts
 
 
 class LayerState(nn.Module):
@@ -40,7 +41,7 @@ class LayerState(nn.Module):
         super().__init__()
         self.layer_idx, self.shared = layer_idx, shared
         self.spec = LayerSpec()
-        self.calibration: LayerCalibration | None = None
+        self.calibration: RowSampler | None = None
         self.calls = 0  # of our attention function, to prove that a patched model runs it
         self._cache: Cache | None = None  # during a call
         self._beside: VSum | TopThetaLayer | None = None  # likewise

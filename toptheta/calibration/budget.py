@@ -1,0 +1,191 @@
+"""One threshold on weights for a whole budget: `--calib_to budget`, ours, not the paper's.
+
+A threshold theta keeps, of each row, the keys whose attention weight is above it; heads and rows that spread
+their attention keep more than others. It is chosen such that the mean over sampled rows and heads is K. One
+pass over the prompts collects histograms of log-weights; every K is solved from them. As weights sum to 1 in
+a row of any length, the threshold needs no row length.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toptheta.attention.call import AttentionCall
+from toptheta.attention.reference import block_rows
+from toptheta.calibration.sampler import RowSampler
+from toptheta.calibration.tables import LayerTable, no_long_row
+from toptheta.methods.base import NEG_INF
+
+# Bins of ln(weight), equally wide from LOWEST to 0; the first also takes what is lower. A bin is so narrow
+# that what a threshold keeps is known within a few parts in a thousand.
+LOWEST, BINS = -24.0, 4096
+WIDTH = -LOWEST / BINS
+PROBES = (0.5, 1.0, 2.0)  # of K: where a layer's damage is measured
+LEAST = 1.0  # of what a layer keeps: a row is never empty
+PROMPTS, PROMPT_TOKENS = 2, 512  # that damage is measured on
+
+
+class BudgetCalibration(RowSampler):
+    """Histograms of the log-weights of one layer's sampled rows: for each K, of the rows longer than K.
+
+    counts: by K, `[H, BINS]` int64; rows: by K, how many rows those are. prompts: the first tokens of some
+    prompts, for what is measured after the pass; only one layer of a model has them.
+    """
+
+    apart = True
+
+    def __init__(
+        self,
+        ks: Sequence[int],
+        num_heads: int,
+        sample_frac: float = 1.0,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(ks, sample_frac, seed, device)
+        self.counts = {k: torch.zeros(num_heads, BINS, dtype=torch.int64, device=device) for k in self.ks}
+        self.rows = {k: torch.zeros((), dtype=torch.int64, device=device) for k in self.ks}
+        self.prompts: list[Tensor] = []
+
+    def sample(self, call: AttentionCall) -> None:
+        assert self.chosen is not None
+        batch, num_heads, _, head_dim = call.q.shape
+        num_kv_heads, kv_len = call.k.shape[1], call.k.shape[2]
+        some = self.chosen.any(dim=0).nonzero()[:, 0]
+        keys = call.k.float().transpose(2, 3)
+        step = block_rows(batch * num_heads * kv_len, max(1, some.numel()), call.q.device.type)
+        for at in some.split(step):
+            q = (call.q[:, :, at].float() * call.scale).reshape(batch, num_kv_heads, -1, head_dim)
+            scores = (q @ keys).view(batch, num_heads, at.numel(), kv_len)
+            n = call.rows.n.expand(batch, -1)[:, at]
+            if call.rows.mask is not None:
+                visible = call.rows.mask[:, :, at]
+            else:
+                visible = torch.arange(kv_len, device=n.device) < n[:, None, :, None]
+            scores = scores.masked_fill(~visible, NEG_INF)
+            self.add(scores - scores.logsumexp(dim=-1, keepdim=True), n, self.chosen[:, at])
+
+    def add(self, log_weights: Tensor, n: Tensor, sampled: Tensor) -> None:
+        """Add rows: log_weights `[B, H, R, E]`, -inf where not visible; n, sampled: `[B, R]`."""
+        num_heads = log_weights.shape[1]
+        bins = ((log_weights - LOWEST) / WIDTH).clamp(0, BINS - 1).long()
+        bins += torch.arange(num_heads, device=bins.device)[:, None, None] * BINS
+        seen = log_weights > NEG_INF
+        for k in self.ks:
+            used = sampled & (n > k)
+            chosen = bins[seen & used[:, None, :, None]]
+            self.counts[k] += torch.bincount(chosen, minlength=num_heads * BINS).view(num_heads, BINS)
+            self.rows[k] += used.sum()
+
+    def state(self) -> dict[str, Tensor]:
+        state = super().state()
+        for k in self.ks:
+            state |= {f"counts.{k}": self.counts[k], f"rows.{k}": self.rows[k]}
+        return state | {f"prompt.{i}": ids for i, ids in enumerate(self.prompts)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        for k in self.ks:
+            self.counts[k] = state[f"counts.{k}"].to(self.device)
+            self.rows[k] = state[f"rows.{k}"].to(self.device)
+        names = sorted((name for name in state if name.startswith("prompt.")), key=lambda x: int(x[7:]))
+        self.prompts = [state[name] for name in names]
+
+
+def kept_above(counts: np.ndarray, rows: int, log_theta: float) -> float:
+    """Mean number of weights above a threshold, of the rows of a histogram `[..., BINS]`, over all its
+    heads."""
+    heads = counts.reshape(-1, BINS)
+    above = np.append(heads.sum(axis=0)[::-1].cumsum()[::-1], 0) / (rows * len(heads))
+    return float(np.interp((log_theta - LOWEST) / WIDTH, np.arange(BINS + 1), above))
+
+
+def solve_threshold(counts: np.ndarray, rows: int, k: float) -> float:
+    """ln(theta) such that a row keeps `k` weights on average over the rows and heads of a histogram `[...,
+    BINS]`. Raises ValueError when there are no rows, or they hold fewer than k."""
+    heads = counts.reshape(-1, BINS)
+    if rows == 0:
+        raise ValueError("no row was sampled")
+    above = np.append(heads.sum(axis=0)[::-1].cumsum()[::-1], 0) / (rows * len(heads))
+    if above[0] < k:
+        raise ValueError(f"the sampled rows have {above[0]:.0f} keys on average")
+    # `above` falls with the bin; interpolated between the edges of the bin that holds k.
+    at = np.interp(-k, -above, np.arange(BINS + 1))
+    return float(LOWEST + at * WIDTH)
+
+
+def budget_tables(
+    budgets: Mapping[int, BudgetCalibration],
+    ks: Sequence[int],
+    measure: Callable[[list[float], int], np.ndarray] | None = None,
+) -> dict[int, LayerTable]:
+    """Thresholds by layer, the same for every head and row length. budgets: by layer; ks: K of every layer.
+
+    Layers with one K share its budget: by one threshold or, with `measure`, by one for each layer
+    (`share_out`). measure: from log-thresholds and K, the damage `[layers, thresholds]` of each layer that is
+    sparse alone, all layers of the model. Raises UsageError when no row was longer than K.
+    """
+    tables = {}
+    for k in sorted({ks[i] for i in budgets}):
+        layers = [i for i in budgets if ks[i] == k]
+        counts, rows = histogram(budgets, layers, k)
+        log_thetas = [solve_threshold(counts, rows, k)] * len(layers)
+        if measure is not None and len(layers) > 1:
+            probes = [
+                solve_threshold(counts, rows, min(k * factor, _most(counts, rows))) for factor in PROBES
+            ]
+            damage = measure(probes, k)[layers]
+            kept = np.array([[kept_above(own, rows, at) for at in probes] for own in counts])
+            shares = share_out(damage, kept, k, np.array([_most(own, rows) for own in counts]))
+            log_thetas = [solve_threshold(own, rows, share) for own, share in zip(counts, shares)]
+        for i, log_theta in zip(layers, log_thetas):
+            tables[i] = constant_table(float(np.exp(log_theta)), k, counts.shape[1], rows)
+    return tables
+
+
+def share_out(damage: np.ndarray, kept: np.ndarray, k: float, most: np.ndarray) -> np.ndarray:
+    """What each layer should keep, `[layers]`, with mean `k`, such that one more element in any of them would
+    help as much.
+
+    damage, kept: `[layers, probes]`, what a layer alone costs the output (KL, nats) when it keeps that much;
+    most: `[layers]`, what there is to keep. Damage is taken to fall as a power of what is kept, A c^-b,
+    fitted to the probes: then A b c^(-b - 1) is the same for all layers.
+    """
+    x, y = np.log(kept.clip(1e-3)), np.log(damage.clip(1e-9))
+    x_mean, y_mean = x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)
+    spread = ((x - x_mean) ** 2).sum(axis=1).clip(1e-9)
+    power = (-((x - x_mean) * (y - y_mean)).sum(axis=1) / spread).clip(0.1, 10.0)
+    log_scale = y_mean[:, 0] + power * x_mean[:, 0]
+    low, high = -60.0, 60.0  # of the logarithm of what one more element helps
+
+    def keeping(log_gain: float) -> np.ndarray:
+        return np.exp(((log_scale + np.log(power) - log_gain) / (power + 1)).clip(-5, 20)).clip(LEAST, most)
+
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if keeping(middle).mean() > k else (low, middle)
+    return keeping(low)
+
+
+def _most(counts: np.ndarray, rows: int) -> float:
+    """What the sampled rows have to keep: nearly all their keys."""
+    return 0.99 * counts.sum() / (rows * counts.reshape(-1, BINS).shape[0])
+
+
+def histogram(
+    budgets: Mapping[int, BudgetCalibration], layers: Sequence[int], k: int
+) -> tuple[np.ndarray, int]:
+    """`[layers, H, BINS]` counts of these layers, and how many rows of each layer they are of."""
+    rows = int(budgets[layers[0]].rows[k])
+    if rows == 0:
+        raise no_long_row(k, layers[0], budgets[layers[0]].longest)
+    return np.stack([budgets[i].counts[k].cpu().numpy() for i in layers]), rows
+
+
+def constant_table(theta: float, k: int, num_heads: int, rows: int) -> LayerTable:
+    """One threshold at the shortest row length that is sparse: all longer ones look it up there."""
+    values, samples = np.full((num_heads, k + 2), np.nan), np.zeros((num_heads, k + 2), dtype=np.int64)
+    values[:, k + 1], samples[:, k + 1] = theta, rows
+    return LayerTable(values, samples)
