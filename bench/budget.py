@@ -13,6 +13,7 @@ computed again. Plain PyTorch counts the groups, so that this says nothing about
 """
 
 import argparse
+import copy
 import json
 import platform
 import sys
@@ -33,7 +34,6 @@ from bench.attention import device_name
 from toptheta.attention.call import Counts
 from toptheta.calibration.tables import CalibrationTables
 from toptheta.kernels import registry
-from toptheta.methods.params import LayerSpec
 from toptheta.models.control import (
     begin_calibration,
     calibrated_tables,
@@ -43,7 +43,7 @@ from toptheta.models.control import (
     use_tables,
 )
 from toptheta.models.loading import find_model, load_model, load_tokenizer
-from toptheta.models.patch import choose_implementation, layer_states, patched_layers, update_model
+from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
 from toptheta.report.tables import table
 
@@ -55,6 +55,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "published scores": {"mode": 0, **SCORES, "calib_tac": True, "calib_sample_frac": 1.0},
     "published weights": {"mode": 0, **WEIGHTS, "calib_tac": True, "calib_sample_frac": 1.0},
     "budget": {"mode": 0, **WEIGHTS, "calib_to": "budget", "calib_sample_frac": 0.25},
+    "budget of values": {
+        "method": "top_theta:value_aware",
+        **WEIGHTS,
+        "calib_to": "budget",
+        "calib_sample_frac": 0.25,
+    },
     "budget by layer": {
         "mode": 0,
         **WEIGHTS,
@@ -101,24 +107,23 @@ def windows(path: Path, tokenizer: Any, length: int, count: int) -> list[Tensor]
     return list(ids[:, : length * count].split(length, dim=1))
 
 
-def second_half(model: Any, ids: Tensor, sparse: bool) -> Tensor:
-    """Log-probabilities `[T / 2, V]` of the rows of a window's second half, behind a dense first half."""
-    states, half = layer_states(model), ids.shape[1] // 2
-    specs, recorder = [state.spec for state in states], states[0].shared.recorder
-    cache = DynamicCache(config=model.config)
-    for state in states:
-        state.spec = LayerSpec()
-    record_statistics(model, None)
-    model(ids[:, :half], past_key_values=cache, logits_to_keep=1)
-    if sparse:
-        for state, spec in zip(states, specs):
-            state.spec = spec
-        record_statistics(model, recorder)
-    choose_implementation(patched_layers(model))
-    logits = model(ids[:, half:], past_key_values=cache).logits[0]
-    for state, spec in zip(states, specs):
-        state.spec = spec
-    return logits.float().log_softmax(dim=-1)
+class Window:
+    """One window: the cache of its dense first half, and the dense log-probabilities of the rows behind."""
+
+    def __init__(self, model: Any, ids: Tensor):
+        set_params(
+            model, mode=3, calibrate=False, sdc="none", vmc=False, calib_to="k", calib_layers="uniform"
+        )
+        half = ids.shape[1] // 2
+        self.rest = ids[:, half:]
+        self.cache = DynamicCache(config=model.config)
+        model(ids[:, :half], past_key_values=self.cache, logits_to_keep=1)
+        self.dense = self.read(model)
+
+    def read(self, model: Any) -> Tensor:
+        """Log-probabilities `[T / 2, V]` of the second half, as the model is set now."""
+        logits = model(self.rest, past_key_values=copy.deepcopy(self.cache)).logits[0]
+        return logits.float().log_softmax(dim=-1)
 
 
 def calibrate(model: Any, prompts: list[Tensor], params: dict[str, Any], k: int) -> CalibrationTables:
@@ -129,28 +134,28 @@ def calibrate(model: Any, prompts: list[Tensor], params: dict[str, Any], k: int)
     return calibrated_tables(model)
 
 
-def measure(model: Any, texts: list[Tensor]) -> dict[str, Any]:
+def measure(model: Any, texts: list[Window]) -> dict[str, Any]:
     """One row of the table, for the method that the model is set to."""
     config, kept = model.config, Kept()
     found: dict[str, list[float]] = {name: [] for name in COLUMNS[2:]}
-    for ids in texts:
-        dense = second_half(model, ids, sparse=False)
+    for window in texts:
         record_statistics(model, Recorder(config.num_attention_heads))
         registry.FORCED = "reference"
         with kept.counting(config.num_attention_heads // config.num_key_value_heads):
-            method = second_half(model, ids, sparse=True)
+            method = window.read(model)
         registry.FORCED = None
         record_statistics(model, None)
+        dense = window.dense
         found["KL"].append(float((dense.exp() * (dense - method)).sum(dim=-1).mean()))
         same = (dense.argmax(dim=-1) == method.argmax(dim=-1)).float().mean()
         found["same top token %"].append(100 * float(same))
-        targets = ids[0, ids.shape[1] // 2 + 1 :, None]
+        targets = window.rest[0, 1:, None]
         gap = dense[:-1].gather(1, targets) - method[:-1].gather(1, targets)
         found["ln ppl ratio"].append(float(gap.mean()))
     row: dict[str, Any] = {
         "elements a row": kept.elements / max(1, kept.rows),
         "V rows a group": kept.vrows / max(1, kept.groups),
-        "tokens": sum(ids.shape[1] - ids.shape[1] // 2 for ids in texts),
+        "tokens": sum(window.rest.shape[1] for window in texts),
     }
     for name, values in found.items():
         stderr = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
@@ -198,14 +203,14 @@ def main() -> None:
     print("  ".join(f"{key}: {value}" for key, value in about.items()) + "\n")
     model = update_model(load_model(find_model("smollm2"), "float32", "cpu").eval())
     tokenizer = load_tokenizer(find_model("smollm2"))
-    texts = windows(args.text, tokenizer, args.length, args.windows)
+    texts = [Window(model, ids) for ids in windows(args.text, tokenizer, args.length, args.windows)]
     prompts = windows(args.calib_text, tokenizer, args.length, args.calib_windows)
     for name in args.methods.split(","):
         for k in map(int, args.k.split(",")):
             if any((row["method"], row["K"]) == (name, k) for row in done["rows"]):
                 continue
             params, start = METHODS[name], time.monotonic()
-            if params["mode"] == 0:
+            if "calib_sample_frac" in params:
                 use_tables(model, calibrate(model, prompts, params, k))
             calibrated = time.monotonic()
             model_params = {"calib_to": "k", "calib_layers": "uniform", "calib_tac": False} | params

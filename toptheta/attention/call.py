@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toptheta.attention.rows import Rows
-from toptheta.methods.base import Block, KernelSpec, RowTables, State
+from toptheta.methods.base import Block, KernelSpec, RowTables, State, ValueNorms
 from toptheta.methods.params import LayerSpec
 
 
@@ -41,6 +41,7 @@ class AttentionCall:
     say what was kept; count_rows: also by row. What the cache keeps beside K and V: v_sum `[B, H_kv, D]`
     float32, the sum of V over the visible keys of the only query row (it spares the kernels reading all of
     V); int8, the copy of K (it spares the Triton kernels reading all of K); state, what the method remembers.
+    values: how rows of V are weighed, for a method that does.
     """
 
     q: Tensor
@@ -56,6 +57,7 @@ class AttentionCall:
     v_sum: Tensor | None = None
     int8: Int8Keys | None = None
     state: State | None = None
+    values: ValueNorms | None = None
 
     @property
     def kernel(self) -> KernelSpec | None:

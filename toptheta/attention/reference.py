@@ -61,6 +61,9 @@ def sparse_attention(
             k=k[:, :, :end],
             last=stop == q_len,
             state=call.state,
+            v=v[:, :, :end],
+            own=rows.first is not None,
+            values=call.values,
         )
         weights, keep = sparse_weights(block, spec, call.tables_of(n), calibrator)
         if spec.sparse:

@@ -16,12 +16,12 @@ from toptheta.attention.call import AttentionCall
 from toptheta.attention.reference import block_rows
 from toptheta.calibration.sampler import RowSampler
 from toptheta.calibration.tables import LayerTable, no_long_row
-from toptheta.methods.base import NEG_INF
+from toptheta.methods.base import NEG_INF, ValueNorms
 
-# Bins of ln(weight), equally wide from LOWEST to 0; the first also takes what is lower. A bin is so narrow
-# that what a threshold keeps is known within a few parts in a thousand.
-LOWEST, BINS = -24.0, 4096
-WIDTH = -LOWEST / BINS
+# Bins of ln(weight), equally wide; the first also takes what is lower. Weighed by their values, weights may
+# be above 1. A bin is so narrow that what a threshold keeps is known within a few parts in a thousand.
+LOWEST, HIGHEST, BINS = -24.0, 4.0, 4096
+WIDTH = (HIGHEST - LOWEST) / BINS
 PROBES = (0.5, 1.0, 2.0)  # of K: where a layer's damage is measured
 LEAST = 1.0  # of what a layer keeps: a row is never empty
 PROMPTS, PROMPT_TOKENS = 2, 512  # that damage is measured on
@@ -30,8 +30,10 @@ PROMPTS, PROMPT_TOKENS = 2, 512  # that damage is measured on
 class BudgetCalibration(RowSampler):
     """Histograms of the log-weights of one layer's sampled rows: for each K, of the rows longer than K.
 
-    counts: by K, `[H, BINS]` int64; rows: by K, how many rows those are. prompts: the first tokens of some
-    prompts, for what is measured after the pass; only one layer of a model has them.
+    counts: by K, `[H, BINS]` int64; rows: by K, how many rows those are. gram: of ValueNorms, for value-aware
+    thresholds: then what is counted is the weight times the value's factor, by the mean and scale that the
+    first prompt with a sampled row gives. prompts: the first tokens of some prompts, for what is measured
+    after the pass; only one layer of a model has them.
     """
 
     apart = True
@@ -43,8 +45,10 @@ class BudgetCalibration(RowSampler):
         sample_frac: float = 1.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        gram: Tensor | None = None,
     ):
         super().__init__(ks, sample_frac, seed, device)
+        self.gram, self.values = gram, None if gram is None else _no_values(gram)
         self.counts = {k: torch.zeros(num_heads, BINS, dtype=torch.int64, device=device) for k in self.ks}
         self.rows = {k: torch.zeros((), dtype=torch.int64, device=device) for k in self.ks}
         self.prompts: list[Tensor] = []
@@ -54,8 +58,11 @@ class BudgetCalibration(RowSampler):
         batch, num_heads, _, head_dim = call.q.shape
         num_kv_heads, kv_len = call.k.shape[1], call.k.shape[2]
         some = self.chosen.any(dim=0).nonzero()[:, 0]
+        if some.numel() == 0:
+            return
+        factor = None if self.gram is None else self._factors(call)
         keys = call.k.float().transpose(2, 3)
-        step = block_rows(batch * num_heads * kv_len, max(1, some.numel()), call.q.device.type)
+        step = block_rows(batch * num_heads * kv_len, some.numel(), call.q.device.type)
         for at in some.split(step):
             q = (call.q[:, :, at].float() * call.scale).reshape(batch, num_kv_heads, -1, head_dim)
             scores = (q @ keys).view(batch, num_heads, at.numel(), kv_len)
@@ -65,7 +72,22 @@ class BudgetCalibration(RowSampler):
             else:
                 visible = torch.arange(kv_len, device=n.device) < n[:, None, :, None]
             scores = scores.masked_fill(~visible, NEG_INF)
-            self.add(scores - scores.logsumexp(dim=-1, keepdim=True), n, self.chosen[:, at])
+            log_weights = scores - scores.logsumexp(dim=-1, keepdim=True)
+            if factor is not None:
+                log_weights = log_weights + factor[:, :, None]
+            self.add(log_weights, n, self.chosen[:, at])
+
+    def _factors(self, call: AttentionCall) -> Tensor:
+        """`[B, H, N]` logarithm of what each key's value counts."""
+        assert self.gram is not None and self.values is not None
+        if not self.values.scale.any():  # the first prompt: what is padding there has no part in the mean
+            real = call.rows.key_real
+            rows = call.v.float().transpose(1, 2)  # [B, N, H_kv, D]
+            rows = rows.flatten(0, 1) if real is None else rows[real]
+            mean = rows.mean(dim=0)
+            one = ValueNorms(self.gram, mean, torch.ones_like(self.values.scale))
+            self.values = ValueNorms(self.gram, mean, one.of(rows.transpose(0, 1)[None]).mean(dim=(0, 2)))
+        return self.values.of(call.v).clamp_min(1e-12).log()
 
     def add(self, log_weights: Tensor, n: Tensor, sampled: Tensor) -> None:
         """Add rows: log_weights `[B, H, R, E]`, -inf where not visible; n, sampled: `[B, R]`."""
@@ -83,6 +105,8 @@ class BudgetCalibration(RowSampler):
         state = super().state()
         for k in self.ks:
             state |= {f"counts.{k}": self.counts[k], f"rows.{k}": self.rows[k]}
+        if self.values is not None:
+            state |= {"value.mean": self.values.mean, "value.scale": self.values.scale}
         return state | {f"prompt.{i}": ids for i, ids in enumerate(self.prompts)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -90,8 +114,18 @@ class BudgetCalibration(RowSampler):
         for k in self.ks:
             self.counts[k] = state[f"counts.{k}"].to(self.device)
             self.rows[k] = state[f"rows.{k}"].to(self.device)
+        if self.gram is not None:
+            mean, scale = state["value.mean"].to(self.device), state["value.scale"].to(self.device)
+            self.values = ValueNorms(self.gram, mean, scale)
         names = sorted((name for name in state if name.startswith("prompt.")), key=lambda x: int(x[7:]))
         self.prompts = [state[name] for name in names]
+
+
+def _no_values(gram: Tensor) -> ValueNorms:
+    """Of no prompt yet: the scale is 0."""
+    return ValueNorms(
+        gram, torch.zeros(0, device=gram.device), torch.zeros(gram.shape[0], device=gram.device)
+    )
 
 
 def kept_above(counts: np.ndarray, rows: int, log_theta: float) -> float:

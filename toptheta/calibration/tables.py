@@ -31,9 +31,18 @@ class LayerTable:
 
 
 @dataclass
+class LayerValues:
+    """What values are compared with, of one layer: mean `[H_kv, D]` of V, scale `[H]` the mean norm of the
+    projected, centred values; float32."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+
+@dataclass
 class CalibrationTables:
     """Tables of all layers. theta, sdc: layer -> LayerTable (a layer left dense has none). k: K per layer,
-    where known.
+    where known. values: layer -> LayerValues, for value-aware thresholds; th.txt has no place for them.
 
     meta: model, revision, placement and flags they were calibrated with; empty for the published project's
     files.
@@ -43,6 +52,7 @@ class CalibrationTables:
     num_heads: int
     k: dict[int, int] = field(default_factory=dict)
     theta: dict[int, LayerTable] = field(default_factory=dict)
+    values: dict[int, LayerValues] = field(default_factory=dict)
     sdc: dict[int, LayerTable] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
 
@@ -61,6 +71,8 @@ def save_tables(tables: CalibrationTables, folder: Path | str) -> None:
             arrays[f"{kind}.{layer}.n"] = used
             arrays[f"{kind}.{layer}.values"] = np.ascontiguousarray(table.values[:, used])
             arrays[f"{kind}.{layer}.samples"] = np.ascontiguousarray(table.samples[:, used])
+    for layer, values in tables.values.items():
+        arrays[f"value.{layer}.mean"], arrays[f"value.{layer}.scale"] = values.mean, values.scale
     header = {
         "format": "toptheta-calibration-1",
         "num_layers": str(tables.num_layers),
@@ -232,7 +244,10 @@ def _read_binary(path: Path) -> CalibrationTables:
             )
             for key in file.keys():
                 kind, layer, what = key.split(".")
-                if what != "values":
+                if kind == "value" and what == "mean":
+                    scale = file.get_tensor(f"value.{layer}.scale")
+                    tables.values[int(layer)] = LayerValues(file.get_tensor(key), scale)
+                if kind == "value" or what != "values":
                     continue
                 n = file.get_tensor(f"{kind}.{layer}.n")
                 values = np.full((tables.num_heads, int(n.max()) + 1), np.nan)

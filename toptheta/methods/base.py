@@ -59,6 +59,27 @@ class RowTables:
     sdc: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ValueNorms:
+    """How much a row of V can move the output, for each head: the norm of W_o (v - mean), relative to the
+    head's own mean of that norm.
+
+    gram: `[H, D, D]`, W_o^T W_o of the head's part of the output projection; mean: `[H_kv, D]` of V, and
+    scale: `[H]` the mean norm, as calibrated; all float32.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def of(self, v: Tensor) -> Tensor:
+        """`[B, H, N]` float32 of the rows of V `[B, H_kv, N, D]`."""
+        group = self.gram.shape[0] // v.shape[1]
+        centred = (v.float() - self.mean[:, None]).repeat_interleave(group, dim=1)
+        squares = (centred @ self.gram * centred).sum(dim=-1).clamp_min(0.0)
+        return squares.sqrt() / self.scale[:, None]
+
+
 @dataclass
 class State:
     """What a method remembers from step to step, beside the cache of one layer.
@@ -102,8 +123,9 @@ class Block:
     x: `[B, H, R, E]` what is compared, over the first E of the call's keys: scores, or weights with placement
     post-softmax; -inf where not visible. row_max: `[B, H, R, 1]` the largest of each row. n: `[B or 1, R]`
     visible keys of each row. real: `[B or 1, R]` rows that are not padding, or None (all). q: `[B, H, R, D]`
-    scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last
-    rows of the call. state: what the method remembers, None for a method without.
+    scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last rows
+    of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
+    keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated.
     """
 
     x: Tensor
@@ -116,6 +138,9 @@ class Block:
     k: Tensor | None = None
     last: bool = True
     state: State | None = None
+    v: Tensor | None = None
+    own: bool = False
+    values: ValueNorms | None = None
 
     @property
     def visible(self) -> Tensor:
@@ -131,7 +156,8 @@ class Method:
     published project's number, None for a method that it lacks. is_dense: keeps everything. uses_k: `--k` is
     its budget, and rows with n <= K are left dense; otherwise its options say what is kept. needs_thresholds:
     reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
-    has_state: `keep` reads and changes `block.state`.
+    has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
+    calibrated with thresholds.
     """
 
     name: ClassVar[str]
@@ -143,6 +169,7 @@ class Method:
     needs_thresholds: ClassVar[bool] = False
     aims_at_k: ClassVar[bool] = False
     has_state: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller

@@ -241,6 +241,11 @@ def expand_k(
 def check_aim(params: AttentionParams, flag: Callable[[str], str]) -> None:
     """Raise UsageError where `calib_to` and the other parameters do not fit."""
     if params.calib_to == "k":
+        if params.method.needs_values:
+            raise UsageError(
+                "value_aware weighs attention weights, with one threshold for all heads: add "
+                f"{flag('calib_to')} budget."
+            )
         if params.calib_layers != "uniform":
             raise UsageError(
                 f"{flag('calib_layers')} {params.calib_layers} shares out a budget: add {flag('calib_to')} "

@@ -12,9 +12,12 @@ from toptheta.methods.top_k import TopK
 @register
 @dataclass(frozen=True)
 class TopTheta(Method):
-    """capk: of what passes the threshold, keep the K most recent only."""
+    """capk: of what passes the threshold, keep the K most recent only. value_aware (ours, not the paper's):
+    compare weight times what the key's value can move the output, see `ValueNorms`; one number a key and head
+    is kept beside the cache."""
 
     capk: bool = False
+    value_aware: bool = False
 
     name = "top_theta"
     title = "Top-theta"
@@ -23,19 +26,46 @@ class TopTheta(Method):
     needs_thresholds = True
     aims_at_k = True
 
+    @property
+    def has_state(self) -> bool:  # type: ignore[override]
+        return self.value_aware
+
+    @property
+    def needs_values(self) -> bool:  # type: ignore[override]
+        return self.value_aware
+
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert tables.theta is not None
-        keep = keep_above(block.x, tables.theta, block.row_max)
+        x, row_max = block.x, block.row_max
+        if self.value_aware:
+            x = x * value_factors(block)[:, :, None]
+            row_max = x.amax(dim=-1, keepdim=True)
+        keep = keep_above(x, tables.theta, row_max)
         return keep_recent(keep, block.budget) if self.capk else keep
 
-    def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(Selection.THRESHOLD, capk=self.capk)
+    def kernel_spec(self) -> KernelSpec | None:
+        return None if self.value_aware else KernelSpec(Selection.THRESHOLD, capk=self.capk)
 
     def while_calibrating(self, tac: bool) -> Method:
         return TopK() if tac else super().while_calibrating(tac)
 
     def for_sdc_samples(self) -> Method:
         return TopTheta()  # as the published project: no cap while calibrating
+
+
+def value_factors(block: Block) -> Tensor:
+    """`[B, H, E]`, how much each key's value counts: known from earlier steps, but for the block's own
+    keys."""
+    state, values, v = block.state, block.values, block.v
+    assert state is not None and values is not None and v is not None
+    end = v.shape[2]
+    if not block.own or "factor" not in state.tensors:  # another method was at work before: weigh all keys
+        state.tensors["factor"] = values.of(v)
+        return state.tensors["factor"]
+    state.grow(end)
+    first = end - block.x.shape[2]
+    state.tensors["factor"][:, :, first:end] = values.of(v[:, :, first:])
+    return state.tensors["factor"][:, :, :end]
 
 
 def keep_above(x: Tensor, theta: Tensor, row_max: Tensor) -> Tensor:

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from toptheta.calibration.budget import BudgetCalibration, budget_tables
 from toptheta.calibration.interpolation import lookup_table
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
-from toptheta.calibration.tables import CalibrationTables, LayerTable, check_fit, load_tables, no_long_row
-from toptheta.methods.base import NEG_INF
+from toptheta.calibration.tables import (
+    CalibrationTables,
+    LayerTable,
+    LayerValues,
+    check_fit,
+    load_tables,
+    no_long_row,
+)
+from toptheta.methods.base import NEG_INF, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.models.layer_state import ModelState
 from toptheta.models.patch import TopK_LLamaAttention, choose_implementation, patched_layers
@@ -118,7 +125,7 @@ def _install(
         check_fit(tables, kind, k_per_layer, params.placement, sparse, params.calib_to)
     for i, layer in enumerate(layers):
         state = layer.toptheta
-        state.theta = state.sdc_table = None
+        state.theta = state.sdc_table = state.values = None
         if i not in sparse:
             state.spec = LayerSpec()
             continue
@@ -126,6 +133,17 @@ def _install(
         if tables is not None and params.needs_thresholds:
             within = (0.0, 1.0) if params.placement == "post-softmax" else (-np.inf, np.inf)
             state.theta = _lookup(layer, tables.theta[i], params, NEG_INF, within)
+        if tables is not None and params.method.needs_values:
+            if i not in tables.values:
+                raise UsageError(
+                    "value_aware needs thresholds that were calibrated with it, and th.txt has no place for "
+                    "all of it: calibrate with it, or load the folder of such a run with its "
+                    "calibration.safetensors."
+                )
+            parts = (torch.from_numpy(part) for part in (tables.values[i].mean, tables.values[i].scale))
+            state.values = ValueNorms(
+                value_gram(layer), *(part.to(_execution_device(layer)) for part in parts)
+            )
         if tables is not None and params.needs_sdc_table:
             state.sdc_table = _lookup(layer, tables.sdc[i], params, 0.0, (0.0, np.inf))
 
@@ -186,7 +204,8 @@ def begin_calibration(
         ks = sorted({k_per_layer[i], *(ks[i] for ks in more_k)})
         num_heads, device = layer.config.num_attention_heads, _execution_device(layer)
         if params.calib_to == "budget" and params.needs_thresholds:
-            state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device)
+            gram = value_gram(layer) if params.method.needs_values else None
+            state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device, gram)
             continue
         state.calibration = LayerCalibration(
             ks=ks,
@@ -247,6 +266,11 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
             damage = partial(measure, model, list(prompts), params)
         tables.theta = budget_tables(budgets, k_per_layer, damage)
         tables.k = {i: k_per_layer[i] for i in budgets}
+        tables.values = {
+            i: LayerValues(found.values.mean.cpu().numpy(), found.values.scale.cpu().numpy())
+            for i, found in budgets.items()
+            if found.values is not None
+        }
     for i, calibration in under_way.items():
         if not isinstance(calibration, LayerCalibration):
             continue
@@ -287,6 +311,16 @@ def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:
     nothing."""
     model_state(model).recorder = recorder
     choose_implementation(patched_layers(model))
+
+
+def value_gram(layer: TopK_LLamaAttention) -> Tensor:
+    """`[H, D, D]` float32, W_o^T W_o of each head's part of a layer's output projection. Raises UsageError
+    for weights that are offloaded."""
+    weight = layer.o_proj.weight
+    if weight.device.type == "meta":
+        raise UsageError("value_aware reads the output projections, which are offloaded: leave it out.")
+    parts = weight.detach().float().view(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
+    return parts.transpose(1, 2) @ parts
 
 
 def _execution_device(layer: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from transformers import Cache
 from toptheta.attention.call import AttentionCall
 from toptheta.calibration.sampler import RowSampler
 from toptheta.calibration.tables import CalibrationTables
-from toptheta.methods.base import State
+from toptheta.methods.base import State, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec
 from toptheta.models.cache import TopThetaLayer
 from toptheta.models.cache_state import state_beside
@@ -43,6 +43,7 @@ class LayerState(nn.Module):
         self.spec = LayerSpec()
         self.calibration: RowSampler | None = None
         self.calls = 0  # of our attention function, to prove that a patched model runs it
+        self.values: ValueNorms | None = None  # for value-aware thresholds
         self._cache: Cache | None = None  # during a call
         self._beside: VSum | TopThetaLayer | None = None  # likewise
         self._sums: WeakKeyDictionary[Any, VSum] = WeakKeyDictionary()  # by cache layer
@@ -83,7 +84,10 @@ class LayerState(nn.Module):
             table = getattr(self, name)
             if table is not None and table.device != call.q.device:  # an offloaded layer computes elsewhere
                 setattr(self, name, table.to(call.q.device))
-        call.theta, call.sdc_table = self.theta, self.sdc_table
+        if self.values is not None and self.values.gram.device != call.q.device:
+            parts = (self.values.gram, self.values.mean, self.values.scale)
+            self.values = ValueNorms(*(part.to(call.q.device) for part in parts))
+        call.theta, call.sdc_table, call.values = self.theta, self.sdc_table, self.values
         if self._beside is not None:
             call.int8 = self._beside.int8
             call.v_sum = self._beside.at(call.v, call.rows) if self.spec.vmc else None

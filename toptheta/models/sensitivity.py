@@ -34,13 +34,15 @@ def measure(
     sparse at one threshold on weights at a time."""
     layers = patched_layers(model)
     states = [layer.toptheta for layer in layers]
-    before = [(state.spec, state.theta, state.sdc_table, state.calibration) for state in states]
+    before = [(state.spec, state.theta, state.sdc_table, state.values, state.calibration) for state in states]
     recorder, states[0].shared.recorder = states[0].shared.recorder, None
     damage = np.zeros((len(layers), len(log_thetas)))
     device = model.get_input_embeddings().weight.device
     bar = tqdm(total=damage.size * len(prompts), desc=f"Sensitivity of layers, K={k}", unit="forward")
     try:
         for state in states:
+            if isinstance(state.calibration, BudgetCalibration):
+                state.values = state.calibration.values
             state.spec, state.theta, state.sdc_table, state.calibration = LayerSpec(), None, None, None
         for ids in prompts:
             ids = ids.to(device if device.type != "meta" else model.device)
@@ -59,7 +61,7 @@ def measure(
     finally:
         bar.close()
         for state, kept in zip(states, before):
-            state.spec, state.theta, state.sdc_table, state.calibration = kept
+            state.spec, state.theta, state.sdc_table, state.values, state.calibration = kept
         states[0].shared.recorder = recorder
         choose_implementation(layers)
     return damage

@@ -1,0 +1,154 @@
+"""Value-aware thresholds: the factor of a key against slow loops, behind a cache, in files; what is
+refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+
+from tests.helpers.calls import call
+from tests.helpers.kernel_cases import SCALE, case, inputs
+from tests.helpers.models import tokens
+from topk_llama import set_params, update_model
+from toptheta.attention.reference import sparse_attention
+from toptheta.calibration.tables import save_tables
+from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_theta import TopTheta
+from toptheta.models.control import tables_of
+from toptheta.util.errors import UsageError
+
+AWARE = {
+    "method": "top_theta:value_aware",
+    "placement": "post-softmax",
+    "vmc": True,
+    "calib_to": "budget",
+    "calib_sample_frac": 1.0,
+    "K": 6,
+}
+
+
+def calibrated(model: LlamaForCausalLM, **params) -> LlamaForCausalLM:
+    update_model(model)
+    set_params(model, **(AWARE | params), calibrate=True)
+    for seed in range(3):
+        model(tokens(length=60, seed=seed))
+    set_params(model, calibrate=False)
+    return model
+
+
+def slow_factor(v: torch.Tensor, w_o: torch.Tensor, mean: torch.Tensor, scale: float) -> float:
+    """Norm of what a value adds to the output beyond the mean value, relative to the head's usual norm."""
+    return float((w_o.double() @ (v.double() - mean.double())).norm() / scale)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "chunk", "left padding", "padded decode", "any mask"])
+def test_against_loops(kind: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    rows, batch, q_len, kv_len = case(kind)
+    q, k, v = inputs(batch, (4, 2, 16), q_len, kv_len)
+    w_o, mean, scale = torch.randn(4, 20, 16), torch.randn(2, 16), torch.rand(4) + 1.0
+    values = ValueNorms(w_o.transpose(1, 2) @ w_o, mean, scale)
+    theta = torch.full((4, 14), 0.02)
+    theta[:, :13] = float("-inf")
+    spec = LayerSpec(TopTheta(value_aware=True), "post-softmax", 12)
+    asked = call(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True)
+    asked.values, asked.state = values, State()
+    monkeypatch.setattr("toptheta.attention.reference.BLOCK_ELEMENTS", {"cpu": 20_000})  # several blocks
+    _, counts = sparse_attention(asked)
+    end = rows.end(q_len, kv_len)
+    seen = rows.visible(0, q_len, kv_len)
+    seen = torch.ones(1, 1, q_len, end, dtype=torch.bool) if seen is None else seen
+    for b in range(batch):
+        for i in range(0, q_len, 7):
+            keys = seen[b if seen.shape[0] > 1 else 0, 0, i].nonzero()[:, 0].tolist()
+            real = rows.real is None or bool(rows.real[b if rows.real.shape[0] > 1 else 0, i])
+            for head in range(4):
+                group = head // 2
+                weights = (k[b, group, keys].double() @ q[b, head, i].double() * SCALE).softmax(dim=0)
+                kept = len(keys)
+                if len(keys) > 12:
+                    compared = [
+                        float(weight)
+                        * slow_factor(v[b, group, key], w_o[head], mean[group], float(scale[head]))
+                        for weight, key in zip(weights, keys)
+                    ]
+                    kept = max(1, sum(x > 0.02 for x in compared))
+                assert counts.row[b, head, i] == (kept if real else 0), (b, i, head)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_behind_a_cache(kind: str, tiny_model: LlamaForCausalLM) -> None:
+    """In chunks and single steps, the logits are those of the whole; a repeated prompt likewise."""
+    model = calibrated(tiny_model)
+    ids = tokens(length=40)
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, 50)
+    parts = [
+        model(ids[:, :15], past_key_values=cache).logits,
+        model(ids[:, 15:33], past_key_values=cache).logits,
+    ]
+    parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(33, 40)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+    if kind == "dynamic":
+        assert cache.layers[0].method_state.tensors["factor"].shape == (1, 6, 40)
+        cache.batch_repeat_interleave(2)
+        again = model(ids[:, :1].expand(2, 1), past_key_values=cache).logits
+        torch.testing.assert_close(again[0], again[1])
+
+
+def test_another_method_was_at_work_before(tiny_model: LlamaForCausalLM) -> None:
+    model = calibrated(tiny_model)
+    tables, ids = tables_of(model), tokens(length=40)
+    cache = DynamicCache(config=model.config)
+    set_params(model, mode=3)
+    model(ids[:, :30], past_key_values=cache)
+    set_params(model, **AWARE)
+    assert tables_of(model) is tables
+    model(ids[:, 30:31], past_key_values=cache)
+    factor = cache.layers[1].method_state.tensors["factor"]
+    assert factor.shape == (1, 6, 31) and (factor > 0).all()
+
+
+def test_files(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = calibrated(tiny_model)
+    ids = tokens(length=50, seed=4)
+    expected = model(ids).logits
+    tables = tables_of(model)
+    assert all(
+        values.mean.shape == (2, 16) and values.scale.shape == (6,) for values in tables.values.values()
+    )
+    save_tables(tables, tmp_path)
+    set_params(model, mode=3)
+    set_params(model, **AWARE, calib_load_path=str(tmp_path))
+    assert torch.equal(model(ids).logits, expected)
+    plain = model(ids).logits
+    set_params(model, method="top_theta", K=6)
+    assert not torch.equal(model(ids).logits, plain)
+    (tmp_path / "calibration.safetensors").unlink()
+    set_params(model, mode=3)
+    with pytest.raises(UsageError, match="value_aware needs thresholds that were calibrated with it"):
+        set_params(model, **AWARE, calib_load_path=str(tmp_path))
+
+
+def test_scale_is_the_mean_norm(tiny_model: LlamaForCausalLM) -> None:
+    """Over the first prompt the factors of a head have mean 1."""
+    model = calibrated(tiny_model)
+    cache = DynamicCache(config=model.config)
+    model(tokens(length=60, seed=0), past_key_values=cache)
+    # The first layer sees the same values as while calibrating: nothing sparse lies before it.
+    factor = cache.layers[0].method_state.tensors["factor"]
+    np.testing.assert_allclose(factor.mean(dim=2)[0].numpy(), np.ones(6), rtol=1e-4)
+
+
+def test_by_layer(tiny_model: LlamaForCausalLM) -> None:
+    model = calibrated(tiny_model, calib_layers="sensitivity")
+    assert model(tokens(length=50)).logits.isfinite().all()
+
+
+def test_needs_a_budget(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    with pytest.raises(UsageError, match="value_aware weighs attention weights.*add calib_to budget"):
+        set_params(tiny_model, **(AWARE | {"calib_to": "k"}), calibrate=True)
