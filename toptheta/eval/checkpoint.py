@@ -65,24 +65,22 @@ def prepare(
     checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
     done = checkpoint.load()
     started -= checkpoint.seconds
+    own_ks = settings.layer_ks(cell, num_layers)
+    targets = [(product_folder(run, other), ks) for other, ks in zip(others, other_ks)]
     try:
         calibrate(checkpoint.maybe_save, done)
+        for folder, ks in [*targets, (product.path, own_ks)]:
+            folder.mkdir(parents=True, exist_ok=True)
+            tables = calibrated_tables(model, ks)
+            tables.meta["task"] = settings.calibration_task
+            if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
+                tables.meta["seconds"] = f"{time.monotonic() - started:.1f}"
+            if dump:  # before the tables: where these are, a later start takes the calibration for done
+                write_calibration_samples(folder, calibration_samples(model, ks))
+            save_tables(tables, folder)
     except KeyboardInterrupt:
         checkpoint.save()
         raise
-    own_ks = settings.layer_ks(cell, num_layers)
-    for folder, ks in [
-        *((product_folder(run, other), ks) for other, ks in zip(others, other_ks)),
-        (product.path, own_ks),
-    ]:
-        folder.mkdir(parents=True, exist_ok=True)
-        tables = calibrated_tables(model, ks)
-        tables.meta["task"] = settings.calibration_task
-        if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
-            tables.meta["seconds"] = f"{time.monotonic() - started:.1f}"
-        if dump:  # before the tables: where these are, a later start takes the calibration for done
-            write_calibration_samples(folder, calibration_samples(model, ks))
-        save_tables(tables, folder)
     checkpoint.path.unlink(missing_ok=True)
     use_tables(model, tables)
     use_params(model, params)

@@ -86,6 +86,10 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
             raise UsageError(f"{given} has no effect with --calib_load_path, which calibrates nothing.")
         if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
             raise UsageError(f"{given} keeps samples of thresholds: use it with --mode 0.")
+        if name == "calib_dump_samples" and settings.calib_to == "budget":
+            raise UsageError(
+                f"{given} keeps single samples, of which --calib_to budget takes none: leave it out."
+            )
     if settings.calibrate_only and (not needing or settings.calib_load_path):
         raise UsageError(
             "--calibrate_only needs something to calibrate: --mode 0 or --sdc offline-calibrated, "
