@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the rest have one of their own
 POINTERS = {
     "mask": "*u1", "key_real": "*u1", "real_rows": "*u1", "n": "*i64", "theta": "*fp32", "table": "*fp32",
-    "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_peak": "*fp32",
-    "part_total": "*fp32", "part_taken": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
+    "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_max": "*fp32",
+    "part_sum": "*fp32", "part_kept_sum": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
     "attn": "*i64", "vrow": "*i32", "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
     "span": "*i32", "listed": "*i32",
 }  # fmt: skip
 TOOLS = Path("backends/nvidia/bin")
 REGISTERS, SHARED, SHARED_OF_ONE = 65536, 228 * 1024, 227 * 1024  # of a Hopper processor
 KEPT_FREE = 1024  # bytes of shared memory that the system takes for every program
-LEAST_LOOP = 50  # instructions: shorter ones are not about tiles
+SHORTEST_LOOP = 50  # instructions: shorter ones are not about tiles
 
 
 @dataclass
@@ -66,7 +66,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     prefill = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     tile |= sizes | {"CAUSAL": True, "HAS_KEY_REAL": False, "HAS_REAL_ROWS": False, "COUNT": False}
     tile |= {"VMC": True, "SKIP": triton_prefill.SKIP}
-    split = rows | stores | splits | {"RESCUE": False}
+    split = rows | stores | splits | {"FALLBACK": False}
     found = {
         "split": (triton_decode.split_kernel, split | {"WITH_V": True}, decode),
         "split, scores only": (
@@ -76,11 +76,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
             triton_filtered.filtered_kernel, rows | stores | {"BLOCK_F": triton_decode.BLOCK_F}, decode,
         ),
         "gather": (
-            triton_decode.gather_kernel, rows | splits | {"CHOSEN": False, "STORE_KEEP": False}, decode,
+            triton_decode.gather_kernel, rows | splits | {"KEEP_GIVEN": False, "STORE_KEEP": False}, decode,
         ),
         "merge": (
             triton_decode.merge_kernel,
-            sizes | splits | {"STEP": 16, "SDC": 1, "VMC": True, "ONE_PEAK": False},
+            sizes | splits | {"STEP": 16, "SDC": 1, "VMC": True, "ONE_MAX": False},
             {"num_warps": 4},
         ),
         "prefill": (triton_prefill.prefill_kernel, tile | {"POST": False, "SDC": 1}, prefill),
@@ -132,7 +132,7 @@ def loops(code: str) -> list[tuple[int, int, int]]:
         jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < at:
             body = [other for place, other in lines if int(jump[1], 16) <= place <= at]
-            if len(body) >= LEAST_LOOP:
+            if len(body) >= SHORTEST_LOOP:
                 barriers = sum("BAR.SYNC" in other for other in body)
                 found.append((len(body), barriers, sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body)))
     return found

@@ -74,8 +74,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     if q_len == 1:
         v_sum = call.v_sum if spec.vmc else None
         if spec.vmc and v_sum is None:
-            seen = v if rows.mask is None else torch.where(rows.mask[:, :, 0, :, None], v, 0.0)
-            v_sum = seen.sum(dim=2, dtype=torch.float32)
+            visible_v = v if rows.mask is None else torch.where(rows.mask[:, :, 0, :, None], v, 0.0)
+            v_sum = visible_v.sum(dim=2, dtype=torch.float32)
         mask, span = None, rows.span()
         if rows.mask is not None:
             mask = rows.mask[:, 0, 0].contiguous()
