@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.attention import MODELS, SCORE_SPREAD, Case, calibrated
 from toptheta.attention.call import AttentionCall, Int8Keys
 from toptheta.attention.rows import rows_of
-from toptheta.kernels.int8_keys import quantized, wanted_keys
+from toptheta.kernels.int8_keys import candidate_keys, quantized
 from toptheta.kernels.triton import backend as gpu
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_k import TopK
@@ -175,8 +175,8 @@ class Problem:
         found = {"kept": float(counts.attn.sum()) / full}
         if self.case.phase == "decode":
             found["kept V rows"] = float((counts.vrow > 0).float().mean())
-            wanted = wanted_keys(self.q, self.int8[0], self.theta, self.rows, self.scale)
-            found["K rows in question"] = float(wanted.float().mean())
+            candidates = candidate_keys(self.q, self.int8[0], self.theta, self.rows, self.scale)
+            found["K rows in question"] = float(candidates.float().mean())
         return found
 
     def ideal_bytes(self, shares: dict[str, float]) -> dict[str, float]:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What Triton's compiler makes of the GPU kernels for Hopper (sm_90). No GPU is needed; nothing is timed.
 
-Of each kernel: registers of a thread and bytes of shared memory, how many programs a processor (SM) can hold
-at the same time, bytes spilled, and of each loop in its machine code the instructions of a warp, the barriers
-and the issue cycles: a processor issues four warps' instructions a cycle, so its time for a tile is at least
-warps / 4 times the instructions. bfloat16, head_dim 128, 4 heads a group; masked: with padding, or a static
-cache.
+For each kernel, this prints the registers of a thread, the bytes of shared memory, how many programs a
+processor (SM) can hold at the same time, the bytes spilled and, for each loop in the machine code, the
+instructions of a warp, the barriers and the issue cycles. A processor issues instructions of four warps a
+cycle, so its time for a tile is at least warps / 4 times the instructions. Builds are for bfloat16, head_dim
+128 and 4 heads a group; "masked" ones are for padding or a static cache.
 """
 
 import argparse
@@ -20,24 +20,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the rest have one of their own
+MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the others are in POINTERS
 POINTERS = {
     "mask": "*u1", "key_real": "*u1", "real_rows": "*u1", "n": "*i64", "theta": "*fp32", "table": "*fp32",
-    "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_peak": "*fp32",
-    "part_total": "*fp32", "part_taken": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
+    "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_max": "*fp32",
+    "part_sum": "*fp32", "part_kept_sum": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
     "attn": "*i64", "vrow": "*i32", "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
     "span": "*i32", "listed": "*i32",
 }  # fmt: skip
 TOOLS = Path("backends/nvidia/bin")
 REGISTERS, SHARED, SHARED_OF_ONE = 65536, 228 * 1024, 227 * 1024  # of a Hopper processor
-KEPT_FREE = 1024  # bytes of shared memory that the system takes for every program
-LEAST_LOOP = 50  # instructions: shorter ones are not about tiles
+RESERVED = 1024  # bytes of shared memory that the system reserves for every program
+SHORTEST_LOOP = 50  # instructions: shorter loops do not go over tiles
 
 
 @dataclass
 class Build:
-    """A kernel as built. spilled: bytes; loops: of each loop over tiles its instructions, barriers, and reads
-    and writes of what is spilled."""
+    """A kernel as built. spilled: bytes; loops: for each loop over tiles its instructions, its barriers, and
+    its loads and stores of spilled values."""
 
     warps: int
     registers: int
@@ -48,11 +48,11 @@ class Build:
     @property
     def resident(self) -> int:
         """Programs that a processor holds at the same time."""
-        return min(REGISTERS // (self.registers * self.warps * 32), SHARED // (self.shared + KEPT_FREE))
+        return min(REGISTERS // (self.registers * self.warps * 32), SHARED // (self.shared + RESERVED))
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
-    """Of each kernel: the function, its constants, and what Triton is told, as toptheta/kernels has them."""
+    """For each kernel: the function, its constants and its compile options, as toptheta/kernels sets them."""
     from toptheta.kernels.triton import decode as triton_decode
     from toptheta.kernels.triton import filtered as triton_filtered
     from toptheta.kernels.triton import prefill as triton_prefill
@@ -66,7 +66,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     prefill = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     tile |= sizes | {"CAUSAL": True, "HAS_KEY_REAL": False, "HAS_REAL_ROWS": False, "COUNT": False}
     tile |= {"VMC": True, "SKIP": triton_prefill.SKIP}
-    split = rows | stores | splits | {"RESCUE": False}
+    split = rows | stores | splits | {"FALLBACK": False}
     found = {
         "split": (triton_decode.split_kernel, split | {"WITH_V": True}, decode),
         "split, scores only": (
@@ -76,11 +76,11 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
             triton_filtered.filtered_kernel, rows | stores | {"BLOCK_F": triton_decode.BLOCK_F}, decode,
         ),
         "gather": (
-            triton_decode.gather_kernel, rows | splits | {"CHOSEN": False, "STORE_KEEP": False}, decode,
+            triton_decode.gather_kernel, rows | splits | {"KEEP_GIVEN": False, "STORE_KEEP": False}, decode,
         ),
         "merge": (
             triton_decode.merge_kernel,
-            sizes | splits | {"STEP": 16, "SDC": 1, "VMC": True, "ONE_PEAK": False},
+            sizes | splits | {"STEP": 16, "SDC": 1, "VMC": True, "ONE_MAX": False},
             {"num_warps": 4},
         ),
         "prefill": (triton_prefill.prefill_kernel, tile | {"POST": False, "SDC": 1}, prefill),
@@ -94,7 +94,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
 
 
 def build(function: Any, constants: dict[str, Any], options: dict[str, int]) -> Build:
-    """`function` compiled for bfloat16, every stride a multiple of 16 elements."""
+    """`function` compiled for bfloat16, with every stride a multiple of 16 elements."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -132,7 +132,7 @@ def loops(code: str) -> list[tuple[int, int, int]]:
         jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < at:
             body = [other for place, other in lines if int(jump[1], 16) <= place <= at]
-            if len(body) >= LEAST_LOOP:
+            if len(body) >= SHORTEST_LOOP:
                 barriers = sum("BAR.SYNC" in other for other in body)
                 found.append((len(body), barriers, sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body)))
     return found

@@ -2,8 +2,8 @@
 """Which tiles, warps, pipeline stages and splits are fastest for the Triton kernels on this GPU.
 
 Every configuration computes the same cases as bench/attention.py (keys and values cold, CUDA graphs, medians)
-and has to give the outputs of the configuration that is set in toptheta/kernels; the table is sorted by time.
-What is set there is marked. Leaves out float32 and other head sizes.
+and has to give the outputs of the configuration that is set in toptheta/kernels. The table is sorted by time,
+and the configuration that is set is marked. Float32 and other head sizes are not covered.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def changes(kind: str, config: Config) -> Config:
 
 @contextmanager
 def configured(kind: str, config: Config) -> Iterator[None]:
-    """The kernels with `config` for as long as this lasts."""
+    """Sets `config` in the kernels' module, and restores the old one at the end."""
     module, new = module_of(kind), changes(kind, config)
     before = {name: getattr(module, name) for name in new}
     vars(module).update(new)
@@ -83,26 +83,27 @@ def outputs(call: Call) -> torch.Tensor:
 
 
 def tune(kind: str, case: Case, configs: list[Config], device: torch.device) -> list[Config]:
-    """Every configuration with its "ms" and, in decode, "dense ms"; or with why there is no time."""
+    """Every configuration with its "ms" and, in decode, "dense ms", or with the reason why it was "not
+    run"."""
     problem = Problem(case, None, device)
     calls = {"ms": problem.ours(THETA, two_tier=kind == "int8")}
     if kind == "decode":
         calls["dense ms"] = problem.ours(LayerSpec())
-    right = {name: outputs(call) for name, call in calls.items()}
-    found = []
+    expected = {name: outputs(call) for name, call in calls.items()}
+    rows = []
     for config in configs:
         row: Config = config | {"set": is_set(kind, config)}
         try:
             with configured(kind, config):
                 for name, call in calls.items():
-                    if not torch.allclose(outputs(call), right[name], rtol=0.02, atol=0.02):
+                    if not torch.allclose(outputs(call), expected[name], rtol=0.02, atol=0.02):
                         raise ValueError("the outputs differ")
                 times = median_times({name: captured(call) for name, call in calls.items()}, 12)
             row |= {name: round(ms / len(problem.k), 4) for name, ms in times.items()}
-        except Exception as error:  # a configuration that does not fit the device ends no table
+        except Exception as error:  # a configuration that does not fit the device must not end the run
             row["not run"] = f"{type(error).__name__}: {error}"[:100]
-        found.append(row)
-    return sorted(found, key=lambda row: row.get("ms", float("inf")))
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.get("ms", float("inf")))
 
 
 def main() -> None:

@@ -28,21 +28,22 @@ def both_tiers(q, k, v, rows: Rows, spec: LayerSpec, theta: Tensor, table: Tenso
 @pytest.mark.parametrize("sdc", ["none", "exact", "exp-threshold", "offline-calibrated"])
 @pytest.mark.parametrize("kind, head_dim", [("padded decode", 16), ("static decode", 40)])
 def test_two_tiers_keep_the_same(kind, head_dim, sdc):
-    """The same selection as from all of K, though most of K is not read; rows where nothing passes included.
-    The output too but for SDC 'exact'; there it follows the reference."""
+    """The selection is the same as from all of K, though most of K is not read, also in rows without a score
+    above their threshold. The output is the same too, except with SDC 'exact', where it equals the
+    reference's."""
     torch.manual_seed(5)
     rows, batch, q_len, kv_len = case(kind)
     q, k, v = draw(batch, (4, 2, head_dim), q_len, kv_len)
-    k = k + 3 * torch.randn(2, 1, head_dim)  # as keys have it: channels with a large mean
+    k = k + 3 * torch.randn(2, 1, head_dim)  # like real keys, whose channels have large means
     int8 = two_tier.quantized(k)
     spec = layer_spec(0, "pre-softmax", K, sdc)
     _, table = tables(spec, 4, kv_len)
-    about, _ = two_tier.estimates(q, int8, SCALE)
+    estimated, _ = two_tier.estimates(q, int8, SCALE)
     theta = torch.full((4, kv_len), -math.inf)
-    largest = about.masked_fill(~rows.mask[:, :, 0], -math.inf).topk(9, dim=-1).values
+    largest = estimated.masked_fill(~rows.mask[:, :, 0], -math.inf).topk(9, dim=-1).values
     theta[:, K + 1 :] = largest[0, :, -1:]
     theta[0, K + 1 :] = 1000.0  # a head that keeps its largest score only, so that its group reads all of K
-    read = two_tier.wanted_keys(q, int8, theta, rows, SCALE)[0, 1].sum()
+    read = two_tier.candidate_keys(q, int8, theta, rows, SCALE)[0, 1].sum()
     out, counts, out8, counts8 = both_tiers(q, k, v, rows, spec, theta, table)
     assert torch.equal(counts.attn, counts8.attn) and torch.equal(counts.vrow, counts8.vrow)
     torch.testing.assert_close(out8, out, rtol=1e-5 if sdc != "exact" else 5e-3, atol=1e-5)
@@ -65,8 +66,8 @@ def test_two_tiers_keep_the_same(kind, head_dim, sdc):
     ids=str,
 )
 def test_two_tiers_miss_nothing(keys, dtype):
-    """Keys that int8 holds badly or exactly, and thresholds at scores, one float below and one above: with a
-    bound that is one rounding too low, some key would fall on the wrong side."""
+    """Keys that int8 represents badly or exactly, and thresholds at scores, one float below and one above:
+    with a bound that is one rounding too low, some key would fall on the wrong side."""
     torch.manual_seed(6)
     heads, kv_len = (4, 1, 16), 90
     q, k, v = draw(1, heads, 1, kv_len)
@@ -74,7 +75,7 @@ def test_two_tiers_miss_nothing(keys, dtype):
         q, k = torch.randn(q.shape), torch.randn(k.shape)
     if keys == "a loud channel":
         k[..., 3] *= 300
-    elif keys == "a loud query":  # whose other channels its codes hold badly
+    elif keys == "a loud query":  # its codes represent the other channels badly
         q[..., 5] *= 3000
         k[..., 5] /= 3000
     elif keys == "pairs":
@@ -97,13 +98,13 @@ def test_two_tiers_miss_nothing(keys, dtype):
 
 
 def test_int8_copy_bounds_every_score():
-    """Estimates are off by at most their reach, and for ordinary keys that is little."""
+    """Estimates are off by at most max_error, which is small for ordinary keys."""
     torch.manual_seed(7)
     q, k = torch.randn(2, 6, 1, 64), torch.randn(2, 3, 200, 64) + 4 * torch.randn(3, 1, 64)
-    keys = two_tier.followed_by(two_tier.quantized(k[:, :, :150]), k[:, :, 150:])
+    keys = two_tier.extended(two_tier.quantized(k[:, :, :150]), k[:, :, 150:])
     assert keys.codes.shape == k.shape and keys.codes.dtype == torch.int8
-    about, reach = two_tier.estimates(q, keys, SCALE)
+    estimated, max_error = two_tier.estimates(q, keys, SCALE)
     exact = (q.double().view(2, 3, 2, 64) @ k.double().transpose(2, 3) * SCALE).view(2, 6, 200)
-    off = (about - exact).abs()
-    assert (off <= reach).all()
-    assert off.max() > 0.05 * reach.max() and reach.max() < 0.05 * (exact - exact.mean()).abs().max()
+    off = (estimated - exact).abs()
+    assert (off <= max_error).all()
+    assert off.max() > 0.05 * max_error.max() and max_error.max() < 0.05 * (exact - exact.mean()).abs().max()

@@ -38,10 +38,10 @@ class AttentionCall:
 
     q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`. theta, sdc_table: `[H, L]` calibrated values by row length,
     looked up at min(n, L - 1), with -inf and 0 for lengths up to K; None where the spec needs none. count:
-    say what was kept; count_rows: also by row. What the cache keeps beside K and V: v_sum `[B, H_kv, D]`
-    float32, the sum of V over the visible keys of the only query row (it spares the kernels reading all of
-    V); int8, the copy of K (it spares the Triton kernels reading all of K); state, what the method remembers.
-    values: how rows of V are weighed, for a method that does.
+    count what is kept; count_rows: also by row. The cache may hold more than K and V: v_sum `[B, H_kv, D]`
+    float32, the sum of V over the visible keys of the only query row, so that the kernels need not read all
+    of V; int8, the copy of K, so that the Triton kernels need not read all of K; state, what the method
+    remembers. values: how rows of V are weighed, for a method that does.
     """
 
     q: Tensor

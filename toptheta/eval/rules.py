@@ -1,5 +1,5 @@
-"""Which settings go together, checked once, before anything is loaded. What concerns one setting alone is
-declared beside it (settings.py)."""
+"""Which settings go together, checked once, before anything is loaded. Rules of a single setting are declared
+with it, in settings.py."""
 
 from pathlib import Path
 

@@ -1,19 +1,20 @@
-"""Two tiers of K for decode: an int8 copy tells which keys a threshold may keep; K is read only for those.
+"""Two tiers of K for decode: an int8 copy shows which keys a threshold may keep; K is read only for those.
 
-A threshold is known before the scores are, so an upper bound on a score is enough to drop its key. The copy
-holds k as `mean + step * code + rest`: the product of q with the first two is the estimated score, and the
-rest moves it by at most |q| times the norm of the rest (Cauchy-Schwarz), its slack. For the product with the
-codes q itself is two int8 codes, so that it is one of whole numbers, and exact; what they leave of q, 1/64516
-of its largest channel at most, is bounded in the same way. No key above the threshold can be missed, so what
-is kept is *identical* to what the scores themselves keep; where nothing passes, the whole row is computed
-from K. Only the sum over all keys, which SDC 'exact' wants, takes the estimates of the keys that were not
-read: its error is at most exp(reach) - 1 of their share (`estimates`), and estimates err both ways.
+A threshold is known before the scores are, so an upper bound on a score is enough to leave its key out. The
+copy represents a key k as `mean + step * code + rest`: the product of q with the first two is the estimated
+score, and the rest changes the score by at most |q| times the norm of the rest (Cauchy-Schwarz); that norm is
+the key's slack. For the product with the codes, q itself is represented by two int8 codes, so that the
+product is one of integers, and exact; the rest of q, at most 1/64516 of its largest channel, is bounded in
+the same way. No key above the threshold can be missed, so the kept keys are *identical* to those that the
+scores themselves keep. A row without a score above its threshold is computed from all of K. Only the sum over
+all keys, which SDC 'exact' needs, contains estimates, of the keys that were not read: its relative error is
+at most exp(max_error) - 1 of their share (`estimates`), and single estimates may be too high or too low.
 
-Memory: head_dim + 8 bytes for each token and KV head, beside the 4 head_dim of 16-bit K and V: +27% of the
-cache at head_dim 128. Bytes read in a decode step, with a share c of keys in question and f kept, for each
-element of K: 1 + 2c + 2f instead of 2 + 2f, or 4 dense. Off unless asked for.
+Memory: head_dim + 8 bytes for each token and KV head, in addition to the 4 head_dim of 16-bit K and V: +27%
+of the cache at head_dim 128. Bytes read in a decode step for each element of K, with a share c of candidate
+keys and f of kept ones: 1 + 2c + 2f instead of 2 + 2f, or 4 for dense attention. Off by default.
 
-Plain PyTorch: the copy itself, and what the kernel in triton/filtered.py computes from it, as the reference.
+This module is plain PyTorch: the copy itself, and the reference of the kernel in triton/filtered.py.
 """
 
 import torch
@@ -26,11 +27,11 @@ from toptheta.methods.compensation import missing_denominator
 from toptheta.methods.top_theta import keep_above
 
 LARGEST_CODE = 127
-TINY = 2e-18  # what squares below the smallest float may add up to in a norm
+TINY = 2e-18  # a bound on what a norm loses to squares that underflow
 
 
-def followed_by(keys: Int8Keys, k: Tensor) -> Int8Keys:
-    """The copy of these keys and then those of `k` `[B, H_kv, M, D]`."""
+def extended(keys: Int8Keys, k: Tensor) -> Int8Keys:
+    """The copy extended by the keys `k` `[B, H_kv, M, D]`, around the mean that it has."""
     new = quantized(k, keys.mean)
     return Int8Keys(
         torch.cat([keys.codes, new.codes], dim=2),
@@ -60,8 +61,9 @@ def quantized(k: Tensor, mean: Tensor | None = None) -> Int8Keys:
     return Int8Keys(codes.to(torch.int8), steps, slacks, mean)
 
 
-def two_codes(q: Tensor) -> Tensor:
-    """q as step * (high + low / 254), with whole numbers up to 127 and a step for each row."""
+def rounded_query(q: Tensor) -> Tensor:
+    """q rounded to step * (high + low / 254): high and low are integers up to 127, step is one for each
+    row."""
     q = q.float()
     steps = q.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
     steps = torch.where(steps > torch.finfo(torch.float32).tiny, steps, 1.0)
@@ -71,38 +73,40 @@ def two_codes(q: Tensor) -> Tensor:
 
 
 def estimates(q: Tensor, keys: Int8Keys, scale: float) -> tuple[Tensor, Tensor]:
-    """Estimated scores and how far the true ones may be from them, both `[B, H, N]`. q: `[B, H, 1, D]`."""
+    """Estimated scores and their largest possible error, both `[B, H, N]`. q: `[B, H, 1, D]`."""
     batch, num_heads, _, head_dim = q.shape
     q = q.float().view(batch, keys.codes.shape[1], -1, head_dim)
-    coded, steps = two_codes(q), keys.steps[:, :, None]
-    about = coded @ keys.codes.float().transpose(2, 3) * steps
-    about = (about + q @ keys.mean[..., None]) * scale
-    largest = LARGEST_CODE * head_dim**0.5  # norm that the codes of a key can have
-    reach = (q.norm(dim=-1, keepdim=True) + TINY) * keys.slacks[:, :, None]
-    reach = (reach + ((q - coded).norm(dim=-1, keepdim=True) + TINY) * largest * steps) * abs(scale)
-    return about.view(batch, num_heads, -1), reach.view(batch, num_heads, -1)
+    coded, steps = rounded_query(q), keys.steps[:, :, None]
+    estimated = coded @ keys.codes.float().transpose(2, 3) * steps
+    estimated = (estimated + q @ keys.mean[..., None]) * scale
+    largest = LARGEST_CODE * head_dim**0.5  # the largest norm of a key's codes
+    max_error = (q.norm(dim=-1, keepdim=True) + TINY) * keys.slacks[:, :, None]
+    max_error = (max_error + ((q - coded).norm(dim=-1, keepdim=True) + TINY) * largest * steps) * abs(scale)
+    return estimated.view(batch, num_heads, -1), max_error.view(batch, num_heads, -1)
 
 
-def wanted_keys(q: Tensor, keys: Int8Keys, theta: Tensor, rows: Rows, scale: float) -> Tensor:
+def candidate_keys(q: Tensor, keys: Int8Keys, theta: Tensor, rows: Rows, scale: float) -> Tensor:
     """Keys that each KV head must be read for, `[B, H_kv, N]` bool: some head of the group may keep them."""
-    about, reach = estimates(q, keys, scale)
-    in_question = about + reach > per_row(theta, rows.n)[:, :, 0]
+    estimated, max_error = estimates(q, keys, scale)
+    candidate = estimated + max_error > per_row(theta, rows.n)[:, :, 0]
     if rows.mask is not None:
-        in_question &= rows.mask[:, :, 0]
+        candidate &= rows.mask[:, :, 0]
     batch, num_kv_heads = keys.mean.shape[:2]
-    return in_question.view(batch, num_kv_heads, -1, about.shape[-1]).any(dim=2)
+    return candidate.view(batch, num_kv_heads, -1, estimated.shape[-1]).any(dim=2)
 
 
 def serves(spec: KernelSpec) -> bool:
-    """Whether the copy can tell what this selection may keep: thresholds on scores."""
+    """Whether the copy can be used for this selection: for thresholds on scores."""
     return spec.sparse and (spec.selection, spec.placement) == (Selection.THRESHOLD, "pre-softmax")
 
 
 def two_tier_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention of the only row of each sequence, `[B, H, 1, D]` float32, and what it keeps, `[B, H, N]`.
+    """Attention of the only row of each sequence, `[B, H, 1, D]` float32, and what it keeps, `[B, H, N]`
+    bool.
 
-    call: with thresholds on scores, an int8 copy, without capk and VMC. The reference of the kernel: it reads
-    all of K, but uses only what the kernel reads.
+    call: with thresholds on scores and an int8 copy, without capk and VMC. This is the reference of the
+    kernel: all of K is here, but only the keys that the kernel reads are used. Raises ValueError for other
+    calls.
     """
     q, k, v, rows, keys, spec, theta = call.q, call.k, call.v, call.rows, call.int8, call.kernel, call.theta
     if spec is None or keys is None or theta is None or not serves(spec) or spec.capk or spec.vmc:
@@ -114,15 +118,15 @@ def two_tier_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     exact = exact.view(batch, num_heads, kv_len)
     tables = call.tables_of(rows.n)
     assert tables.theta is not None
-    seen = torch.ones_like(exact, dtype=torch.bool) if rows.mask is None else rows.mask[:, :, 0]
-    wanted = wanted_keys(q, keys, theta, rows, call.scale).repeat_interleave(group, dim=1)
-    # A row that passes nowhere needs its largest score: its group reads all of K.
-    empty = ~(exact.masked_fill(~(wanted & seen), NEG_INF) > tables.theta[:, :, 0]).any(dim=-1)
+    visible = torch.ones_like(exact, dtype=torch.bool) if rows.mask is None else rows.mask[:, :, 0]
+    candidates = candidate_keys(q, keys, theta, rows, call.scale).repeat_interleave(group, dim=1)
+    # A row without a score above its threshold keeps its largest score, so its group reads all of K.
+    empty = ~(exact.masked_fill(~(candidates & visible), NEG_INF) > tables.theta[:, :, 0]).any(dim=-1)
     empty = empty.view(batch, num_kv_heads, group).any(dim=-1).repeat_interleave(group, dim=1)
-    wanted = (wanted | empty[..., None]) & seen
-    known = exact.masked_fill(~wanted, NEG_INF)
-    about = estimates(q, keys, call.scale)[0]
-    whole = torch.where(wanted, exact, about).masked_fill(~seen, NEG_INF)[:, :, None]
+    candidates = (candidates | empty[..., None]) & visible
+    known = exact.masked_fill(~candidates, NEG_INF)
+    estimated = estimates(q, keys, call.scale)[0]
+    whole = torch.where(candidates, exact, estimated).masked_fill(~visible, NEG_INF)[:, :, None]
     row_max = whole.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     keep = keep_above(known[:, :, None], tables.theta, row_max)
     exps = (whole - row_max).exp()

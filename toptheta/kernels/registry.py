@@ -1,4 +1,4 @@
-"""The one place that chooses how attention is computed: by the backend that takes a call, else by the
+"""The one place that chooses how attention is computed: by a backend that supports the call, else by the
 reference.
 
 TOPTHETA_KERNEL=reference|cpu|triton in the environment forces one; it is read when this module is imported.
@@ -23,8 +23,9 @@ from toptheta.util.errors import UsageError
 class Backend:
     """How calls are computed on one type of device.
 
-    unsupported: why a call cannot be taken, or None; ready: why nothing can (it may build and load), or None;
-    run: as `sparse_attention`; calibrate: attention while samples are taken, None if it cannot.
+    unsupported: why it cannot compute a call, or None if it can. ready: why it cannot compute any call, or
+    None; this may build and load the kernels. run: computes `sparse_attention`. calibrate: computes attention
+    and samples it for calibration; None if the backend cannot.
     """
 
     name: str
@@ -44,8 +45,8 @@ FORCED = os.environ.get("TOPTHETA_KERNEL") or None
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Counts | None]:
-    """`sparse_attention` of attention/reference.py by the path that fits. Raises UsageError when
-    TOPTHETA_KERNEL asks for what cannot be."""
+    """`sparse_attention` of attention/reference.py by the backend that `choose` selects. Raises UsageError
+    when the backend of TOPTHETA_KERNEL cannot compute this call."""
     backend = choose(call)
     return sparse_attention(call) if backend is None else backend.run(call)
 
@@ -53,8 +54,8 @@ def attend(call: AttentionCall) -> tuple[Tensor, Counts | None]:
 def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
     """Attention of `call` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples.
 
-    The Triton kernels rank no row for its sample: on a GPU this is the reference, whatever TOPTHETA_KERNEL
-    says, unless samples are taken apart."""
+    The Triton kernels cannot find a row's K-th largest score: on a GPU the reference computes this, even
+    with TOPTHETA_KERNEL=triton, unless samples are taken apart."""
     calibration.start_call(call.rows.n, call.rows.real, call.q.shape[0], call.k.shape[2])
     if calibration.apart:
         calibration.sample(call)
@@ -72,8 +73,8 @@ def choose(call: AttentionCall) -> Backend | None:
     if FORCED is None:
         for backend in BACKENDS:
             if backend.device == call.q.device.type:
-                taken = backend.unsupported(call) is None and backend.ready() is None
-                return backend if taken else None
+                supported = backend.unsupported(call) is None and backend.ready() is None
+                return backend if supported else None
         return None
     if FORCED not in CHOICES:
         raise UsageError(

@@ -82,11 +82,10 @@ class ValueNorms:
 
 @dataclass
 class State:
-    """What a method remembers from step to step, beside the cache of one layer.
+    """What a method remembers from step to step, for one layer of a cache.
 
     tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They
-    follow the cache when it is cropped, reordered or repeated. numbers: what has no tensor, such as the
-    prompt's length.
+    are cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -227,8 +226,8 @@ AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
 
 def register(method: AnyMethod) -> AnyMethod:
-    """Class decorator: a method that flags, tables and plots know. Raises ValueError for a name or published
-    number that is taken."""
+    """Class decorator: makes a method known to flags, tables and plots. Raises ValueError if another method
+    has its name or its published number."""
     for other in REGISTRY.values():
         if other.name == method.name or method.mode is not None and other.mode == method.mode:
             raise ValueError(f"{method.__name__}: {other.__name__} has its name or its published number")

@@ -45,10 +45,11 @@ def add_mean(out: Tensor, weights: Tensor, v_mean: Tensor, sparse: Tensor) -> Te
 
 
 def check(method: Method, placement: str, sdc: str, vmc: bool, flag: Callable[[str], str] = str) -> None:
-    """Raise UsageError where a compensation has nothing to compensate, or lacks what it is computed from."""
+    """Raise UsageError if a compensation has nothing to compensate, or needs something that the method
+    lacks."""
     if sdc != "none" and placement != "pre-softmax":
         raise UsageError(
-            f"{flag('sdc')} {sdc} completes a softmax taken over kept scores only, so it needs "
+            f"{flag('sdc')} {sdc} completes a softmax over the kept scores only, so it needs "
             f"{flag('placement')} pre-softmax: change the placement, or use {flag('sdc')} none."
         )
     if sdc == "exp-threshold" and not method.needs_thresholds:

@@ -1,1 +1,1 @@
-"""All that knows transformers: patching, steering, caches, generation, loading."""
+"""Everything that depends on transformers: patching, setting parameters, caches, generation, loading."""

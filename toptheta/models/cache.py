@@ -68,7 +68,7 @@ class TopThetaLayer(StaticLayer):
         """`[B, H_kv, D]` float32, sum of V over the visible keys of the only row, or None for more rows.
 
         To be called once after `update`. value: the cache's V, `[B, H_kv, N, D]`. Under torch.compile masks
-        are taken to be causal, padding aside.
+        are assumed to be causal, apart from padding.
         """
         new, self._new = self._new, None
         q_len, mask = rows.n.shape[1], rows.mask

@@ -42,9 +42,10 @@ def _following(kind: Any) -> type:
     return Following
 
 
-def state_beside(cache_: Cache | None, layer_idx: int) -> State:
-    """The state beside layer `layer_idx` of a cache that holds this call's keys; a new one, for this call
-    alone, without a cache. Raises UsageError for a sliding window, which forgets keys by itself."""
+def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
+    """The method's state for layer `layer_idx` of the cache that holds this call's keys. Without a cache, it
+    is a new state for this call alone. Raises UsageError for a sliding window, which forgets keys by
+    itself."""
     if cache_ is None:
         return State()
     layer: Any = cache_.layers[layer_idx]

@@ -24,7 +24,7 @@ class _EndOfPrefill(StoppingCriteria):
         self.recorder = recorder
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.recorder.phase = None  # from here on rows come one by one, which their shape tells
+        self.recorder.phase = None  # decode calls have one row, so the recorder knows them by their shape
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 

@@ -15,7 +15,7 @@ from toptheta.calibration.tables import CalibrationTables
 from toptheta.methods.base import State, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec
 from toptheta.models.cache import TopThetaLayer
-from toptheta.models.cache_state import state_beside
+from toptheta.models.cache_state import state_of_layer
 from toptheta.models.recorder import Recorder
 from toptheta.models.value_sum import VSum
 
@@ -44,8 +44,8 @@ class LayerState(nn.Module):
         self.calibration: RowSampler | None = None
         self.calls = 0  # of our attention function, to prove that a patched model runs it
         self.values: ValueNorms | None = None  # for value-aware thresholds
-        self._cache: Cache | None = None  # during a call
-        self._beside: VSum | TopThetaLayer | None = None  # likewise
+        self._cache: Cache | None = None  # set during a call
+        self._extras: VSum | TopThetaLayer | None = None  # the sum of V or int8 copy of that cache
         self._sums: WeakKeyDictionary[Any, VSum] = WeakKeyDictionary()  # by cache layer
         self.register_buffer("theta", None, persistent=False)
         self.register_buffer("sdc_table", None, persistent=False)
@@ -60,8 +60,8 @@ class LayerState(nn.Module):
         return self.spec.sparse or self.calibration is not None or self.recorder is not None
 
     def begin(self, cache: Cache | None) -> None:
-        """Look at the cache before it is updated: what it keeps beside K and V is checked then."""
-        self._cache, self._beside = cache, None
+        """Look at the cache before it is updated, and check that its sum of V still belongs to its values."""
+        self._cache, self._extras = cache, None
         layers = getattr(cache, "layers", ())
         vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
         if self.layer_idx >= len(layers):
@@ -69,17 +69,17 @@ class LayerState(nn.Module):
         layer = layers[self.layer_idx]
         if isinstance(layer, TopThetaLayer):
             layer.summing = vmc
-            self._beside = layer
+            self._extras = layer
         elif vmc and not torch.compiler.is_compiling():
-            self._beside = self._sums.setdefault(layer, VSum())
-            self._beside.check(layer.values)
+            self._extras = self._sums.setdefault(layer, VSum())
+            self._extras.check(layer.values)
 
     def end(self) -> None:
-        """The cache must not outlive its owner."""
-        self._cache = self._beside = None
+        """Drop the references to the cache, which must not outlive its owner."""
+        self._cache = self._extras = None
 
     def complete(self, call: AttentionCall) -> None:
-        """Give a call the layer's tables, on its device, and what the cache keeps beside K and V."""
+        """Give a call the layer's tables, on its device, and what the cache holds in addition to K and V."""
         for name in ("theta", "sdc_table"):
             table = getattr(self, name)
             if table is not None and table.device != call.q.device:  # an offloaded layer computes elsewhere
@@ -88,15 +88,15 @@ class LayerState(nn.Module):
             parts = (self.values.gram, self.values.mean, self.values.scale)
             self.values = ValueNorms(*(part.to(call.q.device) for part in parts))
         call.theta, call.sdc_table, call.values = self.theta, self.sdc_table, self.values
-        if self._beside is not None:
-            call.int8 = self._beside.int8
-            call.v_sum = self._beside.at(call.v, call.rows) if self.spec.vmc else None
+        if self._extras is not None:
+            call.int8 = self._extras.int8
+            call.v_sum = self._extras.at(call.v, call.rows) if self.spec.vmc else None
         if self.spec.method.has_state:
             call.state = self.method_state()
 
     def method_state(self) -> State:
-        """What the method remembers beside the cache of the call under way."""
-        return state_beside(self._cache, self.layer_idx)
+        """What the method remembers for this layer of the current call's cache."""
+        return state_of_layer(self._cache, self.layer_idx)
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
@@ -107,8 +107,8 @@ class LayerState(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a cache: a copy starts with none."""
-        return self.__dict__ | {"_cache": None, "_beside": None, "_sums": None}
+        """Leaves out what belongs to a cache: a copy starts without one."""
+        return self.__dict__ | {"_cache": None, "_extras": None, "_sums": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

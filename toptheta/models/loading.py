@@ -48,7 +48,7 @@ class ModelSource:
         return Path(self.location).is_dir()
 
     def kwargs(self) -> dict[str, str | bool]:
-        """Arguments for every from_pretrained beside the location."""
+        """The arguments of every from_pretrained other than the location."""
         if self.gguf_file is not None:
             return {"gguf_file": self.gguf_file}
         return {} if self.is_local or hub_reachable() else {"local_files_only": True}

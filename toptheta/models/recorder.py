@@ -26,7 +26,7 @@ class LayerRecord:
     attention would use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a
     sequence had no real row. popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
     histogram: of the rows of a prefill longer than K, see effective_k.py, or None; a decode step is a
-    single row, which attn and n already tell.
+    single row, which attn and n describe already.
     """
 
     attn: np.ndarray

@@ -27,7 +27,7 @@ class VSum:
         self._version = 0  # ... and its count of in-place changes then
 
     def check(self, values: Tensor | None) -> None:
-        """Forget the sum unless the cache still holds the very tensor that it was taken from."""
+        """Forget the sum unless the cache still holds the same tensor that was summed, unchanged."""
         if values is None or self._values is None or values is not self._values():
             self._sum = None
         elif values._version != self._version:  # changed in place

@@ -1,4 +1,4 @@
-"""The one error that users cause and can mend."""
+"""The one error that users cause and can fix."""
 
 
 class UsageError(ValueError):

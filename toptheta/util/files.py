@@ -15,7 +15,8 @@ from toptheta.util.errors import UsageError
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it replaces `path` when the block ends without an error."""
+    """A temporary path in the folder of `path`, to write to. It replaces `path` when the block ends without
+    an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)

@@ -20,7 +20,7 @@ WORDS = {int: "a whole number", float: "a number"}
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of a field beside its type and default.
+    """What a field declares in addition to its type and default.
 
     help, metavar, group: of its flag. choices: the values there are. hint: whether a wrong value is answered
     with the nearest of them. rule: a test of a value, and what to do when it fails ("give at least 1"); a

@@ -81,8 +81,8 @@ def test_any_strides():
 @pytest.mark.parametrize("q_len", [1, 60])
 @pytest.mark.parametrize("placement", ["pre-softmax", "post-softmax"])
 def test_ties(placement, q_len):
-    """All keys alike: Top-k keeps exactly K of each row, Top-theta, where nothing passes, all that tie for
-    the peak."""
+    """All keys are equal: Top-k keeps exactly K of each row, and Top-theta, with no score above the
+    threshold, all that tie for the row's largest."""
     q, k, v = torch.ones(1, 3, q_len, 64), torch.ones(1, 1, 60, 64), torch.randn(1, 1, 60, 64)
     rows = rows_of(None, q_len, 60, torch.device("cpu"))
     out, counts = cpu.run(call(q, k, v, rows, layer_spec(1, placement, K, "none"), SCALE, count=True))

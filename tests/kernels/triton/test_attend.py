@@ -1,7 +1,7 @@
 """The Triton kernels against plain PyTorch (toptheta/attention/reference.py): outputs and counts.
 
-Inputs and tolerance are those of the CPU kernel's tests. Not every option meets every kind of rows, for the
-interpreter is slow.
+Inputs and tolerance are those of the CPU kernel's tests. Not every option is tested with every kind of rows,
+because the interpreter is slow.
 """
 
 import math
@@ -136,7 +136,8 @@ def test_threshold_of_minus_infinity_is_dense_bit_for_bit(q_len, spec):
 @here
 @pytest.mark.parametrize("placement", ["pre-softmax", "post-softmax"])
 def test_ties(placement):
-    """All keys alike: Top-k keeps exactly K; Top-theta, where nothing passes, all that tie for the peak."""
+    """All keys are equal: Top-k keeps exactly K, and Top-theta, with no score above the threshold, all that
+    tie for the row's largest."""
     q, k = torch.ones(1, 3, 1, 16, device=DEVICE), torch.ones(1, 1, 300, 16, device=DEVICE)
     v = torch.randn(1, 1, 300, 16).to(DEVICE)
     rows = on_device(rows_of(None, 1, 300, torch.device("cpu")))
@@ -151,8 +152,8 @@ def test_ties(placement):
 @here
 @pytest.mark.parametrize("spec", FEW[:1] + FEW[2:], ids=["pre", "post"])
 def test_mostly_empty_cache(spec):
-    """A static cache that is nearly unused, sequences of unlike lengths: splits have few keys, or none. What
-    lies beyond is not read."""
+    """A static cache that is nearly empty, with sequences of different lengths: splits have few keys, or
+    none. Keys after the last visible one are not read."""
     torch.manual_seed(7)
     kv_len = 900
     q, k, v = draw(3, (4, 2, 16), 1, kv_len)

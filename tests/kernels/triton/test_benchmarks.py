@@ -22,8 +22,9 @@ def test_decode_benchmark_runs(monkeypatch):
 @here
 @pytest.mark.parametrize("kind", ["decode", "int8", "prefill"])
 def test_tuning_runs(kind, monkeypatch):
-    """Other tiles give the same outputs and leave nothing changed; what cannot be run is told, and last."""
-    from bench import attention_gpu, tune_gpu  # which need Triton
+    """Other tiles give the same outputs and leave nothing changed; configurations that cannot run are listed
+    last, with the reason."""
+    from bench import attention_gpu, tune_gpu  # they need Triton
     from toptheta.kernels.triton import decode as triton_decode
     from toptheta.kernels.triton import prefill as triton_prefill
 

@@ -13,7 +13,7 @@ KERNELS = kernels() if HAS_TRITON and not gpu.INTERPRETED else {}
 @pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize("name", KERNELS)
 def test_builds_for_hopper_without_spills_in_loops(name):
-    """As many of the decode kernels fit on a processor as the splits are made for."""
+    """As many programs of the decode kernels fit on a processor as `split_count` assumes."""
     from toptheta.kernels.triton import decode as triton_decode
 
     function, constants, options = KERNELS[name]

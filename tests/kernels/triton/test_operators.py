@@ -16,7 +16,7 @@ from toptheta.kernels.triton import backend as gpu
 
 @here
 def test_operators_have_true_fakes():
-    """The shapes and types that torch.compile is told are those that come out."""
+    """The registered fakes have the shapes and types of the true outputs."""
     q, k, v = (x.to(DEVICE) for x in draw(2, (4, 2, 16), 1, 40))
     n, theta = torch.full((1, 1), 40, device=DEVICE), torch.full((1, 1), 0.5, device=DEVICE)
     settings = (SCALE, 0, "pre-softmax", K, "none", 1.0, True)
@@ -33,7 +33,7 @@ def test_operators_have_true_fakes():
 @here
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_compiles_whole(q_len):
-    """One graph without a break, and thresholds that change in place count at once."""
+    """One graph without a break, which uses thresholds that were changed in place."""
     torch.manual_seed(8)
     q, k, v = (x.to(DEVICE) for x in draw(1, (2, 1, 16), q_len, 70 if q_len == 1 else q_len))
     rows = on_device(rows_of(None, q_len, k.shape[2], torch.device("cpu")))
@@ -50,7 +50,7 @@ def test_compiles_whole(q_len):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("spec", [*FEW, layer_spec(1, "pre-softmax", K, "exact")], ids=str)
 def test_cuda_graph(spec):
-    """Nothing waits for the device, and a replay takes the thresholds and queries that are there by then."""
+    """Nothing waits for the device, and a replay uses the thresholds and queries of its own time."""
     torch.manual_seed(9)
     q, k, v = (x.to(DEVICE) for x in draw(2, (8, 2, 64), 1, 1000))
     rows = on_device(rows_of(None, 1, 1000, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""What the Triton kernels cannot do is said."""
+"""Calls that the Triton kernels cannot compute are refused, with the reason."""
 
 import pytest
 import torch

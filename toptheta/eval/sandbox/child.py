@@ -26,7 +26,7 @@ GUARDED = {
 
 
 def _supervise(request: dict[str, Any]) -> int:
-    """Run the program as a child; returns the exit code that tells how it ended."""
+    """Run the program as a child; returns the exit code that says how it ended."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: escaped children become ours
     if request["isolation"] == "full":

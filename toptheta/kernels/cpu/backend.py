@@ -1,8 +1,8 @@
 """The CPU path for float32: building kernel.cpp on first use, and calling it with torch tensors.
 
-Covers loading, the calls and what they support. What is computed is attention/reference.py's to say; how,
-kernel.cpp's. The library has a plain C interface: a compiler is all it needs (no ninja, no Python headers),
-and it builds in seconds.
+This module builds and loads the library, and checks and prepares calls. attention/reference.py defines what
+is computed, kernel.cpp how. The library has a plain C interface, so that building it needs only a compiler
+(no ninja, no Python headers) and takes seconds.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ _INT, _REAL, _AT = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
 class Call(ctypes.Structure):
-    """The arguments of one call; field for field `struct Call` of kernel.cpp."""
+    """The arguments of one call, with the fields of `struct Call` in kernel.cpp in the same order."""
 
     _fields_ = [
         *_fields(_INT, "batch num_heads num_kv_heads q_len kv_len head_dim threads"),
@@ -69,7 +69,7 @@ class Call(ctypes.Structure):
 
 
 def _cpu_name() -> str:
-    """What -march=native depends on: a cache folder may be shared by machines that differ."""
+    """What -march=native depends on, because different machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return platform.machine() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
@@ -78,10 +78,11 @@ def _cpu_name() -> str:
 
 
 def build(compiler: Sequence[str] | None = None, flags: Sequence[str] = FLAGS) -> Path:
-    """The library's file, compiled unless the cache holds it. Raises RuntimeError with half a sentence if it
-    cannot be.
+    """The library's file, compiled unless the cache holds it. Raises RuntimeError, with the reason as a
+    clause, if it cannot be built.
 
-    Two processes may start at once: the file appears by renaming, under a lock that ends with its process.
+    Two processes may start at once: a lock, which ends with its process, lets one of them compile, and
+    renaming makes only complete files visible.
     """
     if compiler is None:
         compiler = shlex.split(os.environ.get("CXX", "")) or [
@@ -130,7 +131,7 @@ def open_library(path: Path) -> Library:
 
 @cache
 def load() -> Library | str:
-    """The library, or why there is none. Compiles on first use; nothing is tried twice in a process."""
+    """The library, or why there is none. Compiles on first use, and tries that once per process."""
     try:
         return open_library(build())
     except (RuntimeError, OSError) as error:
@@ -150,7 +151,7 @@ def _warn_once(reason: str) -> None:
 
 
 def unsupported(call: AttentionCall) -> str | None:
-    """Why the kernel cannot take this call, or None if it can. Builds nothing."""
+    """Why the kernel cannot compute this call, or None if it can. Builds nothing."""
     if torch.compiler.is_compiling():
         return "the kernel cannot be traced by torch.compile"
     q, k, v = call.q, call.k, call.v
@@ -169,7 +170,7 @@ def unsupported(call: AttentionCall) -> str | None:
 
 
 def ready() -> str | None:
-    """Build and load the library at first use; why it cannot be had, or None. Warns once if it cannot."""
+    """Build and load the library at first use; returns None, or why that failed. Warns once if it failed."""
     library = load()
     if isinstance(library, str):
         _warn_once(library)
@@ -196,8 +197,8 @@ def calibrate(call: AttentionCall, calibration: LayerCalibration) -> Tensor:
     """Attention of `call`, dense or Top-k, `[B, H, Q, D]`, while `calibration` takes its samples."""
     ks, chosen = calibration.ks, calibration.chosen
     assert chosen is not None
-    # R of what the K largest leave is known in the same pass; that of thresholds only once this prompt's
-    # samples are in them.
+    # The missing denominator R of Top-k is computed in the same pass. R of thresholds needs a second pass,
+    # after this call's samples have entered the thresholds.
     at_once = calibration.with_sdc and not calibration.thresholds
     got = sample(call, ks, calibration.placement, True, at_once, chosen=chosen)
     calibration.take(got.values, got.missing, call.rows.n)
@@ -212,8 +213,8 @@ def calibrate(call: AttentionCall, calibration: LayerCalibration) -> Tensor:
 @dataclass
 class Samples:
     """What a calibration pass returns. values: `[len(ks), B, H, Q]` float32, the (K+1)-th largest score or
-    weight of each row; missing: likewise R of SDC 'exact', or None. Both are 0 where n <= K or the row was
-    not chosen. out: `[B, H, Q, D]`, or None."""
+    weight of each row; missing: R of SDC 'exact', of the same shape, or None. Both are 0 where n <= K or the
+    row was not chosen. out: `[B, H, Q, D]`, or None."""
 
     values: Tensor
     missing: Tensor | None
@@ -231,9 +232,9 @@ def sample(
 ) -> Samples:
     """The calibration samples of every row (DESIGN section 4) and, in the same pass, attention.
 
-    call: what to compute meanwhile, if `output`: dense, or Top-k with its placement and VMC. missing: also R
-    of what Top-k would drop or, with missing_theta (a `[H, L]` table for each K), of what those thresholds
-    would. chosen: `[B or 1, Q]` bool, the rows to sample; None: all.
+    call: the attention to compute if `output`: dense, or Top-k with its placement and VMC. missing: also
+    compute R of the keys that Top-k would drop or, with missing_theta (a `[H, L]` table for each K), that
+    those thresholds would drop. chosen: `[B or 1, Q]` bool, the rows to sample; None: all.
     """
     spec = call.kernel if output else KernelSpec()
     assert spec is not None
@@ -246,9 +247,9 @@ def sample(
     args.ks, args.num_ks = prepared.keep(torch.tensor(tuple(ks))).data_ptr(), len(ks)
     values = torch.zeros(shape)
     args.samples = values.data_ptr()
-    rest = torch.zeros(shape) if missing else None
-    if rest is not None:
-        args.missing = rest.data_ptr()
+    missing_sums = torch.zeros(shape) if missing else None
+    if missing_sums is not None:
+        args.missing = missing_sums.data_ptr()
         if missing_theta is not None:
             tables = prepared.keep(torch.stack(tuple(missing_theta)).float().contiguous())
             args.missing_theta, args.missing_len = tables.data_ptr(), tables.shape[2]
@@ -256,11 +257,11 @@ def sample(
         chosen = prepared.keep(chosen.contiguous())
         args.chosen, args.chosen_batch = chosen.data_ptr(), chosen.stride(0) if chosen.shape[0] > 1 else 0
     prepared.run()
-    return Samples(values, rest, out)
+    return Samples(values, missing_sums, out)
 
 
 class _Prepared:
-    """A Call of the library and the tensors that its addresses point into."""
+    """A Call of the library, and the tensors that its pointers refer to."""
 
     def __init__(self, call: AttentionCall, spec: KernelSpec):
         call.check_shapes()
@@ -303,7 +304,7 @@ class _Prepared:
         if spec.vmc:
             if call.v_sum is not None and q_len == 1:
                 args.v_sum = self.keep(call.v_sum.contiguous()).data_ptr()
-            elif first < 0:  # which keys a row sees follows no rule: a matrix product
+            elif first < 0:  # the mask is arbitrary, so the sums are a matrix product
                 sums = mean_of_visible(v, rows) * rows.n[:, None, :, None]
                 args.v_sum = self.keep(sums.contiguous()).data_ptr()
             elif rows.key_real is not None:

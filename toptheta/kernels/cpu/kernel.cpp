@@ -1,14 +1,14 @@
 // Sparse attention on CPU, float32: the fast path behind backend.py, which compiles this file on
-// first use. It means exactly what attention/reference.py computes; DESIGN sections 2-4 name the terms.
+// first use. It computes what attention/reference.py computes; DESIGN sections 2-4 define the terms.
 //
-// A row's scores over all its keys are made first, then finish_row() selects, compensates and adds up V rows.
-// Two ways to make scores:
+// A row's scores over all its keys are computed first, then finish_row() selects, compensates and adds up V rows.
+// There are two ways to compute the scores:
 //   many rows (prefill): K is packed once per KV head, then tiles of ROWS rows are matrix products in registers;
-//   few rows (decode): K is read once, where it lies, for all heads of a group; keys are split over threads.
+//   few rows (decode): K is read once, without packing, for all heads of a group; keys are split over threads.
 // Only the kept V rows are read (and, for the mean of V, each V row once).
 //
-// No torch headers: this compiles in seconds, and the threads are those of torch's own OpenMP pool.
-// Plain GCC vectors of W floats serve AVX-512, AVX2 and the rest; only compaction and exp2 name an instruction.
+// Without torch headers this compiles in seconds; the threads are those of torch's own OpenMP pool.
+// GCC vectors of W floats are used for AVX-512, AVX2 and other CPUs; only compaction and exp2 use intrinsics.
 #include <omp.h>
 
 #include <algorithm>
@@ -35,7 +35,7 @@ constexpr int PANEL = 2 * W;      // keys of one tile
 constexpr int SUM_BLOCK = 64;     // keys per stored partial sum of V
 constexpr int CHUNK = 256;        // keys of one work item or one partial sum; a multiple of SUM_BLOCK and PANEL
 constexpr int ITEM_TILES = 4;     // tiles of one work item of prefill
-constexpr int FEW = 4;            // rows whose dot products are taken together in decode
+constexpr int FEW = 4;            // rows whose dot products are computed together in decode
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -50,8 +50,8 @@ enum { SDC_NONE = 0, SDC_EXACT = 1, SDC_EXP_THRESHOLD = 2, SDC_TABLE = 3 };
 
 extern "C" {
 
-// One call. Field for field the Call of cpu.py; every field is 8 bytes. Strides count elements; the last
-// dimension is contiguous everywhere. Null pointers switch a part off.
+// One call, with the fields of Call in backend.py in the same order; every field is 8 bytes. Strides count elements;
+// the last dimension is contiguous everywhere. A null pointer means that this input or output is not used.
 struct Call {
   int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, threads;
   const float *q, *k, *v;
@@ -59,12 +59,12 @@ struct Call {
   const int64_t* n;  // [B, Q]
   const uint8_t *mask, *real, *key_real, *chosen;  // [B, Q, N], [B, Q], [B, N], [B, Q]
   int64_t n_batch, mask_batch, mask_row, real_batch, key_real_batch, chosen_batch;
-  int64_t first;  // row i sees no key after first + i; -1: no such rule, `mask` says all
+  int64_t first;  // row i sees no key after first + i; -1: only `mask` decides
   int64_t mode, post_softmax, k_keep, sdc, vmc, capk;
   double sdc_scale, scale;
   const float *theta, *table;  // [H, theta_len], [H, table_len]
   int64_t theta_len, table_len;
-  const float* v_sum;  // [B, H_kv, Q, D], sum of V over each row's visible keys, if not to be computed here
+  const float* v_sum;  // [B, H_kv, Q, D], sum of V over each row's visible keys; null: computed here
   float* out;
   int64_t out_batch, out_head, out_row;
   int64_t* attn;   // [B, H]
@@ -94,7 +94,7 @@ inline vi lane_numbers() {
   return lanes;
 }
 
-inline float total(vf x) {
+inline float sum_lanes(vf x) {
   float sum = 0;
   for (int j = 0; j < W; j++) sum += x[j];
   return sum;
@@ -118,14 +118,14 @@ inline vf exp_nonpositive(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
-  vi power = (vi)rounded - (vi)magic, half = power >> 1;  // in two steps: 2^-150 is no float
+  vi power = (vi)rounded - (vi)magic, half = power >> 1;  // in two steps, because 2^-150 is not a float
   return p * (vf)((half + 127) << 23) * (vf)((power - half + 127) << 23);
 #endif
 }
 
 inline float exp_one(float x) { return exp_nonpositive(splat(x))[0]; }
 
-// Grows, never shrinks, is never cleared; belongs to one thread.
+// Memory of one thread that only grows; its contents are not initialized.
 template <typename T>
 struct Buffer {
   T* data = nullptr;
@@ -144,7 +144,7 @@ struct Buffer {
 struct Scratch {
   Buffer<float> query, tile, values, candidates;
   Buffer<int32_t> indices, counts;
-  int64_t counts_of = -1;  // the (batch, KV head) that `counts` is about
+  int64_t counts_of = -1;  // the (batch, KV head) that `counts` belongs to
 };
 
 thread_local Scratch scratch;
@@ -175,17 +175,17 @@ inline void append_above(vf x, float threshold, int32_t position, int32_t* indic
 #endif
 }
 
-// Collect what is above the threshold. WITH_REST: return the sum of exp(x - peak) over what is not.
-template <bool WITH_REST>
-float collect(const float* x, int64_t padded, float threshold, float peak, int32_t* indices, float* values,
+// Collect the values above the threshold. SUM_DROPPED: return the sum of exp(x - row_max) over the others.
+template <bool SUM_DROPPED>
+float collect(const float* x, int64_t padded, float threshold, float row_max, int32_t* indices, float* values,
               int64_t& count) {
-  vf rest = {};
+  vf dropped_sum = {};
   for (int64_t j = 0; j < padded; j += W) {
     vf s = load(x + j);
     append_above(s, threshold, int32_t(j), indices, values, count);
-    if (WITH_REST) rest += s > threshold ? vf{} : exp_nonpositive(s - peak);
+    if (SUM_DROPPED) dropped_sum += s > threshold ? vf{} : exp_nonpositive(s - row_max);
   }
-  return WITH_REST ? total(rest) : 0.0f;
+  return SUM_DROPPED ? sum_lanes(dropped_sum) : 0.0f;
 }
 
 // Floats as integers of the same order.
@@ -194,8 +194,8 @@ inline vi ordered(vf x) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// The k-th largest of `count` values, which are replaced: bisection on their bits, counting whole vectors. Ends as
-// soon as a cut has exactly k above it, so ties are what makes it long.
+// The k-th largest of `count` values, which are overwritten: bisection on their bits, counting whole vectors. It ends
+// as soon as exactly k values are at or above a cut; only with ties does it run through all bits.
 float bisect_kth(float* values, int64_t count, int64_t k) {
   int64_t padded = ceil_div(count, W) * W;
   for (int64_t j = count; j < padded; j++) values[j] = -INF;
@@ -207,10 +207,10 @@ float bisect_kth(float* values, int64_t count, int64_t k) {
     low = key < low ? key : low;
     high = key > high ? key : high;
   }
-  int32_t least = INT32_MAX, most = INT32_MIN;
-  for (int j = 0; j < W; j++) least = std::min(least, low[j]), most = std::max(most, high[j]);
-  while (least < most) {  // at least k keys are >= least, fewer than k are > most
-    int32_t cut = int32_t((int64_t(least) + most + 1) >> 1);
+  int32_t lower = INT32_MAX, upper = INT32_MIN;
+  for (int j = 0; j < W; j++) lower = std::min(lower, low[j]), upper = std::max(upper, high[j]);
+  while (lower < upper) {  // at least k keys are >= lower, fewer than k are > upper
+    int32_t cut = int32_t((int64_t(lower) + upper + 1) >> 1);
     vi above = {}, smallest = vi{} + INT32_MAX;
     for (int64_t j = 0; j < padded; j += W) {
       vi key = *reinterpret_cast<const vi_unaligned*>(keys + j);
@@ -222,24 +222,25 @@ float bisect_kth(float* values, int64_t count, int64_t k) {
     int64_t num_above = 0;
     for (int j = 0; j < W; j++) num_above += above[j];
     if (num_above < k) {
-      most = cut - 1;
+      upper = cut - 1;
       continue;
     }
-    least = cut;
+    lower = cut;
     if (num_above == k) {
-      least = smallest[0];
-      for (int j = 1; j < W; j++) least = std::min(least, smallest[j]);
+      lower = smallest[0];
+      for (int j = 1; j < W; j++) lower = std::min(lower, smallest[j]);
       break;
     }
   }
-  int32_t bits = least ^ ((least >> 31) & 0x7fffffff);
+  int32_t bits = lower ^ ((lower >> 31) & 0x7fffffff);
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-// The k-th largest values of one row, for k <= largest_k. Of the maxima of disjoint groups of the row, the largest_k-th
-// largest is at most its largest_k-th largest value; with twice as many groups, few other values are above it.
+// The k-th largest values of one row, for k <= largest_k. The row is cut into disjoint groups, at least twice
+// largest_k of them: the largest_k-th largest of the groups' maxima is a lower bound of the row's largest_k-th largest
+// value, and few other values of the row are above it.
 struct Ranking {
   const float* all;
   int64_t num;
@@ -265,18 +266,18 @@ struct Ranking {
   }
 };
 
-// Sum of exp(x - peak) over x <= threshold.
-float exps_up_to(const float* x, int64_t padded, float threshold, float peak, int64_t* how_many) {
+// Sum of exp(x - row_max) over x <= threshold, and how many visible values that are.
+float sum_exps_up_to(const float* x, int64_t padded, float threshold, float row_max, int64_t* num_summed) {
   vf sum = {};
   vi count = {};
   for (int64_t j = 0; j < padded; j += W) {
     vf s = load(x + j);
-    sum += s > threshold ? vf{} : exp_nonpositive(s - peak);
+    sum += s > threshold ? vf{} : exp_nonpositive(s - row_max);
     count -= (s <= threshold) & (s > -INF);
   }
-  *how_many = 0;
-  for (int j = 0; j < W; j++) *how_many += count[j];
-  return total(sum);
+  *num_summed = 0;
+  for (int j = 0; j < W; j++) *num_summed += count[j];
+  return sum_lanes(sum);
 }
 
 // ---- V ----
@@ -314,7 +315,7 @@ void add_key_range(const Call& c, int64_t b, int64_t g, int64_t from, int64_t to
 
 inline int64_t sum_blocks(const Call& c) { return ceil_div(c.kv_len, SUM_BLOCK); }
 
-// Partial sums of V, one per SUM_BLOCK keys ...
+// Partial sums of V, one per SUM_BLOCK keys.
 void sum_v(const Call& c, int64_t bg, int64_t from, int64_t to) {
   for (int64_t key = from; key < to; key += SUM_BLOCK) {
     float* sum = c.sums + (bg * sum_blocks(c) + key / SUM_BLOCK) * c.head_dim;
@@ -323,7 +324,7 @@ void sum_v(const Call& c, int64_t bg, int64_t from, int64_t to) {
   }
 }
 
-// ... then of everything before each block, added in double.
+// Replace each block's sum of V by the sum over all blocks before it, added in double.
 void accumulate_sums(const Call& c, int64_t bg) {
   for (int64_t d = 0; d < c.head_dim; d++) {
     double before = 0;
@@ -342,7 +343,7 @@ struct Row {
   int64_t b, h, g, i, end;  // sequence, query head, KV head, query row, number of leading keys it may see
 };
 
-inline Row row_at(const Call& c, int64_t bg, int64_t m) {  // row m of a group: its heads at one position adjoin
+inline Row row_at(const Call& c, int64_t bg, int64_t m) {  // row m of a group: the heads of one position are adjacent
   int64_t group = c.num_heads / c.num_kv_heads, b = bg / c.num_kv_heads, g = bg % c.num_kv_heads, i = m / group;
   int64_t end = c.first < 0 ? c.kv_len : std::min(c.kv_len, c.first + i + 1);
   return Row{b, g * group + m % group, g, i, end};
@@ -350,7 +351,7 @@ inline Row row_at(const Call& c, int64_t bg, int64_t m) {  // row m of a group: 
 
 // out += factor * mean of V over the row's visible keys.
 void add_v_mean(const Call& c, const Row& row, float factor, int64_t n, float* out) {
-  alignas(64) float own[1024];  // MAX_HEAD_DIM of cpu.py
+  alignas(64) float own[1024];  // MAX_HEAD_DIM of backend.py
   int64_t bg = row.b * c.num_kv_heads + row.g, block = (row.end - 1) / SUM_BLOCK;
   const float* sum = own;
   if (c.v_sum != nullptr) {
@@ -367,7 +368,7 @@ inline float at_length(const float* table, int64_t length, int64_t head, int64_t
   return table[head * length + std::min(n, length - 1)];
 }
 
-void calibrate_row(const Call& c, const Row& row, const float* x, int64_t padded, int64_t n, float peak,
+void calibrate_row(const Call& c, const Row& row, const float* x, int64_t padded, int64_t n, float row_max,
                    Ranking& ranking) {
   int64_t rows = c.batch * c.num_heads * c.q_len, at = (row.b * c.num_heads + row.h) * c.q_len + row.i;
   for (int64_t which = 0; which < c.num_ks; which++) {
@@ -379,86 +380,87 @@ void calibrate_row(const Call& c, const Row& row, const float* x, int64_t padded
     float threshold = sample;
     if (c.missing_theta != nullptr) {
       float theta = at_length(c.missing_theta, c.missing_len, which * c.num_heads + row.h, n);
-      threshold = std::min(theta, std::nextafter(peak, -INF));
+      threshold = std::min(theta, std::nextafter(row_max, -INF));
     }
-    int64_t dropped;
-    float rest = exps_up_to(x, padded, threshold, peak, &dropped);
-    // Of keys that tie for place k some are kept: Top-k drops n - k.
-    if (c.missing_theta == nullptr) rest -= float(dropped - (n - k)) * exp_one(threshold - peak);
-    c.missing[which * rows + at] = rest;
+    int64_t num_dropped;
+    float missing = sum_exps_up_to(x, padded, threshold, row_max, &num_dropped);
+    // Top-k drops n - k keys, so of the keys that tie for place k it keeps some.
+    if (c.missing_theta == nullptr) missing -= float(num_dropped - (n - k)) * exp_one(threshold - row_max);
+    c.missing[which * rows + at] = missing;
   }
 }
 
-float row_max(const float* x, int64_t padded) {
-  vf top = splat(-INF);
-  for (int64_t j = 0; j < padded; j += W) top = vmax(top, load(x + j));
-  float peak = top[0];
-  for (int j = 1; j < W; j++) peak = std::max(peak, top[j]);
-  return peak;
+float max_of_row(const float* x, int64_t padded) {
+  vf maxima = splat(-INF);
+  for (int64_t j = 0; j < padded; j += W) maxima = vmax(maxima, load(x + j));
+  float row_max = maxima[0];
+  for (int j = 1; j < W; j++) row_max = std::max(row_max, maxima[j]);
+  return row_max;
 }
 
-// Scores become weights, in place; keys that are not visible become -inf, which no threshold lets pass.
-void softmax(float* x, int64_t padded, float peak) {
+// Scores become weights, in place; keys that are not visible become -inf, which is above no threshold.
+void softmax(float* x, int64_t padded, float row_max) {
   vf sum = {};
   for (int64_t j = 0; j < padded; j += W) {
-    vf s = load(x + j), e = exp_nonpositive(s - peak);
+    vf s = load(x + j), e = exp_nonpositive(s - row_max);
     sum += e;
     store(x + j, s == -INF ? s : e);
   }
-  float inverse = 1.0f / total(sum);
+  float inverse = 1.0f / sum_lanes(sum);
   for (int64_t j = 0; j < padded; j += W) store(x + j, load(x + j) * inverse);
 }
 
-// What a row keeps, in the order of its keys. values: scores, then weights. rest: sum of exp(x - peak) over what was
-// dropped, for SDC 'exact'.
+// The kept keys of a row, in order. values: scores, then weights. dropped_sum: the sum of exp(x - row_max) over the
+// other visible keys, for SDC 'exact'.
 struct Kept {
   int32_t* indices;
   float* values;
   int64_t count;
-  float rest;
+  float dropped_sum;
 };
 
-Kept select_row(const Call& c, const float* x, int64_t padded, float threshold, float peak, bool sparse, Scratch& w) {
+Kept select_row(const Call& c, const float* x, int64_t padded, float threshold, float row_max, bool sparse,
+                Scratch& w) {
   Kept kept{w.indices.get(padded + W), w.values.get(padded + W), 0, 0};
   bool exact = c.sdc == SDC_EXACT && sparse && !c.post_softmax;
-  kept.rest = exact ? collect<true>(x, padded, threshold, peak, kept.indices, kept.values, kept.count)
-                    : collect<false>(x, padded, threshold, peak, kept.indices, kept.values, kept.count);
+  kept.dropped_sum = exact ? collect<true>(x, padded, threshold, row_max, kept.indices, kept.values, kept.count)
+                           : collect<false>(x, padded, threshold, row_max, kept.indices, kept.values, kept.count);
   if (!sparse || kept.count <= c.k_keep) return kept;
-  if (c.mode == TOP_K) {  // ties: drop the latest of those that tie for place k
+  if (c.mode == TOP_K) {  // of the keys that tie for place k, drop the last ones
     float tied = *std::min_element(kept.values, kept.values + kept.count);
     for (int64_t j = kept.count - 1; kept.count > c.k_keep; j--) {
       if (kept.values[j] != tied) continue;
       std::memmove(kept.values + j, kept.values + j + 1, (kept.count - j - 1) * sizeof(float));
       std::memmove(kept.indices + j, kept.indices + j + 1, (kept.count - j - 1) * sizeof(int32_t));
       kept.count--;
-      if (exact) kept.rest += exp_one(tied - peak);
+      if (exact) kept.dropped_sum += exp_one(tied - row_max);
     }
   } else if (c.capk) {
     int64_t older = kept.count - c.k_keep;
-    for (int64_t j = 0; exact && j < older; j++) kept.rest += exp_one(kept.values[j] - peak);
+    for (int64_t j = 0; exact && j < older; j++) kept.dropped_sum += exp_one(kept.values[j] - row_max);
     kept.values += older, kept.indices += older, kept.count -= older;
   }
   return kept;
 }
 
 // Values become final weights; returns their sum.
-float weigh(const Call& c, int64_t head, int64_t n, float peak, bool sparse, Kept& kept) {
+float weigh(const Call& c, int64_t head, int64_t n, float row_max, bool sparse, Kept& kept) {
   for (int64_t j = kept.count; j % W; j++) kept.values[j] = c.post_softmax ? 0.0f : -INF;  // up to a whole vector
   vf sum = {};
   for (int64_t j = 0; j < kept.count; j += W) {
-    vf weight = c.post_softmax ? load(kept.values + j) : exp_nonpositive(load(kept.values + j) - peak);
+    vf weight = c.post_softmax ? load(kept.values + j) : exp_nonpositive(load(kept.values + j) - row_max);
     store(kept.values + j, weight);
     sum += weight;
   }
-  if (c.post_softmax) return total(sum);
-  float missing = kept.rest;
+  if (c.post_softmax) return sum_lanes(sum);
+  float missing = kept.dropped_sum;
   if (c.sdc == SDC_EXP_THRESHOLD && sparse)
-    missing = float(n - kept.count) * std::exp(at_length(c.theta, c.theta_len, head, n) - peak);
+    missing = float(n - kept.count) * std::exp(at_length(c.theta, c.theta_len, head, n) - row_max);
   if (c.sdc == SDC_TABLE && sparse) missing = at_length(c.table, c.table_len, head, n);
-  float denominator = total(sum) + float(c.sdc_scale) * missing;
+  float denominator = sum_lanes(sum) + float(c.sdc_scale) * missing;
   float inverse = 1.0f / std::max(denominator, std::numeric_limits<float>::min());
   for (int64_t j = 0; j < kept.count; j += W) store(kept.values + j, load(kept.values + j) * inverse);
-  return total(sum) * inverse;
+  return sum_lanes(sum) * inverse;
 }
 
 // own: this thread's counts of V rows, or null.
@@ -473,9 +475,9 @@ void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own) {
   }
 }
 
-// From the scores of one row to its output. x: its scores, overwritten, with room for a whole last vector. Where so
-// much is kept that a matrix product is faster, and it may be left to the caller: returns true, x holds the final
-// weights, and the output lacks their product with V.
+// Compute the output of one row from its scores x, which are overwritten; x has room for a whole last vector. With
+// may_defer, a row that keeps most of its keys is left to the caller, whose matrix product is faster: this returns
+// true, x holds the final weights, and their product with V is still to be added to the output.
 bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* own, bool may_defer) {
   int64_t n = c.n[row.b * c.n_batch + row.i], padded = ceil_div(row.end, W) * W;
   float* out = c.out == nullptr ? nullptr : c.out + row.b * c.out_batch + row.h * c.out_head + row.i * c.out_row;
@@ -488,29 +490,29 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
     for (int64_t j = 0; j < row.end; j++) x[j] = visible[j] ? x[j] : -INF;
   }
   for (int64_t j = row.end; j < padded; j++) x[j] = -INF;
-  float peak = row_max(x, padded);
+  float row_max = max_of_row(x, padded);
   if (c.post_softmax) {
-    softmax(x, padded, peak);
-    peak = row_max(x, padded);
+    softmax(x, padded, row_max);
+    row_max = max_of_row(x, padded);
   }
 
   bool sparse = (c.mode == TOP_THETA || c.mode == TOP_K) && n > c.k_keep;
   bool top_k = c.mode == TOP_K && sparse && out != nullptr;
-  float threshold = -INF;  // what is above it is kept
+  float threshold = -INF;  // keys above it are kept: at least the row's largest
   if (c.mode == TOP_THETA && out != nullptr)
-    threshold = std::min(at_length(c.theta, c.theta_len, row.h, n), std::nextafter(peak, -INF));  // never empty
+    threshold = std::min(at_length(c.theta, c.theta_len, row.h, n), std::nextafter(row_max, -INF));
   int64_t largest_k = top_k ? c.k_keep : 0;
   for (int64_t which = 0; chosen && which < c.num_ks; which++)
     if (c.ks[which] < n) largest_k = std::max(largest_k, c.ks[which] + 1);
   if (largest_k > 0) {
     Ranking ranking(x, padded, largest_k, w);
-    if (chosen) calibrate_row(c, row, x, padded, n, peak, ranking);
+    if (chosen) calibrate_row(c, row, x, padded, n, row_max, ranking);
     if (top_k) threshold = std::nextafter(ranking.kth(c.k_keep), -INF);
   }
   if (out == nullptr) return false;
 
-  Kept kept = select_row(c, x, padded, threshold, peak, sparse, w);
-  float sum = weigh(c, row.h, n, peak, sparse, kept);
+  Kept kept = select_row(c, x, padded, threshold, row_max, sparse, w);
+  float sum = weigh(c, row.h, n, row_max, sparse, kept);
   count_row(c, row, kept, own);
   if (c.vmc && sparse) add_v_mean(c, row, 1.0f - sum, n, out);
   if (may_defer && 2 * kept.count > row.end) {
@@ -563,7 +565,8 @@ void pack_k(const Call& c, int64_t bg, int64_t from, int64_t to) {
 
 void run_tile(const Call& c, int64_t bg, int64_t first_row, int64_t num_rows, Scratch& w, int32_t* own) {
   int64_t dim = c.head_dim;
-  // One vector more than whole panels: with a row length of many 4096 bytes all rows would fall on one cache set.
+  // One vector more than whole panels: with a row length that is a multiple of 4096 bytes, all rows would compete for
+  // the same cache sets.
   int64_t x_row = panels(c) * PANEL + W;
   float* query = w.query.get(dim * ROWS);
   float* tile = w.tile.get(x_row * ROWS);
@@ -614,7 +617,7 @@ void flush_counts(const Call& c, Scratch& w) {
   w.counts_of = -1;
 }
 
-// This thread's own counts of the V rows of one KV head: shared ones would cost an atomic operation per kept key.
+// This thread's own counts of the V rows of one KV head: shared counts would need an atomic operation per kept key.
 int32_t* own_counts(const Call& c, int64_t bg, Scratch& w) {
   if (c.vrow == nullptr) return nullptr;
   if (w.counts_of != bg) {
@@ -627,14 +630,15 @@ int32_t* own_counts(const Call& c, int64_t bg, Scratch& w) {
 
 // ---- Few rows ----
 
-// One vector of sums, lane j the sum of parts[j]'s lanes: halves are added crosswise until one vector is left.
+// parts[0] becomes a vector whose lane j is the sum of the lanes of parts[j]: halves of two vectors are shuffled and
+// added until one vector is left.
 template <int H>
-inline void fold(vf* parts) {
+inline void sum_parts(vf* parts) {
   vi low, high;
   for (int j = 0; j < W; j++) low[j] = j & H ? W + j : j, high[j] = j & H ? W + (j ^ H) : (j ^ H);
   for (int j = 0; j < H; j++) parts[j] = __builtin_shuffle(parts[j], parts[j + H], low) +
                                          __builtin_shuffle(parts[j], parts[j + H], high);
-  if constexpr (H > 1) fold<H / 2>(parts);
+  if constexpr (H > 1) sum_parts<H / 2>(parts);
 }
 
 // Scores of R rows against keys from..to of one KV head. q: R rows of D, already scaled.
@@ -651,7 +655,7 @@ void dot_rows(const float* q, const float* k, int64_t k_row, int64_t dim, int64_
       for (int r = 0; r < R; r++) parts[r][j] = sum[r];
     }
     for (int r = 0; r < R; r++) {
-      fold<W / 2>(parts[r]);
+      sum_parts<W / 2>(parts[r]);
       store(x + r * x_row + key, parts[r][0]);
     }
   }
@@ -678,7 +682,8 @@ void score_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w
   }
 }
 
-// Threads take the next item when they are done with one: causal items differ in size, and cores are not ours alone.
+// Each thread starts the next item when it finishes one, because causal items differ in size and other processes may
+// use the cores too.
 template <typename Work>
 void share(std::atomic<int64_t>& next, int64_t items, const Work& work) {
   for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
@@ -690,7 +695,8 @@ extern "C" {
 
 int64_t toptheta_vector_width() { return W; }
 
-// Floats that `packed`, `sums` and `scores` of a call must hold (0: leave it null). packed decides the way taken.
+// How many floats `packed`, `sums` and `scores` of a call must hold (0: pass null). The scores are computed as for many
+// rows if packed is given, else as for few.
 void toptheta_workspace(const Call* call, int64_t* sizes) {
   const Call& c = *call;
   int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
@@ -704,7 +710,7 @@ void toptheta_run(const Call* call) {
   const Call& c = *call;
   int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
   int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), blocks = ceil_div(tiles, ITEM_TILES);
-  // Waking the other threads costs some microseconds: not for less work than that.
+  // Waking the other threads costs some microseconds, which small calls do not earn back.
   bool tiny = groups * num_rows * c.kv_len * c.head_dim < (1 << 18);
   std::atomic<int64_t> prepared{0}, summed{0}, finished{0};
 #pragma omp parallel num_threads(int(c.threads)) if (!tiny)

@@ -1,8 +1,8 @@
-"""The GPU path: what the Triton kernels take, and calling them as PyTorch operators.
+"""The GPU path: which calls the Triton kernels support, and the kernels as PyTorch operators.
 
-The operators have shapes without data (`register_fake`), so torch.compile and CUDA graphs go through them:
-nothing here waits for the device. The kernels are in decode.py and prefill.py, which are imported
-on first use: without Triton this module still imports. TRITON_INTERPRET=1 runs them on the CPU.
+The operators have fakes (`register_fake`) and nothing here waits for the device, so torch.compile and CUDA
+graphs work with them. The kernels are in decode.py and prefill.py, which are imported on first use: this
+module can be imported without Triton. TRITON_INTERPRET=1 runs them on the CPU.
 """
 
 import importlib.util
@@ -19,11 +19,11 @@ from toptheta.methods.base import KernelSpec, Selection
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself asks, at import
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as Triton itself does
 
 
 def unsupported(call: AttentionCall) -> str | None:
-    """Why the kernels cannot take this call, or None if they can."""
+    """Why the kernels cannot compute this call, or None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     kinds = {x.device.type for x in (call.q, call.k, call.v)}
@@ -55,7 +55,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of attention/reference.py, computed by the kernels.
 
     The output is a view of a `[B, Q, H, D]` tensor. The int8 copy is used for one row and thresholds on
-    scores, else ignored. Raises ValueError where shapes do not fit.
+    scores, otherwise it is ignored. Raises ValueError where shapes do not fit.
     """
     call.check_shapes()
     spec, rows, count, q_len = call.kernel, call.rows, call.count, call.q.shape[2]
@@ -74,8 +74,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     if q_len == 1:
         v_sum = call.v_sum if spec.vmc else None
         if spec.vmc and v_sum is None:
-            seen = v if rows.mask is None else torch.where(rows.mask[:, :, 0, :, None], v, 0.0)
-            v_sum = seen.sum(dim=2, dtype=torch.float32)
+            visible_v = v if rows.mask is None else torch.where(rows.mask[:, :, 0, :, None], v, 0.0)
+            v_sum = visible_v.sum(dim=2, dtype=torch.float32)
         mask, span = None, rows.span()
         if rows.mask is not None:
             mask = rows.mask[:, 0, 0].contiguous()
@@ -141,10 +141,10 @@ def _decode(
     sdc_scale: float,
     count: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`triton_decode.decode`; what was kept is empty unless `count`."""
-    from toptheta.kernels.triton import (
-        decode as triton_decode,  # Triton may be missing, which is no error before this
-    )
+    """`decode` of decode.py as an operator; the second output, which keys were kept, is empty unless
+    `count`."""
+    # Imported here because this module must import without Triton.
+    from toptheta.kernels.triton import decode as triton_decode
 
     spec = _spec(selection, placement, k_keep, sdc, sdc_scale)
     int8 = None
@@ -185,7 +185,7 @@ def _prefill(
     sdc_scale: float,
     count: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_prefill.prefill`, its output as `[B, Q, H, D]`; counts are empty unless `count`."""
+    """`prefill` of prefill.py as an operator: output `[B, Q, H, D]`, and counts, empty unless `count`."""
     from toptheta.kernels.triton import prefill as triton_prefill
 
     spec = _spec(selection, placement, k_keep, sdc, sdc_scale)

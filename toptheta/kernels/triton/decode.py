@@ -1,10 +1,10 @@
 """Decode on the GPU: one query row against the cache, the keys split among the processors.
 
 Three kernels. `split_kernel`, one program per (sequence, KV head, split), reads its keys and, for thresholds
-on scores, the V rows that some head of the group takes; with two tiers of K, `filtered_kernel` of
-triton_filtered.py does this. `gather_kernel` is the second stage where selection needs the whole row first:
+on scores, the V rows that some head of the group keeps; with an int8 copy of K, `filtered_kernel` of
+filtered.py does this. `gather_kernel` is the second stage where selection needs the whole row first:
 thresholds on weights, and Top-k. `merge_kernel` joins the splits. The group's query heads are the rows of one
-tile. Shapes as in toptheta/attention/reference.py; S splits.
+tile. Shapes as in toptheta/attention/reference.py; S is the number of splits.
 """
 
 from functools import cache
@@ -21,40 +21,41 @@ from toptheta.kernels.triton.online import (
     both,
     exp,
     final_denominator,
-    fold,
     keys_of_split,
-    least_above,
-    least_exp,
     lookup,
-    store_taken,
+    next_above,
+    smallest_kept_exp,
+    softmax_step,
+    store_kept,
 )
 from toptheta.methods.base import KernelSpec, Selection
 from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.top_theta import keep_above
 
-# Keys of a tile, and what Triton makes of it; BLOCK_F: keys of a tile of the int8 copy.
+# Keys of a tile, warps and pipeline stages; BLOCK_F: keys of a tile of the int8 copy.
 TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 BLOCK_F = 128
 MAX_SPLITS = 64  # a power of 2
-RESIDENT = 3  # programs that one of an H100's processors runs at the same time,
-REGISTERS = 168  # where each has no more registers a thread than this
+RESIDENT = 3  # programs that one processor (SM) of an H100 runs at the same time
+REGISTERS = 168  # per thread: the most with which RESIDENT programs fit
 VARYING = ["kv_len", "theta_len", "table_len", "splits"]  # one build serves every length
 
 
 @triton.jit(do_not_specialize=VARYING)
 def split_kernel(
-    q, k, v, mask, span, n, theta, scores, part_peak, part_total, part_taken, part_count, part_acc,
+    q, k, v, mask, span, n, theta, scores, part_max, part_sum, part_kept_sum, part_count, part_acc,
     scale, kv_len, splits, num_kv_heads, theta_len, theta_stride, n_stride, mask_stride,
     q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr, WITH_V: tl.constexpr,
-    COUNT: tl.constexpr, STORE_SCORES: tl.constexpr, RESCUE: tl.constexpr,
+    COUNT: tl.constexpr, STORE_SCORES: tl.constexpr, FALLBACK: tl.constexpr,
 ):  # fmt: skip
-    """The state of `fold` over one split's keys, and the sum of exp times V over what it takes.
+    """The state of `softmax_step` over one split's keys, and the sum of exp times V over the kept ones.
 
-    part_*: `[B, H, S]`, part_acc `[B, H, S, D]`. part_count is how many keys the split takes or, without
-    COUNT, 1; negative if it took its largest provisionally. Without WITH_V only peak and total; STORE_SCORES
-    writes scores `[B, H, N]`. RESCUE: only for the groups that `filtered_kernel` could not do.
+    part_*: `[B, H, S]`, part_acc `[B, H, S, D]`. part_count is the number of keys that the split keeps or,
+    without COUNT, 1; it is negative where they are kept provisionally. Without WITH_V only part_max and
+    part_sum are written; STORE_SCORES writes scores `[B, H, N]`. FALLBACK: compute only the groups that have
+    a row where `filtered_kernel` found no score above the threshold.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
@@ -63,11 +64,11 @@ def split_kernel(
     head = kv_head * GROUP + g
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head  # of [B, H]
-    if RESCUE:
+    if FALLBACK:
         j = tl.arange(0, BLOCK_S)
         known = in_group[:, None] & (j < splits)[None, :]
         counts = tl.load(part_count + row[:, None] * splits + j[None, :], mask=known, other=0)
-        # Other programs of the group may be writing counts here: of such a row, never a positive one.
+        # Other programs of this group may write counts meanwhile, but never a positive one for such a row.
         if tl.min(tl.where(in_group, tl.max(counts, axis=1), 1), axis=0) > 0:
             return
     q_tile = tl.load(
@@ -76,26 +77,26 @@ def split_kernel(
         other=0.0,
     )
     row_n = tl.load(n + batch * n_stride)
-    least = least_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
+    smallest_kept = next_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
     start, stop = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
-    # The rows that fill up the tile have a peak that no score reaches: their exps are 0, they ask for no V.
-    peak = tl.where(in_group, LOWEST, -LOWEST)
+    # Rows that only fill up the tile start with a maximum above every score: their exps are 0, no V is read.
+    running_max = tl.where(in_group, LOWEST, -LOWEST)
     passed = tl.zeros((BLOCK_G,), tl.int1)
-    total = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
-    taken = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    running_sum = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    kept_sum = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
     count = tl.zeros((BLOCK_G, BLOCK_N), tl.int32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     in_k, in_v = i[None, :] * k_row + d[:, None], i[:, None] * v_row + d[None, :]
     for at in range(start, stop, BLOCK_N):
-        far = tl.cast(at, tl.int64)
+        tile_start = tl.cast(at, tl.int64)
         inside = at + i < stop
         visible = inside
-        if HAS_MASK:  # K is read for hidden keys too: they are few between the first and the last visible one
+        if HAS_MASK:  # K of masked keys is read too: few lie between the first and the last visible key
             visible = tl.load(mask + batch * mask_stride + at + i, mask=inside, other=0) != 0
         k_tile = tl.load(
-            k + far * k_row + in_k,
+            k + tile_start * k_row + in_k,
             mask=both(inside[None, :], in_dim[:, None], HEAD_DIM == BLOCK_D),
             other=0.0,
         )
@@ -105,44 +106,44 @@ def split_kernel(
             at_score = scores + row[:, None] * kv_len + (at + i)[None, :]
             tl.store(at_score, s, mask=in_group[:, None] & inside[None, :])
         if WITH_V:
-            peak, total, taken, count, passed, kept, _, factor = fold(
-                s, least, peak, total, taken, count, passed, True, COUNT, True
+            running_max, running_sum, kept_sum, count, passed, kept_exps, _, rescale = softmax_step(
+                s, smallest_kept, running_max, running_sum, kept_sum, count, passed, True, COUNT, True
             )
-            some = tl.max(kept, axis=0) > 0
+            v_needed = tl.max(kept_exps, axis=0) > 0
             v_tile = tl.load(
-                v + far * v_row + in_v,
-                mask=both(some[:, None], in_dim[None, :], HEAD_DIM == BLOCK_D),
+                v + tile_start * v_row + in_v,
+                mask=both(v_needed[:, None], in_dim[None, :], HEAD_DIM == BLOCK_D),
                 other=0.0,
             )
-            acc = acc * factor[:, None] + tl.dot(kept.to(v_tile.dtype), v_tile, input_precision="ieee")
+            acc = acc * rescale[:, None] + tl.dot(kept_exps.to(v_tile.dtype), v_tile, input_precision="ieee")
         else:
-            new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            total = total * exp(peak - new_peak)[:, None] + exp(s - new_peak[:, None])
-            peak = new_peak
+            new_max = tl.maximum(running_max, tl.max(s, axis=1))
+            running_sum = running_sum * exp(running_max - new_max)[:, None] + exp(s - new_max[:, None])
+            running_max = new_max
 
     part = row * splits + split
-    tl.store(part_peak + part, peak, mask=in_group)
-    tl.store(part_total + part, tl.sum(total, axis=1), mask=in_group)
+    tl.store(part_max + part, running_max, mask=in_group)
+    tl.store(part_sum + part, tl.sum(running_sum, axis=1), mask=in_group)
     if WITH_V:
-        store_taken(
-            part_taken, part_count, part_acc, part, in_group, taken, count, passed, acc,
+        store_kept(
+            part_kept_sum, part_count, part_acc, part, in_group, kept_sum, count, passed, acc,
             HEAD_DIM, BLOCK_D, COUNT,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def gather_kernel(
-    v, span, n, theta, scores, keep, part_peak, part_total, part_taken, part_count, part_acc,
+    v, span, n, theta, scores, keep, part_max, part_sum, part_kept_sum, part_count, part_acc,
     kv_len, splits, num_kv_heads, theta_len, theta_stride, n_stride, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr, CHOSEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr, KEEP_GIVEN: tl.constexpr,
     STORE_KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The second stage: exp times V over what is kept, given the scores and every split's peak and total.
+    """The second stage: the sum of exp times V over the kept keys, from the scores, part_max and part_sum.
 
-    CHOSEN: keep `[B, H, N]` says what; otherwise it is what has a weight above theta, or the row's largest
-    weight, and STORE_KEEP writes it there. part_taken, part_count, part_acc as in `split_kernel`, but
-    relative to the peak of the whole row.
+    KEEP_GIVEN: keep `[B, H, N]` says which keys are kept. Otherwise keys are kept whose weight is above theta
+    or the row's largest, and STORE_KEEP writes them to keep. part_kept_sum, part_count and part_acc are as in
+    `split_kernel`, but relative to the maximum of the whole row.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
@@ -152,15 +153,15 @@ def gather_kernel(
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head
     parts, in_parts = row[:, None] * splits + i[None, :], in_group[:, None] & (i < splits)[None, :]
-    peaks = tl.load(part_peak + parts, mask=in_parts, other=LOWEST)
-    peak = tl.max(peaks, axis=1)
-    totals = tl.load(part_total + parts, mask=in_parts, other=0.0)
-    total = tl.sum(totals * exp(peaks - peak[:, None]), axis=1)
+    maxima = tl.load(part_max + parts, mask=in_parts, other=LOWEST)
+    row_max = tl.max(maxima, axis=1)
+    sums = tl.load(part_sum + parts, mask=in_parts, other=0.0)
+    row_sum = tl.sum(sums * exp(maxima - row_max[:, None]), axis=1)
     row_n = tl.load(n + batch * n_stride)
-    least = least_exp(lookup(theta, head, row_n, theta_stride, theta_len, in_group), total)
+    smallest_kept = smallest_kept_exp(lookup(theta, head, row_n, theta_stride, theta_len, in_group), row_sum)
     v += batch * v_batch + kv_head * v_head
 
-    taken = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    kept_sum = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
     count = tl.zeros((BLOCK_G, BLOCK_N), tl.int32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     start, stop = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
@@ -169,72 +170,72 @@ def gather_kernel(
         here = in_group[:, None] & (key < stop)[None, :]
         element = row[:, None] * kv_len + key[None, :]
         s = tl.load(scores + element, mask=here, other=float("-inf"))
-        exps = exp(s - peak[:, None])
-        if CHOSEN:
-            take = tl.load(keep + element, mask=here, other=0) != 0
+        exps = exp(s - row_max[:, None])
+        if KEEP_GIVEN:
+            kept = tl.load(keep + element, mask=here, other=0) != 0
         else:
-            take = (s > float("-inf")) & (exps >= least[:, None])
+            kept = (s > float("-inf")) & (exps >= smallest_kept[:, None])
             if STORE_KEEP:
-                tl.store(keep + element, take.to(tl.int8), mask=here)
-        exps = tl.where(take, exps, 0.0)
-        some = tl.max(exps, axis=0) > 0
+                tl.store(keep + element, kept.to(tl.int8), mask=here)
+        exps = tl.where(kept, exps, 0.0)
+        v_needed = tl.max(exps, axis=0) > 0
         v_tile = tl.load(
             v + key[:, None].to(tl.int64) * v_row + d[None, :],
-            mask=some[:, None] & in_dim[None, :],
+            mask=v_needed[:, None] & in_dim[None, :],
             other=0.0,
         )
-        taken += exps
-        count += take.to(tl.int32)
+        kept_sum += exps
+        count += kept.to(tl.int32)
         acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
 
     part = row * splits + split
-    tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
+    tl.store(part_kept_sum + part, tl.sum(kept_sum, axis=1), mask=in_group)
     tl.store(part_count + part, tl.sum(count, axis=1), mask=in_group)
     tl.store(part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_kernel(
-    out, n, theta, table, v_sum, part_peak, part_total, part_taken, part_count, part_acc,
+    out, n, theta, table, v_sum, part_max, part_sum, part_kept_sum, part_count, part_acc,
     sdc_scale, k_keep, splits, num_heads, theta_len, table_len, theta_stride, table_stride, n_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    STEP: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, ONE_PEAK: tl.constexpr,
+    STEP: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, ONE_MAX: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one (sequence, head) and compensate: out `[B, H, D]`.
 
-    ONE_PEAK: taken and acc are relative to the whole row's peak already (`gather_kernel`).
+    ONE_MAX: part_kept_sum and part_acc are relative to the whole row's maximum already (`gather_kernel`).
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // num_heads, row % num_heads
     i, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     in_parts, in_dim = i < splits, d < HEAD_DIM
     part = row * splits
-    peaks = tl.load(part_peak + part + i, mask=in_parts, other=LOWEST)
+    maxima = tl.load(part_max + part + i, mask=in_parts, other=LOWEST)
     counts = tl.load(part_count + part + i, mask=in_parts, other=0)
-    peak = tl.max(peaks, axis=0)
-    shrink = exp(peaks - peak)
-    total = tl.sum(tl.load(part_total + part + i, mask=in_parts, other=0.0) * shrink, axis=0)
+    row_max = tl.max(maxima, axis=0)
+    rescale = exp(maxima - row_max)
+    row_sum = tl.sum(tl.load(part_sum + part + i, mask=in_parts, other=0.0) * rescale, axis=0)
     passed = tl.max(counts, axis=0) > 0
-    # What a split took provisionally stands only if no split has better.
-    use = tl.where(passed, counts > 0, (counts < 0) & (peaks == peak))
-    taken_parts = tl.load(part_taken + part + i, mask=in_parts, other=0.0)
-    weight = tl.where(use, 1.0 if ONE_PEAK else shrink, 0.0)
-    taken = tl.sum(taken_parts * weight, axis=0)
+    # Keys kept provisionally count only if no split has a score above the threshold or a larger maximum.
+    use = tl.where(passed, counts > 0, (counts < 0) & (maxima == row_max))
+    kept_sums = tl.load(part_kept_sum + part + i, mask=in_parts, other=0.0)
+    weight = tl.where(use, 1.0 if ONE_MAX else rescale, 0.0)
+    kept_sum = tl.sum(kept_sums * weight, axis=0)
     count = tl.sum(tl.where(use, tl.abs(counts), 0), axis=0)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(0, splits, STEP):
         j = at + tl.arange(0, STEP)
         in_step = j < splits
         step_counts = tl.load(part_count + part + j, mask=in_step, other=0)
-        step_peaks = tl.load(part_peak + part + j, mask=in_step, other=LOWEST)
-        step_use = tl.where(passed, step_counts > 0, (step_counts < 0) & (step_peaks == peak))
-        factor = tl.where(step_use, 1.0 if ONE_PEAK else exp(step_peaks - peak), 0.0)
+        step_maxima = tl.load(part_max + part + j, mask=in_step, other=LOWEST)
+        step_use = tl.where(passed, step_counts > 0, (step_counts < 0) & (step_maxima == row_max))
+        step_weight = tl.where(step_use, 1.0 if ONE_MAX else exp(step_maxima - row_max), 0.0)
         accs = tl.load(
             part_acc + (part + j)[:, None] * HEAD_DIM + d[None, :],
             mask=step_use[:, None] & in_dim[None, :],
             other=0.0,
         )
-        acc += tl.sum(accs * factor[:, None], axis=0)
+        acc += tl.sum(accs * step_weight[:, None], axis=0)
 
     row_n = tl.load(n + batch * n_stride)
     row_theta, row_table = 0.0, 0.0
@@ -242,12 +243,14 @@ def merge_kernel(
         row_theta = lookup(theta, head, row_n, theta_stride, theta_len, head >= 0)
     if SDC == 3:
         row_table = lookup(table, head, row_n, table_stride, table_len, head >= 0)
-    denominator = final_denominator(total, taken, count, peak, row_n, row_theta, row_table, sdc_scale, SDC)
+    denominator = final_denominator(
+        row_sum, kept_sum, count, row_max, row_n, row_theta, row_table, sdc_scale, SDC
+    )
     result = acc / denominator
     if VMC:
-        lost = tl.where(row_n > k_keep, 1.0 - taken / denominator, 0.0)
-        sums = tl.load(v_sum + (row // GROUP) * HEAD_DIM + d, mask=in_dim, other=0.0)
-        result += lost * sums / tl.maximum(row_n, 1).to(tl.float32)
+        missing_weight = tl.where(row_n > k_keep, 1.0 - kept_sum / denominator, 0.0)
+        v_sums = tl.load(v_sum + (row // GROUP) * HEAD_DIM + d, mask=in_dim, other=0.0)
+        result += missing_weight * v_sums / tl.maximum(row_n, 1).to(tl.float32)
     tl.store(out + row * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=in_dim)
 
 
@@ -258,7 +261,7 @@ def processors(device: torch.device) -> int:
 
 
 def split_count(batch_heads: int, kv_len: int, device: torch.device) -> int:
-    """How many splits the keys of a sequence are given to: as many as run at the same time."""
+    """How many splits share the keys of a sequence: as many as run at the same time."""
     at_once = RESIDENT * processors(device) // batch_heads
     return max(1, min(MAX_SPLITS, at_once, triton.cdiv(kv_len, TILE["BLOCK_N"])))
 
@@ -292,7 +295,7 @@ def decode(
     block_d = max(32, triton.next_power_of_2(head_dim))
     largest = spec.selection == Selection.LARGEST
     two_stages = spec.sparse and (largest or spec.placement == "post-softmax")
-    part_peak, part_total, part_taken = torch.empty(
+    part_max, part_sum, part_kept_sum = torch.empty(
         3, batch, num_heads, splits, device=q.device, dtype=torch.float32
     )
     part_count = torch.empty(batch, num_heads, splits, device=q.device, dtype=torch.int32)
@@ -301,7 +304,7 @@ def decode(
     shape = (batch, num_heads, kv_len) if keep_scores else (0,)
     scores = torch.empty(shape, device=q.device, dtype=torch.float32)
     if mask is not None or int8 is not None:
-        scores.fill_(float("-inf"))  # of keys that no program looks at
+        scores.fill_(float("-inf"))  # the kernels write no scores of keys that they skip
     theta_stride, n_stride = row_stride(theta), row_stride(n)
     tile = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_G": max(16, triton.next_power_of_2(group)),
@@ -309,9 +312,9 @@ def decode(
     }  # fmt: skip
     if q.dtype.itemsize == 2 and block_d <= 128 and group <= 16:
         tile["maxnreg"] = REGISTERS
-    parts = (part_peak, part_total, part_taken, part_count, part_acc)
+    parts = (part_max, part_sum, part_kept_sum, part_count, part_acc)
     grid = (batch * num_kv_heads, splits)
-    # What a build does not use still needs some address: q's or n's.
+    # Arguments that a build does not use still need an address: that of q or n.
     rows = (q if mask is None else mask, n if span is None else span, n, theta)
     numbers = (
         scale, kv_len, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride,
@@ -326,12 +329,12 @@ def decode(
         )  # fmt: skip
     split_kernel[grid](
         q, k, v, *rows, scores, *parts, *numbers,
-        **tile, BLOCK_S=MAX_SPLITS, WITH_V=not two_stages, RESCUE=int8 is not None, **stores,
+        **tile, BLOCK_S=MAX_SPLITS, WITH_V=not two_stages, FALLBACK=int8 is not None, **stores,
     )  # fmt: skip
     keep = None
     if two_stages:
         if largest:
-            # A row with n <= K has all it sees among its K largest: they are dense without being told apart.
+            # A row with n <= K has all its visible keys among its K largest, so it is dense as it must be.
             top = scores.topk(min(spec.k, kv_len), dim=-1, sorted=False)
             keep = torch.zeros_like(scores, dtype=torch.int8).scatter_(
                 -1, top.indices, (top.values > float("-inf")).to(torch.int8)
@@ -341,7 +344,7 @@ def decode(
         gather_kernel[grid](
             v, n if span is None else span, n, theta, scores, scores if keep is None else keep, *parts,
             kv_len, splits, num_kv_heads, theta.shape[1], theta_stride, n_stride, *v.stride()[:3],
-            **tile, BLOCK_S=MAX_SPLITS, CHOSEN=largest, STORE_KEEP=keep is not None,
+            **tile, BLOCK_S=MAX_SPLITS, KEEP_GIVEN=largest, STORE_KEEP=keep is not None,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
     merge_kernel[(batch * num_heads,)](
@@ -349,13 +352,13 @@ def decode(
         spec.sdc_scale, spec.k, splits, num_heads, theta.shape[1], 1 if table is None else table.shape[1],
         theta_stride, 0 if table is None else row_stride(table), n_stride,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=MAX_SPLITS, STEP=16,
-        SDC=sdc_code(spec), VMC=v_sum is not None, ONE_PEAK=two_stages, num_warps=4,
+        SDC=sdc_code(spec), VMC=v_sum is not None, ONE_MAX=two_stages, num_warps=4,
     )  # fmt: skip
     if not count:
         return out, None
     if not spec.sparse:
-        seen = torch.ones(1, 1, kv_len, dtype=torch.bool, device=q.device) if mask is None else mask[:, None]
-        return out, seen.expand(batch, num_heads, kv_len).clone()
+        visible = torch.ones(1, kv_len, dtype=torch.bool, device=q.device) if mask is None else mask
+        return out, visible[:, None].expand(batch, num_heads, kv_len).clone()
     if keep is None:
         row_max = scores.amax(dim=-1, keepdim=True)
         return out, keep_above(scores, per_row(theta, n)[:, :, 0], row_max) & (scores > float("-inf"))

@@ -1,8 +1,9 @@
-"""What the Triton kernels share: one tile of scores folded into the running softmax of its rows.
+"""What the Triton kernels share: the online softmax, updated with one tile of scores at a time.
 
-A row that passes its threshold nowhere keeps its largest score (all on a tie), and no kernel knows which row
-that is before its last key. So while nothing of a row has passed, the row *provisionally* takes what ties for
-its largest score so far, and drops that again once a larger score or the first passing one is seen.
+A row without any score above its threshold keeps its largest score (every key that ties for it). Which rows
+those are is known only after the last key. So, as long as no score of a row was above the threshold, the row
+keeps the keys with its largest score so far *provisionally*, and discards them when a larger score, or the
+first one above the threshold, is found.
 """
 
 import triton
@@ -27,7 +28,7 @@ def exp(x):
 
 @triton.jit
 def both(one, other, ALWAYS: tl.constexpr):
-    """one & other; just one where the other is known to hold ALWAYS."""
+    """one & other. ALWAYS: other is known to be true everywhere, so the result is one."""
     if ALWAYS:
         return one
     else:
@@ -36,7 +37,8 @@ def both(one, other, ALWAYS: tl.constexpr):
 
 @triton.jit
 def keys_of_split(span, batch, kv_len, splits, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys of this split, from start to stop; span `[B, 2]` int32 limits those that may be visible."""
+    """The keys of this split, start to stop. With HAS_MASK, the splits share the keys of span `[B, 2]` int32:
+    the first visible key of each sequence and the one after its last."""
     low, high = 0, kv_len
     if HAS_MASK:
         low, high = tl.load(span + 2 * batch), tl.load(span + 2 * batch + 1)
@@ -46,8 +48,11 @@ def keys_of_split(span, batch, kv_len, splits, HAS_MASK: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def least_above(theta):
-    """The smallest float above theta, so that s > theta is s >= this, and one comparison can serve either."""
+def next_above(theta):
+    """The smallest float above theta: `s > theta` is `s >= next_above(theta)`.
+
+    So one comparison serves for keys above the threshold and for keys that equal the row's largest score.
+    """
     theta = theta + 0.0  # -0 becomes +0
     bits = theta.to(tl.int32, bitcast=True)
     up = tl.where(bits >= 0, bits + 1, bits - 1).to(tl.float32, bitcast=True)
@@ -55,71 +60,82 @@ def least_above(theta):
 
 
 @triton.jit
-def least_exp(theta, total):
-    """The smallest exp(score - peak) whose share of `total` is above theta, or that is the row's largest."""
-    return tl.minimum(least_above(theta * total), 1.0)
+def smallest_kept_exp(theta, row_sum):
+    """The smallest exp(score - row_max) that is kept by a threshold on weights.
 
-
-@triton.jit
-def fold(
-    s, least, peak, total, taken, count, passed, TOTAL: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr
-):
-    """One tile of scores `[M, N]` (-inf: not visible), folded into the state of its M rows.
-
-    least: `[M]`, `least_above` of the thresholds. State: peak `[M]`, the largest score; passed `[M]`, whether
-    a score was above its threshold; total, if TOTAL, and taken, the sums of exp(score - peak) over all and
-    over the taken keys; count, if COUNT, how many are taken. These three are `[M]` or, with LANES, `[M, N]`,
-    still to be summed over the last dimension: threads then need not exchange them for each tile. Returns the
-    new state, then the exps of the taken keys (0 elsewhere), which rows take any `[M]`, and the factor for
-    what was accumulated before.
+    It is the smallest one whose weight, its share of row_sum, is above theta, but at most 1: that is the exp
+    of the row's largest score, which is always kept.
     """
-    top = tl.max(s, axis=1)
-    new_peak = tl.maximum(peak, top)
-    some = top >= least
-    now = passed | some
-    bar = tl.where(now, least, new_peak)
-    take = s >= bar[:, None]
-    drop = (some | (new_peak > peak)) & (passed == 0)
-    shrink = exp(peak - new_peak)
-    factor = tl.where(drop, 0.0, shrink)
-    exps = exp(s - new_peak[:, None])
-    kept = tl.where(take, exps, 0.0)
-    if LANES:
-        total = total * shrink[:, None] + exps if TOTAL else total
-        taken = taken * factor[:, None] + kept
-        count = tl.where(drop[:, None], 0, count) + take.to(tl.int32) if COUNT else count
-    else:
-        total = total * shrink + tl.sum(exps, axis=1) if TOTAL else total
-        taken = taken * factor + tl.sum(kept, axis=1)
-        count = tl.where(drop, 0, count) + tl.sum(take.to(tl.int32), axis=1) if COUNT else count
-    return new_peak, total, taken, count, now, kept, top >= bar, factor
+    return tl.minimum(next_above(theta * row_sum), 1.0)
 
 
 @triton.jit
-def store_taken(
-    part_taken, part_count, part_acc, part, in_group, taken, count, passed, acc,
+def softmax_step(
+    s, smallest_kept, running_max, running_sum, kept_sum, count, passed,
+    SUM: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the state of M rows, updated with a tile of their scores.
+
+    s: `[M, N]`, -inf where a key is not visible; smallest_kept: `[M]`, `next_above` of the thresholds.
+    State: running_max `[M]`, the largest score; passed `[M]`, whether some score was above the threshold;
+    running_sum, if SUM, and kept_sum, the sums of exp(score - running_max) over all and over the kept keys;
+    count, if COUNT, the number of kept keys. These three are `[M]` or, with LANES, `[M, N]` and to be summed
+    over the last dimension after the last tile, so that threads need not exchange sums for every tile.
+
+    Returns the new state; the exps `[M, N]` of the kept keys, 0 elsewhere; which rows keep any key of this
+    tile `[M]`; and the factor `[M]` that rescales what was accumulated over the kept keys before this tile.
+    """
+    tile_max = tl.max(s, axis=1)
+    new_max = tl.maximum(running_max, tile_max)
+    any_passed = tile_max >= smallest_kept
+    now_passed = passed | any_passed
+    cutoff = tl.where(now_passed, smallest_kept, new_max)
+    keep = s >= cutoff[:, None]
+    discard = (any_passed | (new_max > running_max)) & (passed == 0)
+    rescale = exp(running_max - new_max)
+    kept_rescale = tl.where(discard, 0.0, rescale)
+    exps = exp(s - new_max[:, None])
+    kept_exps = tl.where(keep, exps, 0.0)
+    if LANES:
+        running_sum = running_sum * rescale[:, None] + exps if SUM else running_sum
+        kept_sum = kept_sum * kept_rescale[:, None] + kept_exps
+        count = tl.where(discard[:, None], 0, count) + keep.to(tl.int32) if COUNT else count
+    else:
+        running_sum = running_sum * rescale + tl.sum(exps, axis=1) if SUM else running_sum
+        kept_sum = kept_sum * kept_rescale + tl.sum(kept_exps, axis=1)
+        count = tl.where(discard, 0, count) + tl.sum(keep.to(tl.int32), axis=1) if COUNT else count
+    return new_max, running_sum, kept_sum, count, now_passed, kept_exps, tile_max >= cutoff, kept_rescale
+
+
+@triton.jit
+def store_kept(
+    part_kept_sum, part_count, part_acc, part, in_group, kept_sum, count, passed, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Write what a split's rows take, at `part` `[G]`: taken and count by lane as in `fold`, acc `[G, D]`.
-    Without COUNT every count is 1; what is taken provisionally has a negative one."""
+    """Write the sums over the keys that a split keeps, at the places `part` `[G]` of the part_* tensors.
+
+    kept_sum, count: `[G, N]` as in `softmax_step` with LANES; acc: `[G, D]`. The count written is negative
+    where the keys are kept provisionally; without COUNT it is 1 or -1.
+    """
     d = tl.arange(0, BLOCK_D)
-    tl.store(part_taken + part, tl.sum(taken, axis=1), mask=in_group)
-    took = tl.sum(count, axis=1) if COUNT else tl.full(part.shape, 1, tl.int32)
-    tl.store(part_count + part, tl.where(passed, took, -took), mask=in_group)
+    tl.store(part_kept_sum + part, tl.sum(kept_sum, axis=1), mask=in_group)
+    num_kept = tl.sum(count, axis=1) if COUNT else tl.full(part.shape, 1, tl.int32)
+    tl.store(part_count + part, tl.where(passed, num_kept, -num_kept), mask=in_group)
     in_tile = in_group[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(part_acc + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_tile)
 
 
 @triton.jit
-def final_denominator(total, taken, count, peak, n, theta, table, sdc_scale, SDC: tl.constexpr):
-    """What the taken exps are divided by. SDC as in params.SDC_METHODS; -1: by all (post-softmax)."""
-    result = taken
+def final_denominator(row_sum, kept_sum, count, row_max, n, theta, table, sdc_scale, SDC: tl.constexpr):
+    """The denominator of the kept exps, with compensation. SDC: the index in compensation.SDC_METHODS, or -1
+    for thresholds on weights, whose denominator is the sum over all keys."""
+    result = kept_sum
     if SDC == -1:
-        result = total
+        result = row_sum
     if SDC == 1:
-        result = taken + sdc_scale * (total - taken)
+        result = kept_sum + sdc_scale * (row_sum - kept_sum)
     if SDC == 2:
-        result = taken + sdc_scale * ((n - count).to(tl.float32) * exp(theta - peak))
+        result = kept_sum + sdc_scale * ((n - count).to(tl.float32) * exp(theta - row_max))
     if SDC == 3:
-        result = taken + sdc_scale * table
+        result = kept_sum + sdc_scale * table
     return tl.maximum(result, 1.1754943508222875e-38)  # rows without a visible key: 0 / tiny

@@ -1,7 +1,7 @@
-"""Threshold attention of many rows on the GPU: flash attention that leaves out what the thresholds drop.
+"""Threshold attention of many rows on the GPU: flash attention that leaves out keys below the thresholds.
 
-One program per (block of rows, head, sequence) goes over the keys that its rows can see. Memory is O(N): no
-score leaves the program. Where no row of a tile takes anything, neither V is read nor its product computed.
+One program per (block of rows, head, sequence) goes over the keys that its rows can see. Memory is O(N),
+because no score is written. Where no row of a tile keeps any key, V is not read and its product not computed.
 Thresholds on weights need each row's logsumexp first: a first sweep over K finds it. Shapes as in
 toptheta/attention/reference.py.
 """
@@ -18,16 +18,16 @@ from toptheta.kernels.triton.online import (
     both,
     exp,
     final_denominator,
-    fold,
-    least_above,
-    least_exp,
     lookup,
+    next_above,
+    smallest_kept_exp,
+    softmax_step,
 )
 from toptheta.methods.base import KernelSpec
 
-# Rows and keys of a tile, and what Triton makes of it: 16-bit types, head_dim up to 128.
+# Rows and keys of a tile, warps and pipeline stages, for 16-bit types and head_dim up to 128.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-SKIP = True  # as in `prefill_kernel`, where thresholds are in force
+SKIP = True  # `prefill_kernel`'s SKIP in sparse attention; dense attention never skips
 VARYING = ["q_len", "kv_len", "first", "theta_len", "table_len"]  # one build serves every length
 
 
@@ -76,9 +76,9 @@ def tile_of_v(
 
 
 @triton.jit
-def add_counts(take, vrow, attn, at, BLOCK_N: tl.constexpr):
-    """Add what a tile `[M, N]` takes to vrow `[N]` and to attn, one number."""
-    per_key = tl.sum(take.to(tl.int32), axis=0)
+def add_counts(keep, vrow, attn, at, BLOCK_N: tl.constexpr):
+    """Add what a tile keeps, `[M, N]` bool, to vrow `[N]` and to attn, one number."""
+    per_key = tl.sum(keep.to(tl.int32), axis=0)
     tl.atomic_add(vrow + at + tl.arange(0, BLOCK_N), per_key, mask=per_key > 0)
     tl.atomic_add(attn, tl.sum(per_key, axis=0).to(tl.int64))
 
@@ -96,14 +96,14 @@ def prefill_kernel(
 ):  # fmt: skip
     """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`.
 
-    SKIP: tiles where no row takes anything are left out. Without it their V is read and multiplied with
-    zeros, but Triton fetches V ahead, which it does not where a condition stands before it.
+    SKIP: V of a tile where no row keeps any key is not read. Without SKIP it is read and multiplied with
+    zeros, but Triton can then prefetch V, which it cannot do behind a condition.
     """
     num_heads = num_kv_heads * GROUP
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     kv_head = head // GROUP
-    # The last rows see most keys: they go first, so that none of them is left running alone at the end.
+    # The last rows see the most keys and take longest, so their blocks start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     query, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_rows, in_dim = query < q_len, d < HEAD_DIM
@@ -115,7 +115,7 @@ def prefill_kernel(
     )
     row_n = tl.load(n + batch * n_stride + query, mask=in_rows, other=0)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_rows)
-    least = least_above(row_theta)
+    smallest_kept = next_above(row_theta)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     stop, full = kv_len, 0
@@ -130,73 +130,77 @@ def prefill_kernel(
     attn += batch * num_heads + head
     vrow += (batch * num_kv_heads + kv_head) * kv_len
 
-    # Rows beyond the last have a peak that no score reaches, and take nothing.
-    peak = tl.where(in_rows, LOWEST, -LOWEST)
+    # Rows beyond the last start with a maximum above every score, so that they keep nothing.
+    running_max = tl.where(in_rows, LOWEST, -LOWEST)
     passed = tl.zeros((BLOCK_M,), tl.int1)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    taken = tl.zeros((BLOCK_M,), tl.float32)
+    running_sum = tl.zeros((BLOCK_M,), tl.float32)
+    kept_sum = tl.zeros((BLOCK_M,), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.static_range(2):  # 0: tiles that are visible as a whole
-        for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
+    for phase in tl.static_range(2):  # 0: tiles that are visible as a whole
+        for at in range(0 if phase == 0 else full, full if phase == 0 else stop, BLOCK_N):
             s = tile_scores(
                 q_tile, k, at, stop, query, batch, mask, key_real,
                 scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
-                HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, part == 0,
+                HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, phase == 0,
             )  # fmt: skip
             if POST:
-                new_peak = tl.maximum(peak, tl.max(s, axis=1))
-                total = total * exp(peak - new_peak) + tl.sum(exp(s - new_peak[:, None]), axis=1)
-                peak = new_peak
+                new_max = tl.maximum(running_max, tl.max(s, axis=1))
+                rescale = exp(running_max - new_max)
+                running_sum = running_sum * rescale + tl.sum(exp(s - new_max[:, None]), axis=1)
+                running_max = new_max
             else:
-                peak, total, taken, count, passed, kept, takes, factor = fold(
-                    s, least, peak, total, taken, count, passed, SDC == 1, SDC == 2, False
-                )
-                # Where no row takes anything, no factor differs from 1 either.
-                if (not SKIP) or tl.max(takes.to(tl.int32), axis=0) > 0:
-                    v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
-                    acc = acc * factor[:, None]
-                    acc += tl.dot(kept.to(v_tile.dtype), v_tile, input_precision="ieee")
+                running_max, running_sum, kept_sum, count, passed, kept_exps, keeps, rescale = softmax_step(
+                    s, smallest_kept, running_max, running_sum, kept_sum, count, passed,
+                    SDC == 1, SDC == 2, False,
+                )  # fmt: skip
+                # Where no row keeps a key of the tile, no running_max changes either: every rescale is 1.
+                if (not SKIP) or tl.max(keeps.to(tl.int32), axis=0) > 0:
+                    v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, phase == 0)
+                    acc = acc * rescale[:, None]
+                    acc += tl.dot(kept_exps.to(v_tile.dtype), v_tile, input_precision="ieee")
                 if COUNT:
-                    add_counts((s >= least[:, None]) & counted[:, None], vrow, attn, at, BLOCK_N)
+                    add_counts((s >= smallest_kept[:, None]) & counted[:, None], vrow, attn, at, BLOCK_N)
 
-    # The second sweep: weights against their thresholds, or the counts of rows that passed theirs nowhere,
-    # which is known only now.
-    again = POST
+    # The second sweep compares weights with their thresholds or, for thresholds on scores, counts the keys of
+    # rows without a score above the threshold: which rows those are is known only now.
+    second_sweep = POST
     if COUNT and not POST:
         counted = counted & (passed == 0) & (row_n > 0)
-        again = tl.max(counted.to(tl.int32), axis=0) > 0
-    if again:
-        least = least_exp(row_theta, total) if POST else peak
-        for part in tl.static_range(2):
-            for at in range(0 if part == 0 else full, full if part == 0 else stop, BLOCK_N):
+        second_sweep = tl.max(counted.to(tl.int32), axis=0) > 0
+    if second_sweep:
+        smallest_kept = smallest_kept_exp(row_theta, running_sum) if POST else running_max
+        for phase in tl.static_range(2):
+            for at in range(0 if phase == 0 else full, full if phase == 0 else stop, BLOCK_N):
                 s = tile_scores(
                     q_tile, k, at, stop, query, batch, mask, key_real,
                     scale, q_len, first, k_row, mask_batch, mask_row, key_real_batch,
-                    HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, part == 0,
+                    HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, HAS_KEY_REAL, phase == 0,
                 )  # fmt: skip
                 if POST:
-                    exps = exp(s - peak[:, None])
-                    take = (s > float("-inf")) & (exps >= least[:, None])
-                    exps = tl.where(take, exps, 0.0)
-                    taken += tl.sum(exps, axis=1)
+                    exps = exp(s - running_max[:, None])
+                    keep = (s > float("-inf")) & (exps >= smallest_kept[:, None])
+                    exps = tl.where(keep, exps, 0.0)
+                    kept_sum += tl.sum(exps, axis=1)
                     if (not SKIP) or tl.max(tl.max(exps, axis=1), axis=0) > 0:
-                        v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, part == 0)
+                        v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, phase == 0)
                         acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
                 else:
-                    take = s >= least[:, None]
+                    keep = s >= smallest_kept[:, None]
                 if COUNT:
-                    add_counts(take & counted[:, None], vrow, attn, at, BLOCK_N)
+                    add_counts(keep & counted[:, None], vrow, attn, at, BLOCK_N)
 
     row_table = tl.zeros((BLOCK_M,), tl.float32)
     if SDC == 3:
         row_table = lookup(table, head, row_n, table_stride, table_len, in_rows)
-    denominator = final_denominator(total, taken, count, peak, row_n, row_theta, row_table, sdc_scale, SDC)
+    denominator = final_denominator(
+        running_sum, kept_sum, count, running_max, row_n, row_theta, row_table, sdc_scale, SDC
+    )
     result = acc / denominator[:, None]
     if VMC:
-        lost = tl.where(row_n > k_keep, 1.0 - taken / denominator, 0.0)
+        missing_weight = tl.where(row_n > k_keep, 1.0 - kept_sum / denominator, 0.0)
         at_mean = ((batch * num_kv_heads + kv_head) * q_len + query)[:, None] * HEAD_DIM + d[None, :]
-        result += lost[:, None] * tl.load(v_mean + at_mean, mask=in_tile, other=0.0)
+        result += missing_weight[:, None] * tl.load(v_mean + at_mean, mask=in_tile, other=0.0)
     at_out = ((batch * q_len + query)[:, None] * num_heads + head) * HEAD_DIM + d[None, :]
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=in_tile)
 
@@ -244,7 +248,7 @@ def prefill(
     block_d = triton.next_power_of_2(head_dim)
     tile = options(q.dtype, block_d)
     grid = (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch)
-    # What a build does not use still needs some address: q's.
+    # Arguments that a build does not use still need an address: that of q, n or theta.
     prefill_kernel[grid](
         q, k, v,
         q if mask is None else mask,

@@ -53,7 +53,7 @@ FIGURES = (draw_lengths, draw_size_by_layer)
 
 
 def _passed(run: Run, drawing: Drawing, count: int) -> pd.Series | None:
-    """Whether each of `count` samples passed; None, and a note, where that cannot be told."""
+    """Whether each of `count` samples passed; None, and a note, where the outcomes are not known."""
     outcomes = read_outcomes(run.folder)
     name = "samples.jsonl_results.jsonl"
     if outcomes is None:
