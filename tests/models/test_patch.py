@@ -27,7 +27,7 @@ def test_every_layer_runs_our_code(tiny_model: LlamaForCausalLM) -> None:
     set_params(tiny_model, mode=1, K=4)
     tiny_model(tokens())
     tiny_model(tokens(length=9))
-    assert [layer.toptheta.calls for layer in layers] == [2, 2, 2]
+    assert [layer.toptheta.now.calls for layer in layers] == [2, 2, 2]
 
 
 def test_update_twice_and_restore(tiny_model: LlamaForCausalLM) -> None:

@@ -32,7 +32,7 @@ def toptheta_attention_forward(
     """
     state: LayerState = module.toptheta  # type: ignore[assignment]
     if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
-        state.calls += 1
+        state.now.calls += 1
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     shape = (batch, num_heads, num_kv_heads, kv_len)

@@ -30,6 +30,17 @@ class ModelState:
         self.prompt_hook: Any = None  # while a calibration keeps prompts
 
 
+class CallState:
+    """What a layer knows during a call: its cache, and the sum of V or the int8 copy that comes with it; and
+    how often it was called. A plain object: setting attributes of a module takes microseconds, in every
+    layer."""
+
+    def __init__(self) -> None:
+        self.calls = 0  # of our attention function, to prove that a patched model runs it
+        self.cache: Cache | None = None
+        self.extras: VSum | TopThetaLayer | None = None
+
+
 class LayerState(nn.Module):
     """theta, sdc_table: non-persistent float32 buffers `[H, L]` by row length n, looked up at min(n, L -
     1)."""
@@ -42,10 +53,8 @@ class LayerState(nn.Module):
         self.layer_idx, self.shared = layer_idx, shared
         self.spec = LayerSpec()
         self.calibration: RowSampler | None = None
-        self.calls = 0  # of our attention function, to prove that a patched model runs it
         self.values: ValueNorms | None = None  # for value-aware thresholds
-        self._cache: Cache | None = None  # set during a call
-        self._extras: VSum | TopThetaLayer | None = None  # the sum of V or int8 copy of that cache
+        self.now = CallState()
         self._sums: WeakKeyDictionary[Any, VSum] = WeakKeyDictionary()  # by cache layer
         self.register_buffer("theta", None, persistent=False)
         self.register_buffer("sdc_table", None, persistent=False)
@@ -61,7 +70,8 @@ class LayerState(nn.Module):
 
     def begin(self, cache: Cache | None) -> None:
         """Look at the cache before it is updated, and check that its sum of V still belongs to its values."""
-        self._cache, self._extras = cache, None
+        now = self.now
+        now.cache, now.extras = cache, None
         layers = getattr(cache, "layers", ())
         vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
         if self.layer_idx >= len(layers):
@@ -69,14 +79,14 @@ class LayerState(nn.Module):
         layer = layers[self.layer_idx]
         if isinstance(layer, TopThetaLayer):
             layer.summing = vmc
-            self._extras = layer
+            now.extras = layer
         elif vmc and not torch.compiler.is_compiling():
-            self._extras = self._sums.setdefault(layer, VSum())
-            self._extras.check(layer.values)
+            now.extras = self._sums.setdefault(layer, VSum())
+            now.extras.check(layer.values)
 
     def end(self) -> None:
         """Drop the references to the cache, which must not outlive its owner."""
-        self._cache = self._extras = None
+        self.now.cache = self.now.extras = None
 
     def complete(self, call: AttentionCall) -> None:
         """Give a call the layer's tables, on its device, and what the cache holds in addition to K and V."""
@@ -88,15 +98,16 @@ class LayerState(nn.Module):
             parts = (self.values.gram, self.values.mean, self.values.scale)
             self.values = ValueNorms(*(part.to(call.q.device) for part in parts))
         call.theta, call.sdc_table, call.values = self.theta, self.sdc_table, self.values
-        if self._extras is not None:
-            call.int8 = self._extras.int8
-            call.v_sum = self._extras.at(call.v, call.rows) if self.spec.vmc else None
+        extras = self.now.extras
+        if extras is not None:
+            call.int8 = extras.int8
+            call.v_sum = extras.at(call.v, call.rows) if self.spec.vmc else None
         if self.spec.method.has_state:
             call.state = self.method_state()
 
     def method_state(self) -> State:
         """What the method remembers for this layer of the current call's cache."""
-        return state_of_layer(self._cache, self.layer_idx)
+        return state_of_layer(self.now.cache, self.layer_idx)
 
     def _apply(self, fn, recurse: bool = True):
         """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
@@ -108,7 +119,7 @@ class LayerState(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what belongs to a cache: a copy starts without one."""
-        return self.__dict__ | {"_cache": None, "_extras": None, "_sums": None}
+        return self.__dict__ | {"now": CallState(), "_sums": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
