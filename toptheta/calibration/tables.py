@@ -7,6 +7,7 @@ refused.
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def no_long_row(k: int, layer: int, longest: int) -> UsageError:
     )
 
 
-def _lines(layers: dict[int, LayerTable], k: dict[int, int] | None):
+def _lines(layers: dict[int, LayerTable], k: dict[int, int] | None) -> Iterator[str]:
     for layer, table in sorted(layers.items()):
         suffix = "" if k is None else f" {k[layer]}"
         for head in range(table.values.shape[0]):

@@ -57,7 +57,7 @@ def read_text(path: Path | str, flag: str) -> str:
     return text
 
 
-def open_text(path: Path | str):
+def open_text(path: Path | str) -> Any:
     """Open a text file for reading, gzipped or not."""
     return gzip.open(path, "rt") if str(path).endswith(".gz") else open(path)
 
