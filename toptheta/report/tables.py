@@ -13,7 +13,19 @@ from toptheta.report.results import DECODE, PHASES, PREFILL, CellResult, Metric
 
 WORST_LAYERS = 3
 PHASE_WORDS = {PREFILL: "prefill", DECODE: "decode"}
-PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte")  # names that hold one of these are no shares of 1
+PLAIN_METRICS = (
+    "ppl",
+    "perplexity",
+    "bits_per_byte",
+    "kl",
+)  # names that hold one of these are no shares of 1
+TEXT_METRICS = (  # of a text against dense attention, and their headers
+    ("kl", "KL to dense"),
+    ("kl_q99", "KL 99%"),
+    ("kl_q99.9", "KL 99.9%"),
+    ("same_top", "same top token %"),
+    ("ln_ppl_ratio", "ln ppl ratio"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,13 @@ def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> st
     return text if metric.count is None else f"{text} (n={metric.count})"
 
 
+def small(metric: Metric) -> str:
+    """'0.0123 ± 0.0004', or '1.2e-07 ± 3.0e-08' where that would say nothing."""
+    numbers = [metric.value] if metric.stderr is None else [metric.value, metric.stderr]
+    spec = ".1e" if 0 < abs(metric.value) < 0.001 else ".4f"
+    return " ± ".join(format(number, spec) for number in numbers)
+
+
 def share(result: CellResult, phase: str, what: str) -> str:
     """What was kept, in percent."""
     value = result.kept_share(phase, what)
@@ -67,8 +86,24 @@ def metric_columns(results: Sequence[CellResult]) -> list[Column]:
     lengths = [row["length"] for result in results[:1] for row in result.by_length]
     if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
         columns = [_length_column(length, i) for i, length in enumerate(lengths)]
-        return [*columns, Column("all", lambda result: score(result.metrics.get("ppl"), False, 2))]
+        columns.append(Column("all", lambda result: score(result.metrics.get("ppl"), False, 2)))
+        return columns + [_text_column(*one) for one in TEXT_METRICS if _have(results, one[0])]
     return [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
+
+
+def _have(results: Sequence[CellResult], name: str) -> bool:
+    return any(name in result.metrics for result in results)
+
+
+def _text_column(name: str, header: str) -> Column:
+    def text(result: CellResult) -> str:
+        metric = result.metrics.get(name)
+        if metric is None:
+            return "-"
+        uncounted = Metric(metric.value, metric.stderr)  # the column of the perplexity has the count
+        return score(uncounted) if is_share(name) else small(uncounted)
+
+    return Column(header, text)
 
 
 def _length_column(length: int, i: int) -> Column:

@@ -60,6 +60,10 @@ class ItemJob(Job):
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
         """Answers to a batch, as JSON saves them."""
 
+    def calibrate_on(self, model: Any, batch: list[Item]) -> None:
+        """Show the model a batch while it is calibrated."""
+        self.run(model, batch)
+
     @abstractmethod
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
         """What the answers to all items amount to."""
@@ -92,7 +96,7 @@ class ItemJob(Job):
             return
         todo = [item for item in self.calibration if item.key not in done]
         for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):
-            self.run(engine.model, batch)
+            self.calibrate_on(engine.model, batch)
             done.update(item.key for item in batch)
             after_batch()
 
