@@ -30,11 +30,12 @@ CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 @dataclass
 class Item:
     """One thing to compute. key: names it within a cell, without spaces; ids: tokens of the prompt or
-    window; facts: what else the job needs."""
+    window; facts: what else the job needs; cluster: what it shares with other items, see Answer."""
 
     key: str
     ids: list[int]
     facts: dict[str, Any] = field(default_factory=dict)
+    cluster: str | None = None
 
     @property
     def hash(self) -> str:
@@ -138,7 +139,7 @@ class ReplyJob(ItemJob):
     def lines(self, answer: dict[str, Any]) -> dict[str, str]:
         lengths = f"{answer['prompt_tokens']} {answer['reply_tokens']}\n"
         return {
-            "predictions.jsonl": json.dumps(answer) + "\n",
+            "predictions.jsonl": json.dumps(_without_ids(answer)) + "\n",
             "prompt_completion_lengths_per_sample.csv": lengths,
         }
 
@@ -151,6 +152,8 @@ class ReplyJob(ItemJob):
                 answer["reply"],
                 score,
                 {"prompt": answer["prompt_tokens"], "reply": answer["reply_tokens"]},
+                reply_ids=answer.get("reply_ids"),
+                cluster=item.cluster,
             )
             for item, answer, score in zip(self.items, answers, scores)
         ]
@@ -167,7 +170,8 @@ class ReplyJob(ItemJob):
 def reply(
     model: Any, tokenizer: Any, batch: list[Item], max_new: int, prefill_chunk: int | None
 ) -> list[dict[str, Any]]:
-    """Greedy replies of at most `max_new` tokens: key, reply, prompt_tokens, reply_tokens of each item."""
+    """Greedy replies of at most `max_new` tokens: key, reply, prompt_tokens, reply_tokens, reply_ids of each
+    item."""
     tokens = tokenizer.pad(
         {"input_ids": [item.ids for item in batch]}, padding_side="left", return_tensors="pt"
     ).to(model_device(model))
@@ -189,10 +193,14 @@ def reply(
     for item, row in zip(batch, out.tolist()):
         length = min([len(row), *(i + 1 for i, token in enumerate(row) if token in ends)])
         text = tokenizer.decode(row[:length], skip_special_tokens=True)
-        answers.append(
-            {"key": item.key, "reply": text, "prompt_tokens": len(item.ids), "reply_tokens": length}
-        )
+        counts = {"prompt_tokens": len(item.ids), "reply_tokens": length}
+        answers.append({"key": item.key, "reply": text, **counts, "reply_ids": row[:length]})
     return answers
+
+
+def _without_ids(answer: dict[str, Any]) -> dict[str, Any]:
+    """What predictions.jsonl has of an answer: answers.jsonl has its tokens."""
+    return {name: value for name, value in answer.items() if name != "reply_ids"}
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -111,11 +111,15 @@ class PerplexityJob(ItemJob):
                 score |= _against_dense(answer)
             metrics |= divergences(scores, [kl for answer in answers for kl in answer["kl"]])
         kept = [
-            Answer(item.key, item.hash, None, score, {"prompt": len(item.ids)})
+            Answer(item.key, self._hash(item), None, score, {"prompt": len(item.ids)})
             for item, score in zip(self.items, scores)
         ]
         files = {"perplexity.csv": text.getvalue(), "perplexity.json": json.dumps(rows, indent=1) + "\n"}
         return Outcome(metrics, kept, {"by_length": rows}, files)
+
+    def _hash(self, item: Item) -> str:
+        """Of the window and of what of it is counted."""
+        return f"{item.hash}/{self.decode_from}" if self.decode_from else item.hash
 
     def _bucket(self, answers: list[dict[str, Any]], i: int) -> dict[str, Any]:
         nll, tokens = [answer["nll"][i] for answer in answers], [answer["tokens"][i] for answer in answers]
