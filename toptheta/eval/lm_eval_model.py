@@ -25,7 +25,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 class TopThetaLM(HFLM):
     """HFLM over a patched model. cell: where answers and counts go, None while calibrating; recorder: what
     counts, None where nothing is counted; description: of the bar; tokens: how many a prompt and its reply,
-    up to a stop sequence, have, by the prompt's text."""
+    up to a stop sequence, have, by the prompt's text; reply_ids: those of the reply."""
 
     def __init__(self, *args, **kwargs):
         self.cell: Cell | None = None
@@ -34,6 +34,7 @@ class TopThetaLM(HFLM):
         self.done: set[str] | None = None  # while calibrating: the requests that it has seen
         self.after_batch = lambda: None
         self.tokens: dict[str, dict[str, int]] = {}
+        self.reply_ids: dict[str, list[int]] = {}
         self._generated_lengths: list[int] = []
         super().__init__(*args, **kwargs)
 
@@ -193,6 +194,7 @@ class TopThetaLM(HFLM):
         for ids, request, text in zip(prompts, requests, replies):
             reply = self.tok_encode(text, add_special_tokens=False)
             self.tokens[request.args[0]] = {"prompt": len(ids), "reply": len(reply)}
+            self.reply_ids[request.args[0]] = list(reply)
         return replies
 
     def _model_generate(

@@ -122,6 +122,11 @@ def _check_generation(settings: GenSettings) -> None:
         raise UsageError("--num_samples_per_task above 1 repeats the same greedy answer: add --do_sample.")
     if settings.dataset == PERPLEXITY and not settings.text:
         raise UsageError("--dataset perplexity needs a text: name a file with --text.")
+    if settings.decode_from is not None and settings.decode_from > settings.max_seq_len - 2:
+        raise UsageError(
+            f"--decode_from {settings.decode_from} leaves no token to count in windows of "
+            f"{settings.max_seq_len}: lower it, or raise --max_seq_len."
+        )
     if settings.text and not Path(settings.text).is_file():
         raise UsageError(f"--text {settings.text}: there is no such file.")
     if settings.data_dir and not Path(settings.data_dir).is_dir():

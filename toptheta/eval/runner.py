@@ -77,7 +77,7 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
             interrupted(part)
             raise
         if of_task:
-            report_run(part.folder, of_task, job.title(source.name))
+            of_task = report_run(part.folder, of_task, job.title(source.name))
             hint = job.hint(str(part.folder))
             if hint:
                 say(hint)

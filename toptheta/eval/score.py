@@ -7,6 +7,7 @@ from typing import Any
 
 from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.tasks.humaneval import scoring
+from toptheta.report.paired import beside_dense
 from toptheta.report.results import ANSWERS, CellResult, read_answers, write_answers
 from toptheta.report.tables import results_table
 from toptheta.util.console import say
@@ -40,8 +41,8 @@ def score_folder(folder: str) -> None:
             result = CellResult(path.name)
         result = replace(result, metrics=metrics)
         write_json(results_file, result.to_json())
-        results.append(result)
-    print("\n" + results_table(results))
+        results.append(replace(result, folder=str(path)))
+    print("\n" + results_table(beside_dense(results)[0]))
 
 
 def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -287,6 +287,16 @@ class GenSettings(Settings):
         group=LONG,
         serves=(PERPLEXITY, NEEDLE),
     )
+    decode_from: int | None = option(
+        None,
+        "perplexity: tokens at the start of each window that go through the model dense and are not counted, "
+        "as a prompt before decoding (default half of --max_seq_len; 0 counts all)",
+        metavar="N",
+        group=LONG,
+        rule=at_least(0),
+        serves=(PERPLEXITY,),
+        earlier=0,
+    )
     needle_lengths: tuple[int, ...] = option(
         (),
         "needle: context lengths (default 512, 1024, ... )",

@@ -268,7 +268,7 @@ def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
                     missing.add(key)
                     continue
                 extra = result.extra | {"environment": config["environment"]}
-                found.results[key] = replace(result, extra=extra)
+                found.results[key] = replace(result, folder=str(path), extra=extra)
         if missing and is_under_way(folder):
             found.under_way |= missing
         elif missing and not settings.calibrate_only:

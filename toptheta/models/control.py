@@ -1,6 +1,7 @@
 """Steering a patched model: parameters, calibration, look-up tables, statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -321,6 +322,25 @@ def value_gram(layer: TopK_LLamaAttention) -> Tensor:
         raise UsageError("value_aware reads the output projections, which are offloaded: leave it out.")
     parts = weight.detach().float().view(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
     return parts.transpose(1, 2) @ parts
+
+
+@contextmanager
+def dense_for(model: nn.Module) -> Iterator[None]:
+    """Within this context every layer is dense, and nothing is counted or calibrated; afterwards the model
+    is as it was. The parameters that `get_params` reads and the tables stay in place all the time."""
+    shared, layers = model_state(model), patched_layers(model)
+    before = [(layer.toptheta.spec, layer.toptheta.calibration) for layer in layers]
+    recorder, shared.recorder = shared.recorder, None
+    for layer in layers:
+        layer.toptheta.spec, layer.toptheta.calibration = LayerSpec(), None
+    choose_implementation(layers)
+    try:
+        yield
+    finally:
+        for layer, (spec, calibration) in zip(layers, before):
+            layer.toptheta.spec, layer.toptheta.calibration = spec, calibration
+        shared.recorder = recorder
+        choose_implementation(layers)
 
 
 def _execution_device(layer: nn.Module) -> torch.device:

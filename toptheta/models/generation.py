@@ -4,11 +4,12 @@ A chunk of C tokens over N cached ones needs memory for C rows of attention inst
 keys as without chunks, so results agree within float noise. Statistics and calibration see every row once.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from toptheta.models.control import recorder_of
 from toptheta.models.recorder import PREFILL, Recorder
@@ -62,25 +63,33 @@ def generate(
 def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | None) -> Tensor:
     """`[B, Q - 1]` float32 on the CPU: -log p (nats) of tokens 1..Q-1 of `input_ids` `[B, Q]` (no padding),
     each given all before it. Entry i has a context of i + 1 tokens."""
-    recorder = recorder_of(model)
     chunked = prefill_chunk is not None and prefill_chunk < input_ids.shape[1]
     cache = DynamicCache(config=model.config) if chunked else None
-    parts = []
-    if recorder is not None:
-        recorder.phase = PREFILL
-    try:
-        start = 0
-        for chunk in input_ids.split(prefill_chunk or input_ids.shape[1], dim=1):
-            hidden = model.model(input_ids=chunk, past_key_values=cache, use_cache=chunked).last_hidden_state
-            targets = input_ids[:, start + 1 : start + 1 + chunk.shape[1]]
-            for i in range(0, targets.shape[1], LOGIT_ROWS):
-                wanted = targets[:, i : i + LOGIT_ROWS]
-                logits = model.lm_head(hidden[:, i : i + wanted.shape[1]]).float()
-                wanted = wanted.to(logits.device)
-                chosen = logits.gather(-1, wanted[..., None])[..., 0]
-                parts.append((logits.logsumexp(dim=-1) - chosen).cpu())
-            start += chunk.shape[1]
-    finally:
-        if recorder is not None:
-            recorder.phase = None
+    parts, start = [], 0
+    for hidden in hidden_states(model, input_ids, cache, prefill_chunk):
+        targets = input_ids[:, start + 1 : start + 1 + hidden.shape[1]]
+        for i in range(0, targets.shape[1], LOGIT_ROWS):
+            wanted = targets[:, i : i + LOGIT_ROWS]
+            logits = model.lm_head(hidden[:, i : i + wanted.shape[1]]).float()
+            wanted = wanted.to(logits.device)
+            chosen = logits.gather(-1, wanted[..., None])[..., 0]
+            parts.append((logits.logsumexp(dim=-1) - chosen).cpu())
+        start += hidden.shape[1]
     return torch.cat(parts, dim=1)
+
+
+def hidden_states(
+    model: Any, input_ids: Tensor, cache: Cache | None, prefill_chunk: int | None
+) -> Iterator[Tensor]:
+    """The last layer's output for `input_ids` `[B, Q]` behind what `cache` holds, `[B, C, E]` for each chunk
+    of C tokens (all at once without `prefill_chunk`). All rows count as prefill."""
+    recorder = recorder_of(model)
+    for chunk in input_ids.split(prefill_chunk or input_ids.shape[1], dim=1):
+        if recorder is not None:
+            recorder.phase = PREFILL  # of a chunk of one row, too
+        try:
+            out = model.model(input_ids=chunk, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            if recorder is not None:
+                recorder.phase = None
+        yield out.last_hidden_state

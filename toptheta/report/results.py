@@ -76,6 +76,12 @@ class CellResult:
         """Needles by context length and depth: dicts with length, depth, found, count."""
         return self.extra.get("grid", [])
 
+    @property
+    def paired(self) -> dict[str, Any]:
+        """How the answers differ from those of the dense cell beside it, as paired.Comparison has it in JSON;
+        empty where nothing was compared."""
+        return self.extra.get("paired", {})
+
     def kept_share(self, phase: str, what: str) -> float | None:
         """Share of 'attn' or 'vrow' kept in a phase; None where it was not counted."""
         kept = (self.kept or {}).get(phase)
@@ -127,7 +133,8 @@ class Answer:
     key: names the question across runs and methods; hash: of what the model was asked, so that answers to
     other questions are not compared. answer: the chosen index, or the text; None for a text that was only
     read. score: by metric. tokens: of 'prompt' and 'reply', as far as known. Likelihood tasks also have
-    loglikelihoods, of each choice (nats), and target, the right one.
+    loglikelihoods, of each choice (nats), and target, the right one. reply_ids: the tokens of a reply.
+    cluster: what a question shares with others, such as a passage, so that their answers go together.
     """
 
     key: str
@@ -137,9 +144,12 @@ class Answer:
     tokens: dict[str, int] = field(default_factory=dict)
     loglikelihoods: list[float] | None = None
     target: Any = None
+    reply_ids: list[int] | None = None
+    cluster: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        silent = [name for name in ("loglikelihoods", "target") if getattr(self, name) is None]
+        optional = ("loglikelihoods", "target", "reply_ids", "cluster")
+        silent = [name for name in optional if getattr(self, name) is None]
         return {name: value for name, value in asdict(self).items() if name not in silent}
 
 
@@ -183,7 +193,7 @@ def _answer(value: dict[str, Any]) -> Answer:
     if not isinstance(key, str) or not isinstance(question, str):
         raise TypeError("key and hash are texts")
     score = {name: float(number) for name, number in value["score"].items()}
-    likelihoods = value.get("loglikelihoods")
+    likelihoods, reply_ids = value.get("loglikelihoods"), value.get("reply_ids")
     return Answer(
         key,
         question,
@@ -192,4 +202,6 @@ def _answer(value: dict[str, Any]) -> Answer:
         dict(value.get("tokens", {})),
         None if likelihoods is None else [float(number) for number in likelihoods],
         value.get("target"),
+        None if reply_ids is None else [int(number) for number in reply_ids],
+        value.get("cluster"),
     )

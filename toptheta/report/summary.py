@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from toptheta.report import tables
+from toptheta.report.paired import beside_dense
 from toptheta.report.results import CellResult
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
@@ -22,8 +23,12 @@ def draw_cell(result: CellResult, folder: Path) -> None:
         draw_needle(result.grid, folder / "needle.png", f"{result.model}, {result.method}")
 
 
-def report_run(folder: Path, results: Sequence[CellResult], title: str) -> None:
-    """Print the table of a run's cells; write it, its JSON and its pictures into the run's folder."""
+def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[CellResult]:
+    """Compare a run's cells with its dense one, print their table, and write it, its JSON and its pictures
+    into the run's folder; returns the results, compared."""
+    results, notes = beside_dense(results)
+    for note in notes:
+        say(note)
     text, by_length = tables.results_table(results), all(result.by_length for result in results)
     if any(result.effective_k is not None for result in results):
         text += "\n\n" + tables.effective_k(results)
@@ -43,6 +48,7 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> None:
         draw_perplexity(results, folder / "perplexity.png", title)
         print(f"Picture: {folder / 'perplexity.png'}")
     print(f"Products: {folder}")
+    return results
 
 
 def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResult]) -> None:
@@ -55,12 +61,14 @@ def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResu
 def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[tables.SweepRow]) -> None:
     """Write table.md, table.csv, results.json and <task>.png of a sweep into `folder`, and print the
     table."""
+    rows = _compared(rows)
     text = tables.sweep_markdown(title, table_name, rows)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", tables.sweep_csv(rows))
     written, results = [folder / "table.md", folder / "table.csv"], []
     for task in dict.fromkeys(row.task for row in rows):
-        named = [_named(row, row.result) for row in rows if row.task == task and row.result is not None]
+        of_task = [row.result for row in rows if row.task == task and row.result is not None]
+        named = [replace(result, folder=None) for result in of_task]
         results += named
         if any(not result.dense and result.kept for result in named):
             from toptheta.report.plots.tradeoff import draw_tradeoff
@@ -77,6 +85,21 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
     say(f"Written: {', '.join(map(str, written))}")
 
 
-def _named(row: tables.SweepRow, result: CellResult) -> CellResult:
-    """A result under the table's name for it, without the folder that it came from."""
-    return replace(result, method=row.method if row.k is None else f"{row.method} K={row.k}", folder=None)
+def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
+    """The rows with results under the table's names for them, those of each task compared with its first
+    dense one: dense attention of another type shows what differences mean nothing."""
+    found = list(rows)
+    for task in dict.fromkeys(row.task for row in rows):
+        places = [i for i, row in enumerate(rows) if row.task == task and row.result is not None]
+        results, notes = beside_dense([_named(rows[i]) for i in places])
+        for note in notes:
+            say(note)
+        for i, result in zip(places, results):
+            found[i] = replace(rows[i], result=result)
+    return found
+
+
+def _named(row: tables.SweepRow) -> CellResult:
+    """A row's result under the table's name for it."""
+    assert row.result is not None
+    return replace(row.result, method=row.method if row.k is None else f"{row.method} K={row.k}")

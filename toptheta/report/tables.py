@@ -13,7 +13,23 @@ from toptheta.report.results import DECODE, PHASES, PREFILL, CellResult, Metric
 
 WORST_LAYERS = 3
 PHASE_WORDS = {PREFILL: "prefill", DECODE: "decode"}
-PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte")  # names that hold one of these are no shares of 1
+PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte", "kl", "nll")  # parts of names of no shares of 1
+PAIRED = ("acc_norm", "acc", "passed")  # the first of these scores is compared in tables
+SCORE_OF = {"pass@1": "passed"}  # a question's score, where it has another name than the metric
+PAIRED_FIELDS = {  # columns of table.csv, and where a comparison with dense has them
+    "minus_dense": "scores.value",
+    "minus_dense_stderr": "scores.stderr",
+    "lost": "flips.lost",
+    "gained": "flips.gained",
+    "mcnemar_p": "flips.mcnemar_p",
+}
+TEXT_METRICS = (  # of a text against dense attention, and their headers
+    ("kl", "KL to dense"),
+    ("kl_q99", "KL 99%"),
+    ("kl_q99.9", "KL 99.9%"),
+    ("same_top", "same top token %"),
+    ("ln_ppl_ratio", "ln ppl ratio"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,45 @@ def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> st
     return text if metric.count is None else f"{text} (n={metric.count})"
 
 
+def paired_columns(results: Sequence[CellResult]) -> list[Column]:
+    """Where a run has a dense cell and questions with a score: the difference from dense, with its paired
+    standard error, and the flips both ways."""
+    scores = list(dict.fromkeys(name for r in results for name in r.paired.get("scores", {})))
+    scores.sort(key=lambda name: PAIRED.index(name) if name in PAIRED else len(PAIRED))
+    if not scores or scores[0] == "nll":
+        return []
+    name = scores[0]
+    columns = [Column(f"{name} minus dense" + " %" * is_share(name), lambda result: difference(result, name))]
+    if any(name in result.paired.get("flips", {}) for result in results):
+        columns.append(Column("lost / gained %", lambda result: flips(result, name)))
+    return columns
+
+
+def difference(result: CellResult, name: str) -> str:
+    """'-1.7 ± 1.2': a score less that of dense."""
+    found = result.paired.get("scores", {}).get(name)
+    if found is None:
+        return "-"
+    factor = 100.0 if is_share(name) else 1.0
+    text = f"{factor * found['value']:+.1f}"
+    return text if found["stderr"] is None else f"{text} ± {factor * found['stderr']:.1f}"
+
+
+def flips(result: CellResult, name: str) -> str:
+    """'5.0 / 3.3': shares of the questions that dense alone had right, and that dense alone had wrong."""
+    found = result.paired.get("flips", {}).get(name)
+    if found is None:
+        return "-"
+    return " / ".join(f"{100.0 * found[way] / found['count']:.1f}" for way in ("lost", "gained"))
+
+
+def small(metric: Metric) -> str:
+    """'0.0123 ± 0.0004', or '1.2e-07 ± 3.0e-08' where that would say nothing."""
+    numbers = [metric.value] if metric.stderr is None else [metric.value, metric.stderr]
+    spec = ".1e" if 0 < abs(metric.value) < 0.001 else ".4f"
+    return " ± ".join(format(number, spec) for number in numbers)
+
+
 def share(result: CellResult, phase: str, what: str) -> str:
     """What was kept, in percent."""
     value = result.kept_share(phase, what)
@@ -67,8 +122,27 @@ def metric_columns(results: Sequence[CellResult]) -> list[Column]:
     lengths = [row["length"] for result in results[:1] for row in result.by_length]
     if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
         columns = [_length_column(length, i) for i, length in enumerate(lengths)]
-        return [*columns, Column("all", lambda result: score(result.metrics.get("ppl"), False, 2))]
+        columns.append(Column("all", lambda result: score(result.metrics.get("ppl"), False, 2)))
+        return columns + [_text_column(*one) for one in TEXT_METRICS if _have(results, one[0])]
     return [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
+
+
+def _have(results: Sequence[CellResult], name: str) -> bool:
+    return any(name in result.metrics for result in results)
+
+
+def _text_column(name: str, header: str) -> Column:
+    def text(result: CellResult) -> str:
+        metric = result.metrics.get(name)
+        paired = result.paired.get("text", {}).get(name)
+        if paired is not None:  # dense attention of another type is no reference of its own
+            metric = Metric(paired["value"], paired["stderr"])
+        if metric is None:
+            return "-"
+        uncounted = Metric(metric.value, metric.stderr)  # the column of the perplexity has the count
+        return score(uncounted) if is_share(name) else small(uncounted)
+
+    return Column(header, text)
 
 
 def _length_column(length: int, i: int) -> Column:
@@ -101,7 +175,7 @@ def _kept_column(header: str, phase: str, what: str) -> Column:
 def results_table(results: Sequence[CellResult]) -> str:
     """One row per cell of a run: method, every metric, kept shares, time."""
     columns = [Column("method", lambda result: result.method)]
-    columns += metric_columns(results) + kept_columns(results)
+    columns += metric_columns(results) + paired_columns(results) + kept_columns(results)
     columns += [_seconds_column(name) for name in ("calibration", "evaluation")]
     return build(results, columns)
 
@@ -166,7 +240,7 @@ def _machines(rows: Sequence[SweepRow]) -> str:
 
 def _task_table(rows: Sequence[SweepRow]) -> str:
     results = [row.result for row in rows if row.result is not None]
-    columns = metric_columns(results) + kept_columns(results, ",")
+    columns = metric_columns(results) + paired_columns(results) + kept_columns(results, ",")
     columns.append(Column("minutes", lambda result: f"{sum(result.seconds.values()) / 60:.1f}"))
     lines = []
     for row in rows:
@@ -185,6 +259,8 @@ def sweep_csv(rows: Sequence[SweepRow]) -> str:
     kept = [(phase, what) for phase in PHASES for what in ("attn", "vrow")]
     header = ["task", "method", "k", "metric", "value", "stderr", "count"]
     header += [*(f"kept_{what}_{phase}" for phase, what in kept), "calibration_s", "evaluation_s", "device"]
+    fields = list(PAIRED_FIELDS) if any(row.result is not None and row.result.paired for row in rows) else []
+    header += fields
     writer.writerow(header)
     for row in rows:
         result, first = row.result, [row.task, row.method, row.k]
@@ -196,8 +272,14 @@ def sweep_csv(rows: Sequence[SweepRow]) -> str:
         device = result.extra["environment"]["device_name"]
         for name, metric in result.metrics.items():
             numbers = [metric.value, metric.stderr, metric.count]
-            writer.writerow([*first, name, *numbers, *shares, *seconds, device])
+            paired = [_paired_field(result, SCORE_OF.get(name, name), field) for field in fields]
+            writer.writerow([*first, name, *numbers, *shares, *seconds, device, *paired])
     return out.getvalue()
+
+
+def _paired_field(result: CellResult, name: str, field: str) -> Any:
+    of, _, what = PAIRED_FIELDS[field].partition(".")
+    return result.paired.get(of, {}).get(name, {}).get(what)
 
 
 def settings_line(config: dict[str, Any]) -> str:

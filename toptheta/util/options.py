@@ -25,7 +25,8 @@ class Option:
     help, metavar, group: of its flag. choices: the values there are. hint: whether a wrong value is answered
     with the nearest of them. rule: a test of a value, and what to do when it fails ("give at least 1"); a
     default of None passes. parse: reads the flag's text, where its type does not say how. answers: whether it
-    can change an answer. serves: the data sets that it has an effect on; empty: all.
+    can change an answer. serves: the data sets that it has an effect on; empty: all. earlier: what runs did
+    that were saved before there was such an option, where that is not its default.
     """
 
     help: str
@@ -37,6 +38,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     answers: bool = True
     serves: tuple[str, ...] = ()
+    earlier: Any = ...
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -90,17 +92,22 @@ def from_flags(kind: type[AnyOptions], namespace: argparse.Namespace) -> AnyOpti
 
 
 def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
-    """The dataclass that `dataclasses.asdict` made, unchecked; what is not in it has its default. Raises
-    ValueError, naming the field, for one that is unknown or whose value is of another type."""
+    """The dataclass that `dataclasses.asdict` made, unchecked; what is not in it has its default, or what
+    `earlier` says. Raises ValueError, naming the field, for one that is unknown or whose value is of another
+    type."""
     if not isinstance(saved, Mapping):
         raise ValueError("its settings are no object")
     hints = get_type_hints(kind)
-    known = {name for name, _, _ in options_of(kind)}
+    known = {name: facts for name, facts, _ in options_of(kind)}
     for name in saved:
         if name not in known:
             raise ValueError(f"there is no setting {name!r}")
     try:
-        values = {}
+        values = {
+            name: facts.earlier
+            for name, facts in known.items()
+            if name not in saved and facts.earlier is not ...
+        }
         for name, value in saved.items():
             values[name] = _typed(value, hints[name])
     except (TypeError, ValueError):

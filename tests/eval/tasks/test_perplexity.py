@@ -9,15 +9,20 @@ import pytest
 
 from tests.eval.helpers import gen_settings, only_run
 from toptheta.eval.cli import settings_from_json
+from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import GenSettings
-from toptheta.models import generation as chunked
+from toptheta.eval.tasks.perplexity import PerplexityJob
+from toptheta.models import divergence
+from toptheta.models.loading import find_model, load_tokenizer
+from toptheta.report.results import read_answers
+from toptheta.util.errors import UsageError
 
 
 def test_perplexity(folder_model: str, here_with_text: Path, capsys: pytest.CaptureFixture) -> None:
     """The table against the metric, chunks against none, calibration on other windows, a resumed run."""
     from toptheta.eval.runner import evaluate
 
-    base = gen_settings(folder_model, dataset="perplexity", text="text.txt", num_tasks=3)
+    base = gen_settings(folder_model, dataset="perplexity", text="text.txt", num_tasks=3, decode_from=0)
     results = evaluate(base)
     printed = capsys.readouterr().out
     assert "| <= 64" in printed and "| Top-theta K=16" in printed and "(n=3)" in printed
@@ -37,7 +42,7 @@ def test_perplexity(folder_model: str, here_with_text: Path, capsys: pytest.Capt
     whole = evaluate(
         gen_settings(
             folder_model, dataset="perplexity", text="text.txt", num_tasks=3, mode=(3,), prefill_chunk=None,
-            batch_size=2,
+            batch_size=2, decode_from=0,
         )
     )  # fmt: skip
     assert whole[0].metrics["ppl"].value == pytest.approx(results[2].metrics["ppl"].value, rel=1e-4)
@@ -45,12 +50,64 @@ def test_perplexity(folder_model: str, here_with_text: Path, capsys: pytest.Capt
     assert [r.metrics for r in again] == [r.metrics for r in results]
 
 
+def test_against_dense(folder_model: str, here_with_text: Path, capsys: pytest.CaptureFixture) -> None:
+    """Half of each window is dense and not counted; metrics are those of the answers; a dense cell is 0 away
+    from itself."""
+    from toptheta.eval.runner import evaluate
+
+    results = evaluate(gen_settings(folder_model, dataset="perplexity", text="text.txt", num_tasks=3))
+    printed = capsys.readouterr().out
+    assert "| <= 128" in printed and "<= 64" not in printed
+    for header in ("KL to dense", "KL 99%", "KL 99.9%", "same top token %", "ln ppl ratio"):
+        assert f"| {header}" in printed
+    dense = {answer.key: answer for answer in read_answers(str(results[2].folder))}
+    for result in results:
+        rows = list(csv.DictReader((Path(str(result.folder)) / "perplexity.csv").open()))
+        assert [(row["length"], row["tokens"]) for row in rows] == [("128", "84"), ("200", "213")]
+        answers = read_answers(str(result.folder))
+        for name in ("kl", "same_top", "ln_ppl_ratio"):
+            scores = [answer.score[name] for answer in answers]
+            metric = result.metrics[name]
+            assert metric.value == pytest.approx(np.mean(scores)) and metric.count == 3
+            assert metric.stderr == pytest.approx(np.std(scores, ddof=1) / 3**0.5)
+        for answer in answers:
+            ratio = answer.score["nll"] - dense[answer.key].score["nll"]
+            assert answer.score["ln_ppl_ratio"] == pytest.approx(ratio, abs=1e-5)
+        quantiles = [result.metrics[name].value for name in ("kl_q99", "kl_q99.9")]
+        assert result.metrics["kl_q99"].count == 3 * 99
+        if result.dense:
+            assert result.metrics["kl"].value == max(quantiles) == 0.0
+            assert result.metrics["same_top"].value == 1.0
+        else:
+            assert 0.0 < result.metrics["kl"].value < quantiles[0] <= quantiles[1]
+    full = 3 * sum(range(101, 201))
+    assert results[1].kept["prefill"].attn == pytest.approx(3 * 100 * 16 / full)
+
+
+def test_runs_of_earlier_versions(folder_model: str, here_with_text: Path) -> None:
+    """They counted all tokens, and did not compare."""
+    settings = gen_settings(folder_model, dataset="perplexity", text="text.txt")
+    saved = {name: value for name, value in settings.to_json().items() if name != "decode_from"}
+    earlier = settings_from_json(GenSettings, saved)
+    assert settings.decode_from is None and earlier.decode_from == 0
+    job = PerplexityJob(earlier, load_tokenizer(find_model(folder_model)))
+    answers = [{"key": item.key, "nll": [1.0, 2.0, 3.0], "tokens": [64, 64, 71]} for item in job.items]
+    assert set(job.outcome(answers).metrics) == {"ppl"}
+
+
+@pytest.mark.parametrize(("decode_from", "words"), [(199, "leaves no token"), (-1, "at least 0")])
+def test_too_much_left_dense(folder_model: str, here_with_text: Path, decode_from: int, words: str) -> None:
+    settings = gen_settings(folder_model, dataset="perplexity", text="text.txt", decode_from=decode_from)
+    with pytest.raises(UsageError, match=words):
+        check_settings(settings)
+
+
 def test_perplexity_resumes(folder_model: str, here_with_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toptheta.eval.runner import evaluate
 
     base = gen_settings(folder_model, dataset="perplexity", text="text.txt", num_tasks=4, mode=(1,))
     straight = evaluate(base)
-    once, calls = chunked.negative_log_likelihood, []
+    once, calls = divergence.against_dense, []
 
     def counting(*arguments):
         calls.append(1)
@@ -58,7 +115,7 @@ def test_perplexity_resumes(folder_model: str, here_with_text: Path, monkeypatch
             raise KeyboardInterrupt
         return once(*arguments)
 
-    monkeypatch.setattr(chunked, "negative_log_likelihood", counting)
+    monkeypatch.setattr(divergence, "against_dense", counting)
     stopped = gen_settings(
         folder_model, dataset="perplexity", text="text.txt", num_tasks=4, mode=(1,), output_dir="stopped"
     )

@@ -1,5 +1,6 @@
 """What the runner asks of a data set: what it calibrates on, what it evaluates, what it found."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,3 +76,8 @@ class Job(ABC):
     def hint(self, folder: str) -> str:
         """How a person goes on with the run in `folder`; empty: there is nothing to do."""
         return ""
+
+
+def passage_id(text: str) -> str:
+    """Names the text that questions are about, so that those about the same go together, see Answer."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

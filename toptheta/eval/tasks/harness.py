@@ -8,12 +8,16 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from toptheta.eval.settings import Settings
+from toptheta.eval.tasks.base import passage_id
 from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
+
+PASSAGES = ("passage", "article", "story", "context")  # columns of what several questions of a task are about
 
 
 def model_class() -> Any:
@@ -146,8 +150,11 @@ def _metric_name(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric}({filter_name})"
 
 
-def answers_of(output: dict[str, Any], tokens: dict[str, dict[str, int]]) -> list[Answer]:
-    """What each document got in a run with log_samples; tokens: of a prompt and its reply, by its text.
+def answers_of(
+    output: dict[str, Any], tokens: dict[str, dict[str, int]], replies: dict[str, list[int]]
+) -> list[Answer]:
+    """What each document got in a run with log_samples, by a prompt's text: tokens, how many it and its reply
+    have, and replies, those of the reply.
 
     A document's key is `task/doc_id`, its place in the split. A task with several filters has one answer with
     the scores of all.
@@ -163,20 +170,25 @@ def answers_of(output: dict[str, Any], tokens: dict[str, dict[str, int]]) -> lis
             }
             if key in answers:
                 answers[key].score.update(scores)
-            else:
-                answers[key] = _answer(key, sample, scores, tokens)
+                continue
+            prompt = sample["arguments"][0][0]
+            answer = _answer(key, sample, scores)
+            passage = next((sample["doc"][name] for name in PASSAGES if name in sample["doc"]), None)
+            answers[key] = replace(
+                answer,
+                tokens=tokens.get(prompt, {}),
+                reply_ids=replies.get(prompt) if isinstance(answer.answer, str) else None,
+                cluster=passage_id(passage) if isinstance(passage, str) else None,
+            )
     return list(answers.values())
 
 
-def _answer(
-    key: str, sample: dict[str, Any], scores: dict[str, float], tokens: dict[str, dict[str, int]]
-) -> Answer:
+def _answer(key: str, sample: dict[str, Any], scores: dict[str, float]) -> Answer:
     arguments, target = sample["arguments"], sample["target"]
     asked = hashlib.sha256(repr([list(map(str, one)) for one in arguments]).encode()).hexdigest()[:16]
-    counts = tokens.get(arguments[0][0], {})
     first = sample["resps"][0][0]
     if isinstance(first, str):
-        return Answer(key, asked, first, scores, counts, target=target)
+        return Answer(key, asked, first, scores, target=target)
     likelihoods = [
         float(one[0] if isinstance(one, (tuple, list)) else one) for one in sample["filtered_resps"]
     ]
@@ -186,4 +198,4 @@ def _answer(
     if isinstance(target, str) and target.strip() in choices:
         target = choices.index(target.strip())
     chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-    return Answer(key, asked, chosen, scores, counts, likelihoods, target)
+    return Answer(key, asked, chosen, scores, loglikelihoods=likelihoods, target=target)

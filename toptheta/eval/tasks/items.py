@@ -30,11 +30,12 @@ CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 @dataclass
 class Item:
     """One thing to compute. key: names it within a cell, without spaces; ids: tokens of the prompt or
-    window; facts: what else the job needs."""
+    window; facts: what else the job needs; cluster: what it shares with other items, see Answer."""
 
     key: str
     ids: list[int]
     facts: dict[str, Any] = field(default_factory=dict)
+    cluster: str | None = None
 
     @property
     def hash(self) -> str:
@@ -59,6 +60,10 @@ class ItemJob(Job):
     @abstractmethod
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
         """Answers to a batch, as JSON saves them."""
+
+    def calibrate_on(self, model: Any, batch: list[Item]) -> None:
+        """Show the model a batch while it is calibrated."""
+        self.run(model, batch)
 
     @abstractmethod
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
@@ -92,7 +97,7 @@ class ItemJob(Job):
             return
         todo = [item for item in self.calibration if item.key not in done]
         for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):
-            self.run(engine.model, batch)
+            self.calibrate_on(engine.model, batch)
             done.update(item.key for item in batch)
             after_batch()
 
@@ -134,7 +139,7 @@ class ReplyJob(ItemJob):
     def lines(self, answer: dict[str, Any]) -> dict[str, str]:
         lengths = f"{answer['prompt_tokens']} {answer['reply_tokens']}\n"
         return {
-            "predictions.jsonl": json.dumps(answer) + "\n",
+            "predictions.jsonl": json.dumps(_without_ids(answer)) + "\n",
             "prompt_completion_lengths_per_sample.csv": lengths,
         }
 
@@ -147,6 +152,8 @@ class ReplyJob(ItemJob):
                 answer["reply"],
                 score,
                 {"prompt": answer["prompt_tokens"], "reply": answer["reply_tokens"]},
+                reply_ids=answer.get("reply_ids"),
+                cluster=item.cluster,
             )
             for item, answer, score in zip(self.items, answers, scores)
         ]
@@ -163,7 +170,8 @@ class ReplyJob(ItemJob):
 def reply(
     model: Any, tokenizer: Any, batch: list[Item], max_new: int, prefill_chunk: int | None
 ) -> list[dict[str, Any]]:
-    """Greedy replies of at most `max_new` tokens: key, reply, prompt_tokens, reply_tokens of each item."""
+    """Greedy replies of at most `max_new` tokens: key, reply, prompt_tokens, reply_tokens, reply_ids of each
+    item."""
     tokens = tokenizer.pad(
         {"input_ids": [item.ids for item in batch]}, padding_side="left", return_tensors="pt"
     ).to(model_device(model))
@@ -185,10 +193,14 @@ def reply(
     for item, row in zip(batch, out.tolist()):
         length = min([len(row), *(i + 1 for i, token in enumerate(row) if token in ends)])
         text = tokenizer.decode(row[:length], skip_special_tokens=True)
-        answers.append(
-            {"key": item.key, "reply": text, "prompt_tokens": len(item.ids), "reply_tokens": length}
-        )
+        counts = {"prompt_tokens": len(item.ids), "reply_tokens": length}
+        answers.append({"key": item.key, "reply": text, **counts, "reply_ids": row[:length]})
     return answers
+
+
+def _without_ids(answer: dict[str, Any]) -> dict[str, Any]:
+    """What predictions.jsonl has of an answer: answers.jsonl has its tokens."""
+    return {name: value for name, value in answer.items() if name != "reply_ids"}
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from toptheta.eval.settings import GenSettings
-from toptheta.eval.tasks.base import Outcome
+from toptheta.eval.tasks.base import Outcome, passage_id
 from toptheta.eval.tasks.items import (
     CALIBRATION_ITEMS,
     Item,
@@ -98,7 +98,7 @@ class LongBenchJob(ReplyJob):
     def _item(self, key: str, row: dict[str, Any]) -> Item:
         text = self.set.prompt.format(context=row["context"], input=row["input"])
         text = self.settings.prompt_prefix + text + self.settings.prompt_suffix
-        return Item(key, self._shortened(text))
+        return Item(key, self._shortened(text), cluster=passage_id(row["context"]))
 
     def _shortened(self, text: str) -> list[int]:
         """The prompt's tokens; of one that is too long the first and the last half of what fits. As LongBench

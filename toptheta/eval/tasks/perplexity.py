@@ -4,6 +4,10 @@ The text is cut into whole windows, each read on its own; what is left at the en
 windows calibrate and are never evaluated: a quarter of them, at most 20, unless --calib_samples says
 otherwise. A token's context length is the number of tokens before it in its window; lengths fall into buckets
 whose upper bounds are powers of two.
+
+The first --decode_from tokens of a window, half of it, go through the model dense and are not counted: they
+stand for a prompt, and the others for what is decoded behind it. What a method predicts is compared with
+dense attention, token by token, beside it (models/divergence.py).
 """
 
 import csv
@@ -17,7 +21,8 @@ import torch
 
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Outcome
-from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ItemJob, split_off
+from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ItemJob, mean_and_stderr, split_off
+from toptheta.models import divergence
 from toptheta.models import generation as chunked
 from toptheta.models.patch import model_device
 from toptheta.report.results import Answer, Metric
@@ -25,19 +30,21 @@ from toptheta.util.errors import UsageError
 from toptheta.util.files import read_text
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
+KL_QUANTILES = {"kl_q99": 0.99, "kl_q99.9": 0.999}  # over tokens, by the metric's name
 
 
 class PerplexityJob(ItemJob):
-    """Windows of the text; the answer to a window is its summed -log p and tokens in each bucket."""
+    """Windows of the text; the answer to a window is its summed -log p and tokens in each bucket, and how far
+    each token's prediction is from dense attention's."""
 
     unit = "window"
+    options = (*ItemJob.options, "decode_from")
 
     def __init__(self, settings: GenSettings, tokenizer: Any):
         super().__init__(settings, tokenizer)
         assert settings.text is not None
-        self.start = tokenizer("")[
-            "input_ids"
-        ]  # what the tokenizer puts before every text (BOS), if anything
+        # What the tokenizer puts before every text (BOS), if anything.
+        self.start = tokenizer("")["input_ids"]
         ids = tokenizer(read_text(settings.text, "--text"), add_special_tokens=False)["input_ids"]
         width = settings.max_seq_len - len(self.start)
         windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
@@ -51,28 +58,45 @@ class PerplexityJob(ItemJob):
         )
         self.calibration = [self._item(f"calibration{i}", window) for i, window in enumerate(first)]
         self.items = [self._item(f"window{i}", window) for i, window in enumerate(rest[: settings.num_tasks])]
-        self.bounds = bucket_bounds(settings.max_seq_len)
+        given = settings.decode_from
+        self.decode_from = settings.max_seq_len // 2 if given is None else given
+        self.bounds = bucket_bounds(settings.max_seq_len, self.decode_from)
 
     def _item(self, key: str, window: list[int]) -> Item:
         return Item(key, self.start + window)
 
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
         ids = torch.tensor([item.ids for item in batch], device=model_device(model))
-        nll = chunked.negative_log_likelihood(model, ids, self.settings.prefill_chunk).double().numpy()
-        bucket = np.searchsorted(self.bounds, np.arange(1, ids.shape[1]))
+        found = divergence.against_dense(model, ids, self.decode_from, self.settings.prefill_chunk)
+        bucket = np.searchsorted(self.bounds, np.arange(self.decode_from + 1, ids.shape[1]))
         tokens = np.bincount(bucket, minlength=len(self.bounds)).tolist()
         return [
             {
                 "key": item.key,
-                "nll": np.bincount(bucket, weights=row, minlength=len(self.bounds)).tolist(),
+                "nll": np.bincount(bucket, weights=nll, minlength=len(self.bounds)).tolist(),
                 "tokens": tokens,
+                "dense_nll": float(dense_nll.sum()),
+                "kl": kl.tolist(),
+                "same_top": int(same_top.sum()),
             }
-            for item, row in zip(batch, nll)
+            for item, nll, dense_nll, kl, same_top in zip(
+                batch,
+                found.nll.double().numpy(),
+                found.dense_nll.double().numpy(),
+                found.kl.double().numpy(),
+                found.same_top.numpy(),
+            )
         ]
+
+    def calibrate_on(self, model: Any, batch: list[Item]) -> None:
+        """All rows of a window, whatever --decode_from says: thresholds of every length are found."""
+        ids = torch.tensor([item.ids for item in batch], device=model_device(model))
+        chunked.negative_log_likelihood(model, ids, self.settings.prefill_chunk)
 
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
         """With perplexity by length, also as perplexity.csv: length (upper bound of the bucket), tokens, nll
-        (mean, nats per token), ppl. The score of a window is its nll per token."""
+        (mean, nats per token), ppl. The scores of a window are means of its tokens: nll, and kl, same_top and
+        ln_ppl_ratio against dense."""
         rows = [self._bucket(answers, i) for i in range(len(self.bounds))]
         text = io.StringIO()
         columns = ["length", "tokens", "nll", "ppl"]
@@ -80,18 +104,29 @@ class PerplexityJob(ItemJob):
         table.writeheader()
         table.writerows(rows)
         nll, tokens = [sum(a["nll"]) for a in answers], [sum(a["tokens"]) for a in answers]
+        scores = [{"nll": one / count} for one, count in zip(nll, tokens)]
+        metrics = {"ppl": perplexity(nll, tokens)}
+        if all("kl" in answer for answer in answers):  # earlier versions did not compare
+            for score, answer in zip(scores, answers):
+                score |= _against_dense(answer)
+            metrics |= divergences(scores, [kl for answer in answers for kl in answer["kl"]])
         kept = [
-            Answer(item.key, item.hash, None, {"nll": one / count}, {"prompt": len(item.ids)})
-            for item, one, count in zip(self.items, nll, tokens)
+            Answer(item.key, self._hash(item), None, score, {"prompt": len(item.ids)})
+            for item, score in zip(self.items, scores)
         ]
         files = {"perplexity.csv": text.getvalue(), "perplexity.json": json.dumps(rows, indent=1) + "\n"}
-        return Outcome({"ppl": perplexity(nll, tokens)}, kept, {"by_length": rows}, files)
+        return Outcome(metrics, kept, {"by_length": rows}, files)
+
+    def _hash(self, item: Item) -> str:
+        """Of the window and of what of it is counted."""
+        return f"{item.hash}/{self.decode_from}" if self.decode_from else item.hash
 
     def _bucket(self, answers: list[dict[str, Any]], i: int) -> dict[str, Any]:
         nll, tokens = [answer["nll"][i] for answer in answers], [answer["tokens"][i] for answer in answers]
         here = perplexity(nll, tokens)
         return {
             "length": self.bounds[i],
+            "first": (self.bounds[i - 1] if i else self.decode_from) + 1,
             "tokens": sum(tokens),
             "nll": sum(nll) / sum(tokens),
             "ppl": here.value,
@@ -102,14 +137,37 @@ class PerplexityJob(ItemJob):
         return f"{model_name}, perplexity of {Path(str(self.settings.text)).name}"
 
 
-def bucket_bounds(max_seq_len: int) -> list[int]:
-    """Upper bounds of the buckets of context lengths 1..max_seq_len - 1: 64, 128, ..., the last one
-    max_seq_len."""
+def bucket_bounds(max_seq_len: int, decode_from: int = 0) -> list[int]:
+    """Upper bounds of the buckets of context lengths decode_from + 1..max_seq_len - 1: those of 64, 128, ...
+    that hold any, the last one max_seq_len."""
     bounds, bound = [], SHORTEST_BUCKET
     while bound < max_seq_len - 1:
         bounds.append(bound)
         bound *= 2
-    return [*bounds, max_seq_len]
+    return [bound for bound in [*bounds, max_seq_len] if bound > decode_from]
+
+
+def _against_dense(answer: dict[str, Any]) -> dict[str, float]:
+    """A window's scores against dense, means of its tokens."""
+    count = sum(answer["tokens"])
+    return {
+        "kl": sum(answer["kl"]) / count,
+        "same_top": answer["same_top"] / count,
+        "ln_ppl_ratio": (sum(answer["nll"]) - answer["dense_nll"]) / count,
+    }
+
+
+def divergences(scores: list[dict[str, float]], kl: list[float]) -> dict[str, Metric]:
+    """What llama.cpp's --kl-divergence prints: of windows of like size, whose scores are given, the mean
+    KL(dense || method) in nats, the share of tokens of which both find the same one the likeliest, and the
+    ln of the ratio of perplexities, with standard errors between windows; of all tokens, whose `kl` is given,
+    high quantiles."""
+    metrics = {"kl": mean_and_stderr([score["kl"] for score in scores])}
+    for name, share in KL_QUANTILES.items():
+        metrics[name] = Metric(float(np.quantile(kl, share)), None, len(kl))
+    for name in ("same_top", "ln_ppl_ratio"):
+        metrics[name] = mean_and_stderr([score[name] for score in scores])
+    return metrics
 
 
 def perplexity(nll: list[float], tokens: list[int]) -> Metric:

@@ -68,6 +68,7 @@ class QAJob(Job):
         lm, settings = engine.lm, self.settings
         lm.cell, lm.recorder, lm.description = product, recorder, description
         lm.tokens.clear()
+        lm.reply_ids.clear()
         configs = task_configs(self.task, settings.data_dir, False)
         try:
             output = harness.run_tasks(
@@ -75,7 +76,7 @@ class QAJob(Job):
             )
         finally:
             lm.cell = lm.recorder = None
-        answers = harness.answers_of(output, lm.tokens)
+        answers = harness.answers_of(output, lm.tokens, lm.reply_ids)
         return Outcome(harness.metrics_of(output), answers, summary=make_table(output))
 
 

@@ -59,7 +59,7 @@ def perplexity_figure(results: Sequence[CellResult], title: str) -> Figure:
         if compared:
             above = [100 * (row["ppl"] / base["ppl"] - 1) for row, base in zip(rows, dense[0].by_length)]
             panels[1].plot(range(len(rows)), above, **line)
-    lows = [1, *(bound + 1 for bound in bounds[0][:-1])]
+    lows = [results[0].by_length[0].get("first", 1), *(bound + 1 for bound in bounds[0][:-1])]
     ranges = [f"{low:,} to\n{high:,}" for low, high in zip(lows, bounds[0])]
     for panel in panels:
         panel.set_xticks(range(len(ranges)), ranges)

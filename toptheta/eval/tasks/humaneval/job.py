@@ -69,18 +69,20 @@ class HumanEvalJob(ReplyJob):
         text = completion.chat_message(prompt) if chat else prompt
         text = settings.prompt_prefix + text + settings.prompt_suffix
         facts = {"task_id": problem["task_id"], "prompt": prompt, "entry_point": problem["entry_point"]}
-        return Item(f"{problem['task_id']}#{sample}", self.prompt_ids(text), facts)
+        cluster = problem["task_id"] if settings.num_samples_per_task > 1 else None
+        return Item(f"{problem['task_id']}#{sample}", self.prompt_ids(text), facts, cluster)
 
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
-        replies, lengths = self._generate(model, batch)
+        replies, tokens = self._generate(model, batch)
         answers = []
-        for item, reply, length in zip(batch, replies, lengths):
+        for item, reply, ids in zip(batch, replies, tokens):
             answer = {
                 "task_id": item.facts["task_id"],
                 "completion": self._completion(reply, item),
                 "reply": reply,
             }
-            answers.append(answer | {"prompt_tokens": len(item.ids), "reply_tokens": length})
+            answer |= {"prompt_tokens": len(item.ids), "reply_tokens": len(ids), "reply_ids": ids}
+            answers.append(answer)
         return answers
 
     def _completion(self, reply: str, item: Item) -> str:
@@ -89,8 +91,8 @@ class HumanEvalJob(ReplyJob):
         return completion.truncate_base_completion(reply)
 
     @torch.no_grad()
-    def _generate(self, model: Any, batch: list[Item]) -> tuple[list[str], list[int]]:
-        """Replies to a batch, and the tokens of each."""
+    def _generate(self, model: Any, batch: list[Item]) -> tuple[list[str], list[list[int]]]:
+        """Replies to a batch, as text and as tokens."""
         settings, tokenizer = self.settings, self.tokenizer
         tokens = tokenizer.pad(
             {"input_ids": [item.ids for item in batch]}, padding_side="left", return_tensors="pt"
@@ -119,12 +121,12 @@ class HumanEvalJob(ReplyJob):
             repetition_penalty=1.0,
             **(SAMPLING if settings.do_sample else {"temperature": None, "top_p": None, "top_k": None}),
         )
-        lengths = []
+        tokens_of = []
         for row, stopped in zip(out.tolist(), stop.lengths):
             ends = [i + 1 for i, token in enumerate(row) if token in eos]
-            lengths.append(min([len(row), *ends[:1], *([stopped] if stopped is not None else [])]))
-        replies = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(out, lengths)]
-        return replies, lengths
+            length = min([len(row), *ends[:1], *([stopped] if stopped is not None else [])])
+            tokens_of.append(row[:length])
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens_of], tokens_of
 
     def lines(self, answer: dict[str, Any]) -> dict[str, str]:
         lengths = f"{answer['prompt_tokens']} {answer['reply_tokens']}\n"

@@ -1,0 +1,221 @@
+"""Cells of any runs, side by side: the work of compare.py."""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from toptheta.report.paired import Comparison, Difference, compare
+from toptheta.report.results import CellResult, Metric, read_answers
+from toptheta.report.tables import Column, build, is_share, score, small
+from toptheta.util.errors import UsageError
+from toptheta.util.files import timestamp, write_json, write_text
+
+EXPLANATION = (
+    "± is the standard error, of a difference the paired one; in brackets its 95% interval. Lost and gained: "
+    "questions that the baseline alone had right, and that it alone had wrong; p: McNemar's exact test of "
+    "their balance."
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A cell beside the baseline; comparison: None for the baseline itself."""
+
+    label: str
+    result: CellResult
+    comparison: Comparison | None
+
+
+def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Compared]:
+    """Compare the cells of `runs`, folders, with the first of them; print the table, and write compare.md,
+    .csv, .json and .png. Raises UsageError for less than two cells, or cells of different questions."""
+    from toptheta.report.plots.compare import draw_comparison
+
+    folders = [folder for run in runs for folder in cells_of(run)]
+    if len(set(folders)) < 2:
+        raise UsageError(
+            f"{' '.join(runs)} names one cell only: name another run or cell to compare it with."
+        )
+    results = [_result(folder) for folder in dict.fromkeys(folders)]
+    labels = _labels(results)
+    baseline = read_answers(str(results[0].folder))
+    rows = [Compared(labels[0], results[0], None)]
+    for label, result in zip(labels[1:], results[1:]):
+        found = compare(baseline, read_answers(str(result.folder)), (labels[0], label))
+        rows.append(Compared(label, result, found))
+    title = f"{results[0].model}, {results[0].task}: compared with {labels[0]}"
+    folder = Path(output_dir) if output_dir else Path("products") / "compare" / timestamp()
+    table = comparison_table(rows)
+    write_text(folder / "compare.md", f"# {title}\n\n{table}\n\n{EXPLANATION}\n\n{_sources(rows)}\n")
+    write_text(folder / "compare.csv", comparison_csv(rows))
+    write_json(folder / "compare.json", [_to_json(row) for row in rows])
+    draw_comparison(
+        [(row.label, row.comparison) for row in rows if row.comparison], folder / "compare.png", title
+    )
+    print(f"{title}\n\n{table}\n\n{EXPLANATION}\nWritten: {folder}")
+    return rows
+
+
+def cells_of(run: str) -> list[Path]:
+    """The folders of a run's cells, dense ones first; of a cell, its own. Raises UsageError where there is no
+    finished cell."""
+    folder = Path(run)
+    if (folder / "results.json").is_file():
+        return [folder]
+    cells = sorted(path.parent for path in folder.glob("*/results.json"))
+    if not cells:
+        tasks = sorted({path.parent.parent.name for path in folder.glob("*/*/results.json")})
+        some = f" one of its tasks ({', '.join(tasks)})," if tasks else ""
+        raise UsageError(
+            f"{run} holds no finished cell: name{some} a folder of a run, products/<timestamp>, or of one "
+            "of its cells."
+        )
+    return sorted(cells, key=lambda cell: not _result(cell).dense)
+
+
+def _result(folder: Path) -> CellResult:
+    try:
+        saved = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{folder / 'results.json'} is damaged: run the cell again.") from None
+    return replace(CellResult.from_json(saved), folder=str(folder))
+
+
+def _labels(results: Sequence[CellResult]) -> list[str]:
+    """The methods; where several are the same, also what tells them apart: model, type or folder."""
+    labels = [result.method for result in results]
+    facts = [[result.model, _dtype(result), str(result.folder)] for result in results]
+    for i in range(3):
+        several = {one[i] for one in facts}
+        times = Counter(labels)
+        if len(several) > 1:
+            labels = [
+                f"{label}, {one[i]}" if times[label] > 1 else label for label, one in zip(labels, facts)
+            ]
+    return labels
+
+
+def _dtype(result: CellResult) -> str:
+    try:
+        return str(json.loads((Path(str(result.folder)) / "config.json").read_text()).get("dtype", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def comparison_table(rows: Sequence[Compared]) -> str:
+    """A row for each cell, the baseline first."""
+    found = [row.comparison for row in rows if row.comparison is not None]
+    columns = [Column("method", lambda row: row.label)]
+    metrics = dict.fromkeys(name for row in rows for name in row.result.metrics)
+    shown = [name for name in metrics if not any(name in one.text for one in found)]
+    columns += [_metric_column(name) for name in shown if not name.startswith("kl_")]
+    for name in dict.fromkeys(name for one in found for name in one.scores):
+        if name != "nll":
+            columns.append(_difference_column(name))
+            if any(name in one.flips for one in found):
+                columns.append(_flips_column(name))
+    columns += [column for header, column in _more_columns() if any(header in _more(one) for one in found)]
+    return build(rows, columns)
+
+
+def _metric_column(name: str) -> Column:
+    share = is_share(name)
+    header = f"{name} %" if share else name
+    return Column(header, lambda row: score(row.result.metrics.get(name), share, 1 if share else 2))
+
+
+def _difference_column(name: str) -> Column:
+    share = is_share(name)
+
+    def text(row: Compared) -> str:
+        one = row.comparison and row.comparison.scores.get(name)
+        return _with_interval(one, 100.0 if share else 1.0, 1 if share else 3) if one else "-"
+
+    return Column(f"{name} difference" + (" %" if share else ""), text)
+
+
+def _with_interval(one: Difference, factor: float, digits: int) -> str:
+    """'-1.7 ± 1.2 (-4.0 to 0.6)'."""
+    text = f"{factor * one.value:+.{digits}f}"
+    if one.stderr is None or one.interval is None:
+        return text
+    low, high = (f"{factor * end:+.{digits}f}" for end in one.interval)
+    return f"{text} ± {factor * one.stderr:.{digits}f} ({low} to {high})"
+
+
+def _flips_column(name: str) -> Column:
+    def text(row: Compared) -> str:
+        one = row.comparison and row.comparison.flips.get(name)
+        return f"{one.lost} / {one.gained} of {one.count}, p={one.p:.2g}" if one else "-"
+
+    return Column(f"{name} lost / gained", text)
+
+
+def _more(one: Comparison) -> dict[str, str]:
+    """What is compared beside the scores, as text by header."""
+    texts = {}
+    if one.target_logprob is not None:
+        texts["right answer's log p"] = _with_interval(one.target_logprob, 1.0, 3)
+    if one.completions is not None:
+        texts["identical completions %"] = score(one.completions.identical)
+        if one.completions.first_difference is not None:
+            texts["first other token, median"] = f"{one.completions.first_difference:g}"
+    for name, metric in one.text.items():
+        uncounted = Metric(metric.value, metric.stderr)
+        share = is_share(name)
+        texts[f"{name} %" if share else name] = score(uncounted) if share else small(uncounted)
+    return texts
+
+
+def _more_columns() -> list[tuple[str, Column]]:
+    headers = ["right answer's log p", "identical completions %", "first other token, median"]
+    headers += ["kl", "same_top %", "ln_ppl_ratio"]
+
+    def column(header: str) -> Column:
+        return Column(header, lambda row: _more(row.comparison).get(header, "-") if row.comparison else "-")
+
+    return [(header, column(header)) for header in headers]
+
+
+def comparison_csv(rows: Sequence[Compared]) -> str:
+    """A line for each cell and thing compared: a score, target_logprob, identical, kl, ..."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    header = ["method", "folder", "compared", "value", "stderr", "low", "high", "count", "clusters"]
+    writer.writerow([*header, "lost", "gained", "mcnemar_p"])
+    for row in rows:
+        if row.comparison is None:
+            continue
+        first = [row.label, row.result.folder]
+        differences = dict(row.comparison.scores)
+        if row.comparison.target_logprob is not None:
+            differences["target_logprob"] = row.comparison.target_logprob
+        for name, one in differences.items():
+            low, high = one.interval or (None, None)
+            flips = row.comparison.flips.get(name)
+            last = [flips.lost, flips.gained, flips.p] if flips else [None] * 3
+            writer.writerow([*first, name, one.value, one.stderr, low, high, one.count, one.clusters, *last])
+        plain = dict(row.comparison.text)
+        if row.comparison.completions is not None:
+            plain["identical"] = row.comparison.completions.identical
+            place = row.comparison.completions.first_difference
+            if place is not None:
+                plain["first_difference"] = Metric(place)
+        for name, metric in plain.items():
+            numbers = [metric.value, metric.stderr, None, None, metric.count]
+            writer.writerow([*first, name, *numbers, *[None] * 4])
+    return out.getvalue()
+
+
+def _to_json(row: Compared) -> dict[str, Any]:
+    compared = row.comparison.to_json() if row.comparison else None
+    return {"label": row.label, "result": row.result.to_json(), "compared": compared}
+
+
+def _sources(rows: Sequence[Compared]) -> str:
+    return "\n".join(f"- {row.label}: `{row.result.folder}`" for row in rows)

@@ -1,0 +1,231 @@
+"""Two runs on the same questions, compared question by question.
+
+Sparse and dense attention agree on most questions, so that the standard error of their difference is far
+smaller than that of either: differences are taken within each question first. Covers the numbers; tables.py
+and compare.py show them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import comb, sqrt
+from statistics import NormalDist, fmean, median
+from typing import Any
+
+from toptheta.report.results import Answer, CellResult, Metric, read_answers
+from toptheta.util.errors import UsageError
+
+AGAINST_DENSE = ("kl", "same_top", "ln_ppl_ratio")  # scores that are a comparison with dense already
+WITHIN = NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95% interval
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over questions of other - baseline. stderr: paired, None where there are less than two questions
+    or clusters; clusters: how many, None where each question stands alone."""
+
+    value: float
+    stderr: float | None
+    count: int
+    clusters: int | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval, by the normal distribution."""
+        if self.stderr is None:
+            return None
+        return self.value - WITHIN * self.stderr, self.value + WITHIN * self.stderr
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = self.interval or (None, None)
+        return asdict(self) | {"low": low, "high": high}
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Questions (of `count`) that the baseline had right and the other has wrong (lost), and the other way
+    round (gained), as 2407.09141 counts them."""
+
+    lost: int
+    gained: int
+    count: int
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact test, two-sided: how likely flips as uneven as these or more are, if each is as
+        likely to go either way."""
+        total = self.lost + self.gained
+        fewer = sum(comb(total, i) for i in range(min(self.lost, self.gained) + 1))
+        return min(1.0, 2 * fewer / 2**total)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"mcnemar_p": self.p}
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Generated texts. identical: the share that is the same, token by token; first_difference: of those that
+    are not, the median place of the first token that differs, from 1 on; None where all are the same, or
+    their tokens were not kept."""
+
+    identical: Metric
+    first_difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs on the same questions differ in. scores: of each score that all answers have; flips: of
+    those that are right or wrong; target_logprob: of the right answer's log-probability (nats), in likelihood
+    tasks; completions: in tasks that generate; text: of a text that was read, the other's kl and same_top
+    to dense attention in its own process, and the ln of the ratio of the two perplexities."""
+
+    count: int
+    scores: dict[str, Difference] = field(default_factory=dict)
+    flips: dict[str, Flips] = field(default_factory=dict)
+    target_logprob: Difference | None = None
+    completions: Completions | None = None
+    text: dict[str, Metric] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"count": self.count}
+        values["scores"] = {name: one.to_json() for name, one in self.scores.items()}
+        values["flips"] = {name: one.to_json() for name, one in self.flips.items()}
+        values["target_logprob"] = self.target_logprob and self.target_logprob.to_json()
+        values["completions"] = self.completions and asdict(self.completions)
+        values["text"] = {name: asdict(metric) for name, metric in self.text.items()}
+        return {name: value for name, value in values.items() if value or value == 0}
+
+
+def compare(
+    baseline: Sequence[Answer], other: Sequence[Answer], names: tuple[str, str] = ("the first", "the second")
+) -> Comparison:
+    """Compare the answers of two runs. names: of the runs, for the error. Raises UsageError when they were
+    not asked the same questions."""
+    pairs = _pairs(baseline, other, names)
+    shared = set.intersection(*(set(answer.score) for pair in pairs for answer in pair))
+    scores, flips, text = dict[str, Difference](), dict[str, Flips](), dict[str, Metric]()
+    for name in pairs[0][0].score:
+        if name not in shared or name in AGAINST_DENSE:
+            continue
+        both = [(a.score[name], b.score[name]) for a, b in pairs]
+        scores[name] = _difference(pairs, lambda a, b, name=name: b.score[name] - a.score[name])  # type: ignore[misc]
+        if all(one in (0.0, 1.0) for pair in both for one in pair):
+            flips[name] = Flips(both.count((1.0, 0.0)), both.count((0.0, 1.0)), len(pairs))
+    if "nll" in scores:
+        text = {
+            name: _mean([b.score[name] for _, b in pairs])
+            for name in AGAINST_DENSE
+            if all(name in b.score for _, b in pairs)
+        }
+        text["ln_ppl_ratio"] = Metric(scores["nll"].value, scores["nll"].stderr, len(pairs))
+    judged = [(a, b) for a, b in pairs if _target(a) is not None and _target(b) is not None]
+    target = _difference(judged, lambda a, b: _target(b) - _target(a)) if judged else None  # type: ignore[operator]
+    generated = all(isinstance(answer.answer, str) for pair in pairs for answer in pair)
+    return Comparison(len(pairs), scores, flips, target, _completions(pairs) if generated else None, text)
+
+
+def beside_dense(results: Sequence[CellResult]) -> tuple[list[CellResult], list[str]]:
+    """The results, each but the first dense one with `paired`, its comparison with that; and a sentence on
+    each that cannot be compared. Without a dense cell the results are as they were."""
+    dense = next((result for result in results if result.dense and result.folder), None)
+    others = [result for result in results if result is not dense and result.folder]
+    if dense is None or not others:
+        return list(results), []
+    notes: list[str] = []
+    try:
+        baseline = read_answers(str(dense.folder))
+    except UsageError as error:
+        return list(results), [f"Nothing is compared with {dense.method}: {error}"]
+    compared = []
+    for result in results:
+        if any(result is other for other in others):
+            try:
+                found = compare(baseline, read_answers(str(result.folder)), (dense.method, result.method))
+                paired = {"baseline": dense.method} | found.to_json()
+                result = replace(result, extra=result.extra | {"paired": paired})
+            except UsageError as error:
+                notes.append(f"{result.method} is not compared with {dense.method}: {error}")
+        compared.append(result)
+    return compared, notes
+
+
+def paired_difference(values: Sequence[float], clusters: Sequence[str | None] = ()) -> Difference:
+    """The mean of one difference for each question, with its standard error (Miller 2024, arXiv 2411.00640:
+    the formulas for paired differences and for clustered questions).
+
+    clusters: of each question, what it shares with others, a passage for example; None: nothing.
+    """
+    count, mean = len(values), fmean(values)
+    rest = [value - mean for value in values]
+    alone = [cluster if cluster is not None else i for i, cluster in enumerate(clusters or range(count))]
+    sizes = Counter(alone)
+    clustered = any(size > 1 for size in sizes.values())
+    if len(sizes) < 2:
+        return Difference(mean, None, count, len(sizes) if clustered else None)
+    squares = sum(one * one for one in rest)
+    variance = squares / (count - 1) / count
+    if clustered:
+        sums: dict[Any, float] = {}
+        for cluster, one in zip(alone, rest):
+            sums[cluster] = sums.get(cluster, 0.0) + one
+        variance += (sum(one * one for one in sums.values()) - squares) / count**2
+    return Difference(mean, sqrt(max(variance, 0.0)), count, len(sizes) if clustered else None)
+
+
+def _pairs(
+    baseline: Sequence[Answer], other: Sequence[Answer], names: tuple[str, str]
+) -> list[tuple[Answer, Answer]]:
+    """Both answers to each question, in the baseline's order."""
+    first, second = names
+    if not baseline:
+        raise UsageError(f"{first} has no answers: compare runs that evaluated something.")
+    answers = {answer.key: answer for answer in other}
+    missing = [answer.key for answer in baseline if answer.key not in answers]
+    further = answers.keys() - {answer.key for answer in baseline}
+    if missing or further:
+        some = missing[0] if missing else min(further)
+        raise UsageError(
+            f"{first} and {second} answered different questions ({len(missing)} are only in {first}, "
+            f"{len(further)} only in {second}, {some} among them): compare runs with the same task, seed and "
+            "number of questions."
+        )
+    for answer in baseline:
+        if answers[answer.key].hash != answer.hash:
+            raise UsageError(
+                f"{first} and {second} asked {answer.key} in different words: compare runs with the same "
+                "shots, template, text and lengths."
+            )
+    return [(answer, answers[answer.key]) for answer in baseline]
+
+
+def _difference(
+    pairs: Sequence[tuple[Answer, Answer]], value: Callable[[Answer, Answer], float]
+) -> Difference:
+    return paired_difference([value(a, b) for a, b in pairs], [a.cluster for a, _ in pairs])
+
+
+def _mean(values: Sequence[float]) -> Metric:
+    found = paired_difference(values)
+    return Metric(found.value, found.stderr, found.count)
+
+
+def _target(answer: Answer) -> float | None:
+    """Log-probability (nats) of the right answer; None where it is not known to be one of the choices."""
+    likelihoods, target = answer.loglikelihoods, answer.target
+    if likelihoods is None or isinstance(target, bool) or not isinstance(target, int):
+        return None
+    return likelihoods[target] if 0 <= target < len(likelihoods) else None
+
+
+def _completions(pairs: Sequence[tuple[Answer, Answer]]) -> Completions:
+    same, places, known = [], [], True
+    for a, b in pairs:
+        if a.reply_ids is None or b.reply_ids is None:
+            same.append(a.answer == b.answer)
+            known = False
+            continue
+        same.append(a.reply_ids == b.reply_ids)
+        if not same[-1]:
+            agree = [x == y for x, y in zip(a.reply_ids, b.reply_ids)]
+            places.append(agree.index(False) if False in agree else len(agree))
+    return Completions(_mean([float(one) for one in same]), 1 + median(places) if known and places else None)
