@@ -45,6 +45,7 @@ from toptheta.models.control import (
 from toptheta.models.loading import find_model, load_model, load_tokenizer
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
+from toptheta.report.plots.style import MARKERS, look, new_figure, save_figure, series_colours
 from toptheta.report.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +175,27 @@ def shown(row: dict[str, Any]) -> list[str]:
     return cells
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL against kept elements and V rows, a line for each method."""
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    with look():
+        figure = new_figure(9.0, 4.4, "KL to dense attention by what is kept")
+        for axes, x in zip(figure.subplots(1, 2, sharey=True), COLUMNS[:2]):
+            for name, colour, marker in zip(names, series_colours(len(names)), MARKERS):
+                points = sorted((row[x], row["KL"]) for row in rows if row["method"] == name)
+                y, errors = [p[1]["value"] for p in points], [p[1]["stderr"] or 0.0 for p in points]
+                axes.errorbar(
+                    [p[0] for p in points], y, errors, color=colour, marker=marker, label=name, lw=1.2
+                )
+            axes.set(xscale="log", yscale="log", xlabel=x)
+            ticks = sorted({round(row[x]) for row in rows if row["method"] == names[0]})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+        figure.axes[0].set_ylabel("KL(dense || method), nats a token")
+        figure.axes[0].legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True)
@@ -222,7 +244,8 @@ def main() -> None:
             args.output.write_text(json.dumps(done, indent=1) + "\n")
             print("  ".join(shown(row)), file=sys.stderr, flush=True)
     print(table([shown(row) for row in done["rows"]], ["method", "K", *COLUMNS]))
-    print(f"\n{done['rows'][0]['tokens']} tokens; written to {args.output}")
+    draw(done["rows"], args.output.with_suffix(".png"))
+    print(f"\n{done['rows'][0]['tokens']} tokens; written to {args.output}, and a picture beside it")
 
 
 if __name__ == "__main__":
