@@ -48,11 +48,15 @@ def test_cells_take_every_option_of_sparse_attention(tmp_path: Path) -> None:
         f"--calib_add_sigma 0.5 --calib_sample_frac 1 --calib_interp fit --calib_smooth 3 "
         f"--calib_load_path {tmp_path}"
     )
-    settings = parse(flags)
-    (cell,) = settings.cells()
-    for f in fields(MethodOptions):
-        assert getattr(cell, f.name) == getattr(settings, f.name)
-        assert getattr(cell, f.name) != f.default or f.name == "placement"
+    budget = "--mode 0 --placement post-softmax --calib_to budget --calib_layers sensitivity"
+    given = set()
+    for settings in (parse(flags), parse(budget)):
+        (cell,) = settings.cells()
+        for f in fields(MethodOptions):
+            assert getattr(cell, f.name) == getattr(settings, f.name)
+            if getattr(cell, f.name) != f.default:
+                given.add(f.name)
+    assert given == {f.name for f in fields(MethodOptions)}
     dense = parse("--mode 0,3 --vmc --sdc exact").cells()[1]
     assert dense == AttentionParams(method=dense.method, placement="none") and dense.method.is_dense
     # What serves thresholds alone stays with them.
