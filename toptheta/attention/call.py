@@ -41,6 +41,8 @@ class AttentionCall:
     say what was kept; count_rows: also by row. What the cache keeps beside K and V: v_sum `[B, H_kv, D]`
     float32, the sum of V over the visible keys of the only query row (it spares the kernels reading all of
     V); int8, the copy of K (it spares the Triton kernels reading all of K); state, what the method remembers.
+    decode: the only query row of each sequence is a decode step; else the rows belong to a prompt, or to what
+    is read behind one.
     """
 
     q: Tensor
@@ -56,6 +58,7 @@ class AttentionCall:
     v_sum: Tensor | None = None
     int8: Int8Keys | None = None
     state: State | None = None
+    decode: bool = False
 
     @property
     def kernel(self) -> KernelSpec | None:

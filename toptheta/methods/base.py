@@ -20,9 +20,11 @@ from toptheta import methods
 from toptheta.util.errors import UsageError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and flags need this file
+    import torch
     from torch import Tensor
 
 NEG_INF = float("-inf")
+TINY = 1e-30  # in place of a sum of 0, of a row that sees nothing
 
 
 class Selection(IntEnum):
@@ -64,12 +66,22 @@ class State:
     """What a method remembers from step to step, beside the cache of one layer.
 
     tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They
-    follow the cache when it is cropped, reordered or repeated. numbers: what has no tensor, such as the
-    prompt's length.
+    follow the cache when it is cropped, reordered or repeated. numbers: what has no tensor. owner: the method
+    that remembers it; another one starts anew.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+    owner: Method | None = None
+
+    def tensor(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of this name over the first E keys, as a view that may be changed in place; made of
+        zeros, or False, where there is none. like: `[B, ..., E]`; dtype: by default its own."""
+        end = like.shape[-1]
+        if name not in self.tensors:
+            self.tensors[name] = like.new_zeros(like.shape, dtype=dtype or like.dtype)
+        self.grow(end)
+        return self.tensors[name][..., :end]
 
     def crop(self, length: int) -> None:
         """Forget all keys from `length` on."""
@@ -92,7 +104,13 @@ class State:
         self.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.tensors.items()}
 
     def clear(self) -> None:
-        self.tensors, self.numbers = {}, {}
+        self.tensors, self.numbers, self.owner = {}, {}, None
+
+    def belong_to(self, method: Method) -> None:
+        """Forget what another method remembered."""
+        if self.owner != method:
+            self.clear()
+            self.owner = method
 
 
 @dataclass
@@ -103,7 +121,8 @@ class Block:
     post-softmax; -inf where not visible. row_max: `[B, H, R, 1]` the largest of each row. n: `[B or 1, R]`
     visible keys of each row. real: `[B or 1, R]` rows that are not padding, or None (all). q: `[B, H, R, D]`
     scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last
-    rows of the call. state: what the method remembers, None for a method without.
+    rows of the call. state: what the method remembers, None for a method without. decode: the only row of
+    each sequence is a decode step; else the rows belong to a prompt. are_weights: x holds weights.
     """
 
     x: Tensor
@@ -116,11 +135,21 @@ class Block:
     k: Tensor | None = None
     last: bool = True
     state: State | None = None
+    decode: bool = False
+    are_weights: bool = False
 
     @property
     def visible(self) -> Tensor:
         """`[B, H, R, E]` bool."""
         return self.x > NEG_INF
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of dense attention, `[B, H, R, E]`: 0 where not visible."""
+        if self.are_weights:
+            return self.x.clamp_min(0.0)
+        exps = (self.x - self.row_max).exp()
+        return exps / exps.sum(dim=-1, keepdim=True).clamp_min(TINY)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Steering a patched model: parameters, calibration, look-up tables, statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,23 @@ def tables_of(model: nn.Module) -> CalibrationTables | None:
 def recorder_of(model: nn.Module) -> Recorder | None:
     """What collects statistics now, if anything."""
     return model_state(model).recorder
+
+
+@contextmanager
+def reading_prompt(model: nn.Module) -> Iterator[None]:
+    """All rows that come meanwhile belong to a prompt: by its shape, a last chunk of one row would be a
+    decode step. `end_prompt` ends it before."""
+    shared = model_state(model)
+    shared.in_prompt = True
+    try:
+        yield
+    finally:
+        shared.in_prompt = False
+
+
+def end_prompt(model: nn.Module) -> None:
+    """From here on a single row is a decode step."""
+    model_state(model).in_prompt = False
 
 
 def calibrations(model: nn.Module) -> dict[int, LayerCalibration]:

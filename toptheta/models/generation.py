@@ -10,21 +10,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from toptheta.models.control import recorder_of
-from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.models.control import end_prompt, reading_prompt
 
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
 
 
 class _EndOfPrefill(StoppingCriteria):
-    """Tells the recorder that the prompt is through: generation asks after every new token whether to
-    stop."""
+    """Tells the model that the prompt is through: generation asks after every new token whether to stop."""
 
-    def __init__(self, recorder: Recorder):
-        self.recorder = recorder
+    def __init__(self, model: Any):
+        self.model = model
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.recorder.phase = None  # from here on rows come one by one, which their shape tells
+        end_prompt(self.model)  # from here on rows come one by one, which their shape tells
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -36,15 +34,11 @@ def generate(
     padded at the left).
 
     prefill_chunk: tokens of the prompt that go through the model at once; None: all. The last chunk may be a
-    single row, whose shape is that of a decode step; it is counted as prefill. arguments: for
+    single row, whose shape is that of a decode step; it is prefill all the same. arguments: for
     `model.generate`.
     """
-    recorder = recorder_of(model)
-    criteria = [stop] if stop is not None else []
-    if recorder is not None:
-        recorder.phase = PREFILL
-        criteria.insert(0, _EndOfPrefill(recorder))
-    try:
+    criteria = [_EndOfPrefill(model)] + ([stop] if stop is not None else [])
+    with reading_prompt(model):
         out = model.generate(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
@@ -52,9 +46,6 @@ def generate(
             stopping_criteria=StoppingCriteriaList(criteria),
             **arguments,
         )
-    finally:
-        if recorder is not None:
-            recorder.phase = None
     return out[:, tokens["input_ids"].shape[1] :]
 
 
@@ -62,13 +53,10 @@ def generate(
 def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | None) -> Tensor:
     """`[B, Q - 1]` float32 on the CPU: -log p (nats) of tokens 1..Q-1 of `input_ids` `[B, Q]` (no padding),
     each given all before it. Entry i has a context of i + 1 tokens."""
-    recorder = recorder_of(model)
     chunked = prefill_chunk is not None and prefill_chunk < input_ids.shape[1]
     cache = DynamicCache(config=model.config) if chunked else None
     parts = []
-    if recorder is not None:
-        recorder.phase = PREFILL
-    try:
+    with reading_prompt(model):
         start = 0
         for chunk in input_ids.split(prefill_chunk or input_ids.shape[1], dim=1):
             hidden = model.model(input_ids=chunk, past_key_values=cache, use_cache=chunked).last_hidden_state
@@ -80,7 +68,4 @@ def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | 
                 chosen = logits.gather(-1, wanted[..., None])[..., 0]
                 parts.append((logits.logsumexp(dim=-1) - chosen).cpu())
             start += chunk.shape[1]
-    finally:
-        if recorder is not None:
-            recorder.phase = None
     return torch.cat(parts, dim=1)

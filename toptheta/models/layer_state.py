@@ -21,12 +21,19 @@ from toptheta.models.value_sum import VSum
 
 
 class ModelState:
-    """What the layers of one model share: the parameters as set_params left them, and the tables in use."""
+    """What the layers of one model share: the parameters as set_params left them, and the tables in use.
+    in_prompt: all rows that come belong to a prompt, even a single one behind others."""
 
     def __init__(self) -> None:
         self.params = AttentionParams()
         self.tables: CalibrationTables | None = None
         self.recorder: Recorder | None = None
+        self.in_prompt = False
+
+    def is_decode(self, q_len: int, kv_len: int) -> bool:
+        """Whether a call of `q_len` rows over `kv_len` keys is a decode step: one new row behind others,
+        unless it is the last chunk of a prompt."""
+        return q_len == 1 and kv_len > 1 and not self.in_prompt
 
 
 class LayerState(nn.Module):
