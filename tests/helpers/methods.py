@@ -17,8 +17,9 @@ from toptheta.methods.params import LayerSpec
 from toptheta.models.interface import toptheta_mask
 
 LENGTH, PROMPT, HEAD_DIM, SCALE = 40, 29, 48, 0.2
-# What a loop is handed: q `[H, T, D]` and keys `[H_kv, T, D]` of one sequence, without padding, in float64; how
-# many of its rows are the prompt; their places among the rows of the batch. It returns weights `[H, T, T]`.
+# What a loop is handed: q `[H, T, D]` and keys `[H_kv, T, D]` of one sequence, without padding, in float64;
+# how many of its rows are the prompt; their places among the rows of the batch. It returns weights
+# `[H, T, T]`.
 Loop = Callable[[Tensor, Tensor, int, list[int]], Tensor]
 
 LAYOUTS: dict[str, dict[str, Any]] = {

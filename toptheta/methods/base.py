@@ -160,7 +160,8 @@ class Method:
     published project's number, None for a method that it lacks. is_dense: keeps everything. uses_k: `--k` is
     its budget, and rows with n <= K are left dense; otherwise its options say what is kept. needs_thresholds:
     reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
-    has_state: `keep` reads and changes `block.state`.
+    has_state: `keep` reads and changes `block.state`. samples_sdc: what it drops from prompts says what it
+    drops, so that SDC can be calibrated.
     """
 
     name: ClassVar[str]
@@ -172,6 +173,11 @@ class Method:
     needs_thresholds: ClassVar[bool] = False
     aims_at_k: ClassVar[bool] = False
     has_state: ClassVar[bool] = False
+    samples_sdc: ClassVar[bool] = True
+
+    def leaves_dense(self, layer: int) -> bool:
+        """Whether the layer of this index is dense, whatever its K."""
+        return False
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller

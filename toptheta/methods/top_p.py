@@ -20,8 +20,8 @@ from toptheta.util.errors import UsageError
 @register
 @dataclass(frozen=True)
 class TopP(Method):
-    """p: the share of a row's weight that is kept, at least. Nothing else bounds what a row keeps: there is no
-    K."""
+    """p: the share of a row's weight that is kept, at least. Nothing else bounds what a row keeps, so there
+    is no K."""
 
     p: float = 0.85
 

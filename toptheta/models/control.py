@@ -107,7 +107,11 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
 
 
 def _sparse_layers(params: AttentionParams, k_per_layer: tuple[int, ...]) -> list[int]:
-    return [i for i, k in enumerate(k_per_layer) if params.layer(k).sparse and params.test_layer in (None, i)]
+    return [
+        i
+        for i, k in enumerate(k_per_layer)
+        if params.layer(k).sparse and params.test_layer in (None, i) and not params.method.leaves_dense(i)
+    ]
 
 
 def _install(
