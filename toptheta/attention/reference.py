@@ -45,6 +45,8 @@ def sparse_attention(
         state.grow(kv_len)
 
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
+    if spec.sparse:
+        step = spec.method.rows_of_block(step)
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)
         end = rows.end(stop, kv_len)

@@ -184,6 +184,10 @@ class Method:
         leaves dense (n <= K) are filled up afterwards."""
         raise NotImplementedError
 
+    def rows_of_block(self, rows: int) -> int:
+        """How many rows a block is to have, where `rows` fit well."""
+        return rows
+
     def after(self, block: Block, weights: Tensor) -> None:
         """What `state` takes of the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""
 

@@ -50,7 +50,7 @@ class Quest(Method):
         scores = self._scores(block.q[:, :, 0], block.k, visible, page, pages)
         if self.group:
             scores = scores.view(batch, num_kv_heads, -1, pages).sum(dim=2)
-        chosen = keep_largest(scores, max(LEAST_PAGES, block.budget // self.page))
+        chosen = keep_largest(scores, max(LEAST_PAGES, block.budget // self.page), earlier=True)
         chosen = chosen.repeat_interleave(num_heads // chosen.shape[1], dim=1)
         keep = chosen.gather(-1, page[:, None].expand(-1, num_heads, -1)) & visible[:, None]
         return keep[:, :, None]
