@@ -13,7 +13,7 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import Rows
 from toptheta.kernels.cpu import backend as cpu
 from toptheta.methods.params import LayerSpec
-from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.models.recorder import Recorder
 
 HEADS, SCALE = (4, 2, 16), 0.25
 
@@ -48,7 +48,6 @@ def test_rows_are_counted_alike_by_kernel_plain_path_and_loops(kind: str) -> Non
             assert attend(call(q, k, v, rows, spec, SCALE, theta, count=True))[1].row is None
 
         recorder = Recorder(HEADS[0], effective_k=True)
-        recorder.phase = PREFILL
         recorder.add(0, rows, K, plain, (batch, *HEADS[:2], kv_len))
         histogram = recorder.drain()[0][0].histogram
         n = rows.n if rows.real is None else rows.n * rows.real

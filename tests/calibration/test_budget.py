@@ -13,6 +13,7 @@ from tests.helpers.models import tokens
 from topk_llama import restore_model, set_params, update_model
 from toptheta.calibration.budget import BINS, LOWEST, WIDTH, kept_above, share_out, solve_threshold
 from toptheta.calibration.tables import load_tables, save_tables
+from toptheta.models import control
 from toptheta.models.control import (
     begin_calibration,
     calibrated_tables,
@@ -215,7 +216,13 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
         tiny_model(tokens(length=60, seed=seed))
     found = calibrations(tiny_model)
     assert [len(one.prompts) for one in found.values()] == [2, 0, 0]
-    tables = calibrated_tables(tiny_model)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = control.measure
+        patch.setattr(control, "measure", lambda *args: calls.append(1) or real(*args))
+        tables = calibrated_tables(tiny_model)
+        calibrated_tables(tiny_model)
+    assert len(calls) == 1  # forwards are costly: the same samples are measured once
     assert calibrations(tiny_model) == found  # still calibrating
     thetas = [float(np.nanmax(tables.theta[i].values)) for i in range(3)]
     assert len(set(thetas)) == 3

@@ -82,3 +82,14 @@ def test_a_state_grows_with_the_cache() -> None:
     assert state.tensors["given"].tolist() == [[3, 4], [3, 4], [0, 1]]
     state.clear()
     assert not state.tensors and not state.numbers
+
+
+def test_a_state_belongs_to_one_method() -> None:
+    state = State()
+    state.belong_to(TopTheta())
+    state.tensor("seen", torch.zeros(1, 2), torch.bool)[:, 1] = True
+    assert state.tensor("seen", torch.zeros(1, 3)).tolist() == [[False, True, False]]
+    state.belong_to(TopTheta())
+    assert state.tensors
+    state.belong_to(TopTheta(capk=True))
+    assert not state.tensors

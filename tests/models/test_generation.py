@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from toptheta.models import generation as chunked
-from toptheta.models.control import record_statistics, set_params
+from toptheta.models.control import model_state, record_statistics, set_params
 from toptheta.models.patch import layer_states, update_model
 from toptheta.models.recorder import Recorder
 
@@ -63,7 +63,7 @@ def test_generation_in_chunks(steered: LlamaForCausalLM, path: str, chunk: int) 
             )
             got.append((out, *recorder.drain()))
             record_statistics(steered, None)
-            assert recorder.phase is None
+            assert not model_state(steered).in_prompt
         (tokens, prefill, decode), (tokens_2, prefill_2, decode_2) = got
         assert torch.equal(tokens, tokens_2)
         assert [len(steps) for steps in decode.values()] == [len(steps) for steps in decode_2.values()]

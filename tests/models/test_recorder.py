@@ -7,8 +7,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from tests.helpers.models import tokens
 from topk_llama import set_params, update_model
 from toptheta.kernels import registry as kernels
-from toptheta.models.control import record_statistics
-from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.models.control import reading_prompt, record_statistics
+from toptheta.models.recorder import Recorder
 
 
 @pytest.mark.usefixtures("path")
@@ -25,7 +25,7 @@ def test_chunks_answers_and_decode_count_every_row_once(tiny_model: LlamaForCaus
     whole = {layer: record.histogram for layer, record in recorder.drain()[0].items()}
     assert [int(h[:, :-1].sum()) for h in whole.values()] == [2 * 6 * 34] * 3
 
-    cache, recorder.phase = DynamicCache(config=tiny_model.config), PREFILL
+    cache = DynamicCache(config=tiny_model.config)
     mask = torch.ones(3, 40, dtype=torch.long)
     mask[2] = 0
     mask[2, -1] = 1  # a sequence of one token: no row of it is longer than K
@@ -33,11 +33,11 @@ def test_chunks_answers_and_decode_count_every_row_once(tiny_model: LlamaForCaus
     at = 0
     for chunk in padded.split([20, 19, 1], dim=1):
         at += chunk.shape[1]
-        tiny_model(chunk, past_key_values=cache, attention_mask=mask[:, :at])
+        with reading_prompt(tiny_model):
+            tiny_model(chunk, past_key_values=cache, attention_mask=mask[:, :at])
     parts = recorder.drain()[0]
     assert all((parts[layer].histogram == whole[layer]).all() for layer in whole)
 
-    recorder.phase = None
     cache = DynamicCache(config=tiny_model.config)
     tiny_model(ids[:, :6], past_key_values=cache)
     for at in range(6, 40):
@@ -68,7 +68,6 @@ def test_statistics_of_chunks_and_repeats(tiny_model: LlamaForCausalLM) -> None:
     tiny_model(ids)
     whole, _ = recorder.drain()
     cache = DynamicCache(config=tiny_model.config)
-    recorder.phase = "prefill"
     tiny_model(ids[:, :20], past_key_values=cache)
     index = torch.tensor([0, 0])
     cache.batch_select_indices(index)

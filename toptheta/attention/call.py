@@ -42,6 +42,8 @@ class AttentionCall:
     float32, the sum of V over the visible keys of the only query row, so that the kernels need not read all
     of V; int8, the copy of K, so that the Triton kernels need not read all of K; state, what the method
     remembers. values: how rows of V are weighed, for a method that does.
+    decode: the only query row of each sequence is a decode step; else the rows belong to a prompt, or to what
+    is read behind one.
     """
 
     q: Tensor
@@ -58,6 +60,7 @@ class AttentionCall:
     int8: Int8Keys | None = None
     state: State | None = None
     values: ValueNorms | None = None
+    decode: bool = False
 
     @property
     def kernel(self) -> KernelSpec | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Calibrator, Counts
 from toptheta.attention.rows import Rows
-from toptheta.methods.base import NEG_INF, Block, RowTables
+from toptheta.methods.base import NEG_INF, Block, RowTables, State
 from toptheta.methods.compensation import add_mean, missing_denominator
 from toptheta.methods.params import LayerSpec
 
@@ -37,10 +37,16 @@ def sparse_attention(
     out = torch.empty(batch, num_heads, q_len, head_dim, dtype=q.dtype, device=q.device)
     v_mean = mean_of_visible(v, rows) if spec.vmc else None
     counts = Counts.zeros(call) if call.count else None
-    if call.state is not None:
-        call.state.grow(kv_len)
+    state = call.state
+    if state is None and spec.method.has_state:
+        state = State()  # for this call alone
+    if state is not None:
+        state.belong_to(spec.method)
+        state.grow(kv_len)
 
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
+    if spec.sparse:
+        step = spec.method.rows_of_block(step)
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)
         end = rows.end(stop, kv_len)
@@ -60,7 +66,8 @@ def sparse_attention(
             q=q_block.view(batch, num_heads, stop - start, head_dim),
             k=k[:, :, :end],
             last=stop == q_len,
-            state=call.state,
+            state=state,
+            decode=call.decode,
             v=v[:, :, :end],
             own=rows.first is not None,
             values=call.values,
@@ -72,7 +79,7 @@ def sparse_attention(
         block_out = (grouped.to(v.dtype) @ v[:, :, :end]).view(batch, num_heads, stop - start, head_dim)
         if v_mean is not None:
             mean = v_mean[:, :, start:stop].repeat_interleave(group, dim=1)
-            block_out = add_mean(block_out, weights, mean, n > spec.k)
+            block_out = add_mean(block_out, weights, mean, spec.may_drop(n))
         out[:, :, start:stop] = block_out
         if counts is not None:
             counts.add(keep, block.real, start)
@@ -108,7 +115,7 @@ def sparse_weights(
     weights = exps.div_(denominator.clamp_min(torch.finfo(exps.dtype).tiny))
     # Weights of keys that are not visible are 0, which must not pass a threshold of -inf or fill up the K
     # largest.
-    block.x = weights.masked_fill(~visible, NEG_INF)
+    block.x, block.are_weights = weights.masked_fill(~visible, NEG_INF), True
     block.row_max = block.x.amax(dim=-1, keepdim=True)
     if calibrator is not None:
         calibrator.observe(block)
@@ -121,9 +128,7 @@ def select(block: Block, spec: LayerSpec, tables: RowTables) -> Tensor:
     if not spec.sparse:
         return block.visible
     keep = spec.method.keep(block, tables)
-    if not spec.method.uses_k:
-        return keep
-    return keep | ((block.n <= spec.k)[:, None, :, None] & block.visible)
+    return keep | (~spec.may_drop(block.n)[:, None, :, None] & block.visible)
 
 
 def mean_of_visible(v: Tensor, rows: Rows) -> Tensor:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from toptheta.eval.cell import Cell
+from toptheta.models.control import reading_prompt
 from toptheta.models.patch import update_model
-from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.models.recorder import Recorder
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -67,7 +68,8 @@ class TopThetaLM(HFLM):
         )
         bar.update(len(requests) - sum(len(group) for group in todo.values()))
         for batch in self._batches(todo):
-            found = self._score(batch)
+            with reading_prompt(self.model):
+                found = self._score(batch)
             if self.cell is not None:
                 prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
                 self.cell.add(found, prefill, decode)
@@ -102,8 +104,6 @@ class TopThetaLM(HFLM):
     ) -> dict[str, tuple[float, bool]]:
         """Log-likelihoods of all continuations of a batch of prompts: one pass over the prompts, one over the
         answers."""
-        if self.recorder is not None:
-            self.recorder.phase = PREFILL
         prompts = [list(context) for context, _ in batch]
         tokens, mask = self._padded(prompts)
         lengths = mask.sum(dim=1)
@@ -175,8 +175,6 @@ class TopThetaLM(HFLM):
         bar.update(len(requests) - len(todo))
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            if self.recorder is not None:
-                self.recorder.phase = None
             self._generated_lengths = []
             texts = super().generate_until([todo[key] for key in batch], disable_tqdm=True)
             found = dict(zip(batch, texts))

@@ -20,9 +20,11 @@ from toptheta import methods
 from toptheta.util.errors import UsageError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and flags need this file
+    import torch
     from torch import Tensor
 
 NEG_INF = float("-inf")
+TINY = 1e-30  # in place of a sum of 0, of a row that sees nothing
 
 
 class Selection(IntEnum):
@@ -84,12 +86,23 @@ class ValueNorms:
 class State:
     """What a method remembers from step to step, for one layer of a cache.
 
-    tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They
-    are cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length.
+    tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They are
+    cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length. owner:
+    the method that remembers it; another one starts anew.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+    owner: Method | None = None
+
+    def tensor(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of this name over the first E keys, as a view that may be changed in place; made of
+        zeros, or False, where there is none. like: `[B, ..., E]`; dtype: by default its own."""
+        end = like.shape[-1]
+        if name not in self.tensors:
+            self.tensors[name] = like.new_zeros(like.shape, dtype=dtype or like.dtype)
+        self.grow(end)
+        return self.tensors[name][..., :end]
 
     def crop(self, length: int) -> None:
         """Forget all keys from `length` on."""
@@ -112,7 +125,13 @@ class State:
         self.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.tensors.items()}
 
     def clear(self) -> None:
-        self.tensors, self.numbers = {}, {}
+        self.tensors, self.numbers, self.owner = {}, {}, None
+
+    def belong_to(self, method: Method) -> None:
+        """Forget what another method remembered."""
+        if self.owner != method:
+            self.clear()
+            self.owner = method
 
 
 @dataclass
@@ -125,6 +144,8 @@ class Block:
     scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last rows
     of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
     keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated.
+    decode: the only row of each sequence is a decode step; else the rows belong to a prompt. are_weights: x
+    holds weights.
     """
 
     x: Tensor
@@ -140,11 +161,21 @@ class Block:
     v: Tensor | None = None
     own: bool = False
     values: ValueNorms | None = None
+    decode: bool = False
+    are_weights: bool = False
 
     @property
     def visible(self) -> Tensor:
         """`[B, H, R, E]` bool."""
         return self.x > NEG_INF
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of dense attention, `[B, H, R, E]`: 0 where not visible."""
+        if self.are_weights:
+            return self.x.clamp_min(0.0)
+        exps = (self.x - self.row_max).exp()
+        return exps / exps.sum(dim=-1, keepdim=True).clamp_min(TINY)
 
 
 @dataclass(frozen=True)
@@ -156,7 +187,8 @@ class Method:
     its budget, and rows with n <= K are left dense; otherwise its options say what is kept. needs_thresholds:
     reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
     has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
-    calibrated with thresholds.
+    calibrated with thresholds. samples_sdc: what it drops from
+    prompts says what it drops, so that SDC can be calibrated.
     """
 
     name: ClassVar[str]
@@ -169,11 +201,20 @@ class Method:
     aims_at_k: ClassVar[bool] = False
     has_state: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
+    samples_sdc: ClassVar[bool] = True
+
+    def leaves_dense(self, layer: int) -> bool:
+        """Whether the layer of this index is dense, whatever its K."""
+        return False
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller
         leaves dense (n <= K) are filled up afterwards."""
         raise NotImplementedError
+
+    def rows_of_block(self, rows: int) -> int:
+        """How many rows a block is to have, where `rows` fit well."""
+        return rows
 
     def after(self, block: Block, weights: Tensor) -> None:
         """What `state` takes of the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""

@@ -56,6 +56,11 @@ def check(method: Method, placement: str, sdc: str, vmc: bool, flag: Callable[[s
         raise UsageError(
             f"{flag('sdc')} exp-threshold needs a threshold: use {flag('mode')} 0, or another {flag('sdc')}."
         )
+    if sdc == "offline-calibrated" and not (method.samples_sdc and method.uses_k):
+        raise UsageError(
+            f"{flag('sdc')} offline-calibrated samples rows of prompts that are longer than K, which says "
+            f"nothing of {method.name}: use {flag('sdc')} exact or none."
+        )
     if vmc and placement == "pre-softmax" and sdc == "none":
         raise UsageError(
             f"{flag('vmc')} has nothing to compensate when {flag('placement')} is pre-softmax without "

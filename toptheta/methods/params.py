@@ -7,7 +7,7 @@ Covers what `set_params` and the scripts' flags share. Does not cover flags abou
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toptheta.methods import compensation
 from toptheta.methods.base import KernelSpec, Method, of_mode, parse_method
@@ -15,6 +15,9 @@ from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.dense import Dense
 from toptheta.util.errors import UsageError
 from toptheta.util.options import check_options, option
+
+if TYPE_CHECKING:  # as in base.py
+    from torch import Tensor
 
 PLACEMENTS = ("pre-softmax", "post-softmax", "none")
 INTERPOLATIONS = ("nearest", "linear", "fit")  # of row lengths, see calibration/interpolation.py
@@ -42,6 +45,10 @@ class LayerSpec:
         return (
             not self.method.is_dense and self.placement != "none" and (self.k > 0 or not self.method.uses_k)
         )
+
+    def may_drop(self, n: "Tensor") -> "Tensor":
+        """Whether rows with `n` visible keys may be sparse, as bool of n's shape: not those with n <= K."""
+        return n > (self.k if self.method.uses_k else 0)
 
     @cached_property
     def kernel(self) -> KernelSpec | None:

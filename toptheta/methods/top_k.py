@@ -23,9 +23,13 @@ class TopK(Method):
         return KernelSpec(Selection.LARGEST)
 
 
-def keep_largest(x: Tensor, k: int) -> Tensor:
-    """Keep the k largest of `x` `[..., R, E]`; exactly k, also on ties. -inf (not visible) is never kept."""
+def keep_largest(x: Tensor, k: int, earlier: bool = False) -> Tensor:
+    """Keep the k largest of `x` `[..., E]`; exactly k, also on ties. -inf (not visible) is never kept.
+    earlier: of ties the earlier stay, on every device; else it is open which."""
     if k >= x.shape[-1]:
         return x > NEG_INF
-    index = x.topk(k, dim=-1, sorted=False).indices
+    if earlier:
+        index = x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    else:
+        index = x.topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, index, True) & (x > NEG_INF)

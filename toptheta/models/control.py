@@ -50,6 +50,23 @@ def recorder_of(model: nn.Module) -> Recorder | None:
     return model_state(model).recorder
 
 
+@contextmanager
+def reading_prompt(model: nn.Module) -> Iterator[None]:
+    """All rows that come meanwhile belong to a prompt: by its shape, a last chunk of one row would be a
+    decode step. `end_prompt` ends it before."""
+    shared = model_state(model)
+    shared.in_prompt = True
+    try:
+        yield
+    finally:
+        shared.in_prompt = False
+
+
+def end_prompt(model: nn.Module) -> None:
+    """From here on a single row is a decode step."""
+    model_state(model).in_prompt = False
+
+
 def calibrations(model: nn.Module) -> dict[int, RowSampler]:
     """The calibrations under way, by layer."""
     states = [layer.toptheta for layer in patched_layers(model)]
@@ -103,7 +120,11 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
 
 
 def _sparse_layers(params: AttentionParams, k_per_layer: tuple[int, ...]) -> list[int]:
-    return [i for i, k in enumerate(k_per_layer) if params.layer(k).sparse and params.test_layer in (None, i)]
+    return [
+        i
+        for i, k in enumerate(k_per_layer)
+        if params.layer(k).sparse and params.test_layer in (None, i) and not params.method.leaves_dense(i)
+    ]
 
 
 def _install(
@@ -227,6 +248,7 @@ def begin_calibration(
     found = next(iter(calibrations(model).values()), None)
     if params.calib_layers == "sensitivity" and isinstance(found, BudgetCalibration):
         shared.prompt_hook = keep_prompts(model, found)
+    shared.damage = {}
     shared.recorder = None  # calibration prompts count in no statistic
     shared.params = replace(params, calibrate=True)
     choose_implementation(layers)
@@ -264,7 +286,7 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
                     f"calib_layers sensitivity needs a prompt of more than {2 * min(k_per_layer)} tokens: "
                     "lower K, or calibrate on longer prompts."
                 )
-            damage = partial(measure, model, list(prompts), params)
+            damage = partial(_measured, model, list(prompts), params)
         tables.theta = budget_tables(budgets, k_per_layer, damage)
         tables.k = {i: k_per_layer[i] for i in budgets}
         tables.values = {
@@ -290,6 +312,16 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
                 raise no_long_row(layer_k, i, calibration.longest)
             target[i] = LayerTable(value(sums).cpu().numpy(), samples)
     return tables
+
+
+def _measured(
+    model: nn.Module, prompts: list[Tensor], params: AttentionParams, log_thetas: list[float], k: int
+) -> np.ndarray:
+    """`measure`, once for the same samples: tables may be asked for more than once."""
+    known, key = model_state(model).damage, (k, *log_thetas)
+    if key not in known:
+        known[key] = measure(model, prompts, params, log_thetas, k)
+    return known[key]
 
 
 def calibration_samples(

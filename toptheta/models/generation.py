@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from toptheta.models.control import recorder_of
-from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.models.control import end_prompt, reading_prompt
 
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
 
 
 class _EndOfPrefill(StoppingCriteria):
-    """Tells the recorder that the prompt is through: generation asks after every new token whether to
-    stop."""
+    """Tells the model that the prompt is through: generation asks after every new token whether to stop."""
 
-    def __init__(self, recorder: Recorder):
-        self.recorder = recorder
+    def __init__(self, model: Any):
+        self.model = model
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.recorder.phase = None  # decode calls have one row, so the recorder knows them by their shape
+        end_prompt(self.model)  # from here on rows come one by one, which their shape tells
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -37,15 +35,11 @@ def generate(
     padded at the left).
 
     prefill_chunk: tokens of the prompt that go through the model at once; None: all. The last chunk may be a
-    single row, whose shape is that of a decode step; it is counted as prefill. arguments: for
+    single row, whose shape is that of a decode step; it is prefill all the same. arguments: for
     `model.generate`.
     """
-    recorder = recorder_of(model)
-    criteria = [stop] if stop is not None else []
-    if recorder is not None:
-        recorder.phase = PREFILL
-        criteria.insert(0, _EndOfPrefill(recorder))
-    try:
+    criteria = [_EndOfPrefill(model)] + ([stop] if stop is not None else [])
+    with reading_prompt(model):
         out = model.generate(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
@@ -53,9 +47,6 @@ def generate(
             stopping_criteria=StoppingCriteriaList(criteria),
             **arguments,
         )
-    finally:
-        if recorder is not None:
-            recorder.phase = None
     return out[:, tokens["input_ids"].shape[1] :]
 
 
@@ -83,13 +74,7 @@ def hidden_states(
 ) -> Iterator[Tensor]:
     """The last layer's output for `input_ids` `[B, Q]` behind what `cache` holds, `[B, C, E]` for each chunk
     of C tokens (all at once without `prefill_chunk`). All rows count as prefill."""
-    recorder = recorder_of(model)
     for chunk in input_ids.split(prefill_chunk or input_ids.shape[1], dim=1):
-        if recorder is not None:
-            recorder.phase = PREFILL  # of a chunk of one row, too
-        try:
+        with reading_prompt(model):  # a chunk of one row, too
             out = model.model(input_ids=chunk, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            if recorder is not None:
-                recorder.phase = None
         yield out.last_hidden_state

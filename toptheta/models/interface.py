@@ -37,10 +37,11 @@ def toptheta_attention_forward(
     num_kv_heads, kv_len = key.shape[1], key.shape[2]
     shape = (batch, num_heads, num_kv_heads, kv_len)
     spec, recorder = state.spec, state.recorder
+    decode = state.shared.is_decode(q_len, kv_len)
     if not spec.sparse and state.calibration is None:
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
-            recorder.add(state.layer_idx, rows, 0, None, shape)
+            recorder.add(state.layer_idx, rows, 0, None, shape, decode)
         if module.base_implementation == "eager":
             mask = _additive(attention_mask, query, kv_len)
             return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
@@ -52,11 +53,12 @@ def toptheta_attention_forward(
         out = registry.calibrate(call, state.calibration)
         return out.transpose(1, 2).contiguous(), None
     state.complete(call)
+    call.decode = decode
     call.count = recorder is not None
     call.count_rows = recorder is not None and recorder.effective_k and q_len > 1
     out, counts = registry.attend(call)
     if recorder is not None:
-        recorder.add(state.layer_idx, rows, spec.k, counts, shape)
+        recorder.add(state.layer_idx, rows, spec.k if spec.method.uses_k else 0, counts, shape, decode)
     return out.transpose(1, 2).contiguous(), None
 
 

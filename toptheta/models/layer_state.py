@@ -5,6 +5,7 @@ layer, whatever the family. What all layers of a model share is a ModelState.
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -21,13 +22,21 @@ from toptheta.models.value_sum import VSum
 
 
 class ModelState:
-    """What the layers of one model share: the parameters as set_params left them, and the tables in use."""
+    """What the layers of one model share: the parameters as set_params left them, and the tables in use.
+    in_prompt: all rows that come belong to a prompt, even a single one behind others."""
 
     def __init__(self) -> None:
         self.params = AttentionParams()
         self.tables: CalibrationTables | None = None
         self.recorder: Recorder | None = None
         self.prompt_hook: Any = None  # while a calibration keeps prompts
+        self.damage: dict[Any, np.ndarray] = {}  # what a calibration has measured of single layers
+        self.in_prompt = False
+
+    def is_decode(self, q_len: int, kv_len: int) -> bool:
+        """Whether a call of `q_len` rows over `kv_len` keys is a decode step: one new row behind others,
+        unless it is the last chunk of a prompt."""
+        return q_len == 1 and kv_len > 1 and not self.in_prompt
 
 
 class CallState:

@@ -52,24 +52,29 @@ class _Open:
 class Recorder:
     """Collects counts while a model runs. One request is one prefill and its decode steps; `drain` ends it.
 
-    phase: set it to PREFILL or DECODE to say what calls are; None judges by shape (one new row behind others:
-    decode). Nothing here reads a value back from the device before `drain`. effective_k: also count the
-    single rows of sparse layers; those of a prompt that several answers share count once, as computed.
+    Nothing here reads a value back from the device before `drain`. effective_k: also count the single rows of
+    sparse layers; those of a prompt that several answers share count once, as computed.
     """
 
     def __init__(self, num_heads: int, keep_popularity: bool = False, effective_k: bool = False):
         self.num_heads, self.keep_popularity, self.effective_k = num_heads, keep_popularity, effective_k
-        self.phase: str | None = None
         self._histograms: dict[int, Tensor] = {}
         self._open: dict[int, _Open] = {}
         self._steps: dict[int, list[Tensor]] = {}
         self._step_popularity: dict[int, list[Tensor]] = {}
 
     def add(
-        self, layer: int, rows: Rows, k: int, counts: Counts | None, shape: tuple[int, int, int, int]
+        self,
+        layer: int,
+        rows: Rows,
+        k: int,
+        counts: Counts | None,
+        shape: tuple[int, int, int, int],
+        decode: bool = False,
     ) -> None:
         """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible
-        is kept. k: the layer's K, 0 if it is left dense."""
+        is kept. k: the layer's K, 0 if it is left dense or its method has none. decode: it is a decode step,
+        else a part of a prompt."""
         batch, num_heads, num_kv_heads, kv_len = shape
         n = rows.n if rows.real is None else rows.n * rows.real
         n = n.expand(batch, -1)
@@ -84,8 +89,7 @@ class Recorder:
             )
         else:
             attn, vrow = counts.attn, counts.vrow
-        phase = self.phase or (DECODE if n.shape[1] == 1 and kv_len > 1 else PREFILL)
-        if phase == DECODE:
+        if decode:
             packed = (attn, (vrow > 0).sum(dim=-1), full[:, None], topk[:, None], longest[:, None])
             self._steps.setdefault(layer, []).append(torch.cat(packed, dim=1))
             if self.keep_popularity:

@@ -1,0 +1,109 @@
+"""Methods that drop keys for good, in a model: the state follows the cache, whatever the batch or the
+chunks."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+
+from tests.helpers.models import tokens
+from topk_llama import set_params, update_model
+from toptheta.models import generation as chunked
+from toptheta.models.control import reading_prompt, record_statistics
+from toptheta.models.recorder import Recorder
+
+METHODS = ["h2o", "h2o:prefill=causal", "tova", "snapkv:window=3,pool_size=3"]
+K, NEW = 6, {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
+
+
+@pytest.fixture(params=METHODS)
+def model(request, tiny_model) -> LlamaForCausalLM:
+    update_model(tiny_model)
+    set_params(tiny_model, method=request.param, K=K)
+    return tiny_model
+
+
+def left_padded(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    ids = tokens(len(lengths), max(lengths))
+    mask = torch.ones_like(ids)
+    for i, length in enumerate(lengths):
+        ids[i, : max(lengths) - length] = mask[i, : max(lengths) - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_chunks_and_batches(model: LlamaForCausalLM, counted: bool) -> None:
+    """A prompt in chunks, the last one of a single row (25 = 24 + 1), is a prompt, whether statistics are
+    collected or not; a sequence of a padded batch is what it is alone."""
+    lengths = (25, 14, 20)
+    batch, found = left_padded(lengths), []
+    for chunk in (None, 24, 7):
+        recorder = Recorder(6) if counted else None
+        record_statistics(model, recorder)
+        found.append((chunked.generate(model, batch, chunk, **NEW), recorder and recorder.drain()))
+    for out, counts in found[1:]:
+        assert torch.equal(out, found[0][0])
+        if counted:
+            for phase in (0, 1):
+                one, two = found[0][1][phase][2], counts[phase][2]
+                for a, b in zip(*((x if phase else [x]) for x in (one, two))):
+                    np.testing.assert_array_equal(a.attn, b.attn)
+                    np.testing.assert_array_equal(a.vrow, b.vrow)
+    record_statistics(model, None)
+    for i, length in enumerate(lengths):
+        alone = {name: x[i : i + 1, -length:] for name, x in batch.items()}
+        assert torch.equal(chunked.generate(model, alone, None, **NEW)[0], found[0][0][i])
+
+
+def test_what_a_step_reads(model: LlamaForCausalLM) -> None:
+    """K keys and its own; SnapKV also what was generated before."""
+    recorder = Recorder(6)
+    record_statistics(model, recorder)
+    chunked.generate(model, left_padded((25,)), None, **NEW)
+    generated = np.arange(5) if "snapkv" in model.model.layers[0].self_attn.toptheta.spec.method.name else 0
+    for steps in recorder.drain()[1].values():
+        assert (np.stack([step.attn for step in steps])[:, 0] == np.add(K + 1, generated)[..., None]).all()
+
+
+def steps(model, cache, ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])], 1)
+
+
+def test_repeats_and_static_caches(model: LlamaForCausalLM) -> None:
+    prefix, rest = tokens(length=20), torch.cat([tokens(length=5, seed=3), tokens(length=5, seed=4)])
+    alone = []
+    for one in rest:
+        cache = DynamicCache(config=model.config)
+        model(prefix, past_key_values=cache)
+        alone.append(steps(model, cache, one[None]))
+    cache = DynamicCache(config=model.config)
+    model(prefix, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    torch.testing.assert_close(steps(model, cache, rest), torch.cat(alone), rtol=1e-4, atol=1e-4)
+    fixed = StaticCache(config=model.config, max_cache_len=40)
+    with reading_prompt(model):  # in chunks, the last of one row
+        for chunk in prefix.split([12, 7, 1], dim=1):
+            model(chunk, past_key_values=fixed)
+    torch.testing.assert_close(steps(model, fixed, rest[:1]), alone[0], rtol=1e-4, atol=1e-4)
+    assert model.generate(tokens(2), num_beams=3, **NEW | {"eos_token_id": 2}).shape[0] == 2
+
+
+def test_another_method_starts_anew(model: LlamaForCausalLM) -> None:
+    cache, ids = DynamicCache(config=model.config), tokens(length=4, seed=5)
+    model(tokens(length=20), past_key_values=cache)
+    steps(model, cache, ids)
+    for other in ("tova", "h2o", "snapkv"):
+        set_params(model, method=other)
+        assert steps(model, cache, ids).isfinite().all()
+
+
+def test_a_prompt_behind_steps_brings_nothing_back(model: LlamaForCausalLM) -> None:
+    recorder = Recorder(6)
+    record_statistics(model, recorder)
+    cache = DynamicCache(config=model.config)
+    model(tokens(length=20), past_key_values=cache)
+    steps(model, cache, tokens(length=3, seed=3))
+    recorder.drain()
+    model(tokens(length=2, seed=4), past_key_values=cache)
+    kept = recorder.drain()[0][1].attn
+    assert (kept < 2 * 15).all() and (kept > 2 * K).all()  # of 24 and 25

@@ -1,0 +1,41 @@
+"""Top-p: the smallest set of a row's keys that holds a share p of its weight, the oracle of Twilight (Lin et
+al. 2025, arXiv 2502.02770).
+
+Twilight estimates the weights, within what another method has chosen, from keys of 4 bits, and searches the
+threshold by bisection. Here the weights are exact and over all visible keys, and the set is the smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toptheta.methods.base import Block, Method, RowTables, register
+from toptheta.util.errors import UsageError
+
+
+@register
+@dataclass(frozen=True)
+class TopP(Method):
+    """p: the share of a row's weight that is kept, at least. Nothing else bounds what a row keeps, so there
+    is no K."""
+
+    p: float = 0.85
+
+    name = "top_p"
+    title = "Top-p"
+    source = "Twilight, arXiv 2502.02770, without its estimator"
+    uses_k = False
+
+    def keep(self, block: Block, tables: RowTables) -> Tensor:
+        largest, index = block.weights.sort(dim=-1, descending=True, stable=True)
+        before = largest.cumsum(dim=-1, dtype=torch.float64) - largest  # of all that are larger
+        keep = torch.zeros_like(block.x, dtype=torch.bool).scatter_(-1, index, before < self.p)
+        return keep & block.visible
+
+    def check(self, flag: Callable[[str], str] = str) -> None:
+        if not 0.0 < self.p <= 1.0:
+            raise UsageError(f"{flag('p')} is {self.p}: give a share of the weight above 0 and up to 1.")
