@@ -9,6 +9,7 @@ import pytest
 
 from tests.eval.helpers import parse
 from toptheta.eval.cli import settings_from_json
+from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import GenSettings, QASettings, Settings, cell_folder, cell_k
 from toptheta.methods.params import AttentionParams, MethodOptions
 from toptheta.methods.top_theta import TopTheta
@@ -112,3 +113,15 @@ def test_help_waits_for_no_torch() -> None:
         "assert '--method NAME' in text and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
+def test_a_method_for_decode_reads_no_text(tmp_path: Path) -> None:
+    """Its numbers would be those of dense attention."""
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 100)
+    for name in ("quest", "snapkv", "tova", "h2o"):
+        with pytest.raises(
+            UsageError, match=f"--method {name} leaves prompts dense, and --dataset perplexity"
+        ):
+            check_settings(GenSettings(dataset="perplexity", text=str(text), method=("dense", name)))
+    check_settings(GenSettings(dataset="perplexity", text=str(text), method=("h2o:prefill=causal",)))

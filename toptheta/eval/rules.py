@@ -120,6 +120,12 @@ def _check_generation(settings: GenSettings) -> None:
             )
     if settings.num_samples_per_task > 1 and not settings.do_sample:
         raise UsageError("--num_samples_per_task above 1 repeats the same greedy answer: add --do_sample.")
+    decode_only = [method.name for method in settings.methods() if method.decode_only]
+    if settings.dataset == PERPLEXITY and decode_only:
+        raise UsageError(
+            f"--method {decode_only[0]} leaves prompts dense, and --dataset perplexity reads a text as one: "
+            "leave the method out, or choose a data set that generates."
+        )
     if settings.dataset == PERPLEXITY and not settings.text:
         raise UsageError("--dataset perplexity needs a text: name a file with --text.")
     if settings.decode_from is not None and settings.decode_from > settings.max_seq_len - 2:

@@ -58,6 +58,9 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
     jobs = _jobs(settings, source, config)
     for notice in jobs[0].notices:
         say(notice)
+    dense = [cell.label for cell in settings.cells() if cell.sparse and cell.method.decode_only]
+    if dense and isinstance(settings, QASettings):
+        say(f"{', '.join(dense)}: prompts are dense, so a task that generates nothing shows dense attention.")
     run = open_run(settings, SCRIPTS[type(settings)], resume)
     say(f"Run folder: {run.folder}")
     parts, results = task_parts(run), []

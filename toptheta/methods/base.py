@@ -188,7 +188,8 @@ class Method:
     reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
     has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
     calibrated with thresholds. samples_sdc: what it drops from
-    prompts says what it drops, so that SDC can be calibrated.
+    prompts says what it drops, so that SDC can be calibrated. decode_only:
+    prompts are dense, so that only generated tokens tell it from dense attention.
     """
 
     name: ClassVar[str]
@@ -202,6 +203,7 @@ class Method:
     has_state: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
     samples_sdc: ClassVar[bool] = True
+    decode_only: ClassVar[bool] = False
 
     def leaves_dense(self, layer: int) -> bool:
         """Whether the layer of this index is dense, whatever its K."""

@@ -43,6 +43,10 @@ class H2O(Method):
     has_state = True
     samples_sdc = False
 
+    @property
+    def decode_only(self) -> bool:  # type: ignore[override]
+        return self.prefill == "dense"
+
     def rows_of_block(self, rows: int) -> int:
         return 1 if self.prefill == "causal" else rows
 

@@ -35,6 +35,7 @@ class Quest(Method):
     title = "Quest"
     source = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
     samples_sdc = False
+    decode_only = True
 
     def leaves_dense(self, layer: int) -> bool:
         return layer < self.dense_layers

@@ -46,6 +46,7 @@ class SnapKV(Method):
     source = "SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469"
     has_state = True
     samples_sdc = False
+    decode_only = True
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         state = block.state

@@ -28,6 +28,7 @@ class TOVA(Method):
     source = "Transformers are Multi-State RNNs, arXiv 2401.06104"
     has_state = True
     samples_sdc = False
+    decode_only = True
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert block.state is not None
