@@ -47,6 +47,7 @@ def sparse_attention(
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
     if spec.sparse:
         step = spec.method.rows_of_block(step)
+    longest = rows.n.amax(dim=1)
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)
         end = rows.end(stop, kv_len)
@@ -68,6 +69,7 @@ def sparse_attention(
             last=stop == q_len,
             state=state,
             decode=call.decode,
+            longest=longest,
             v=v[:, :, :end],
             own=rows.first is not None,
             values=call.values,

@@ -145,7 +145,7 @@ class Block:
     of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
     keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated.
     decode: the only row of each sequence is a decode step; else the rows belong to a prompt. are_weights: x
-    holds weights.
+    holds weights. longest: `[B or 1]` visible keys of the longest row of the call.
     """
 
     x: Tensor
@@ -163,6 +163,7 @@ class Block:
     values: ValueNorms | None = None
     decode: bool = False
     are_weights: bool = False
+    longest: Tensor | None = None
 
     @property
     def visible(self) -> Tensor:
@@ -187,9 +188,8 @@ class Method:
     its budget, and rows with n <= K are left dense; otherwise its options say what is kept. needs_thresholds:
     reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
     has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
-    calibrated with thresholds. samples_sdc: what it drops from
-    prompts says what it drops, so that SDC can be calibrated. decode_only:
-    prompts are dense, so that only generated tokens tell it from dense attention.
+    calibrated with thresholds. samples_sdc: what it drops from prompts says what it drops, so that SDC can be
+    calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
     """
 
     name: ClassVar[str]
