@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.skip_softmax import calibrate, skipped
 from tests.helpers.calls import call
 from tests.helpers.methods import LAYOUTS, PROMPT, SCALE, check, inputs, softmax_over, weights
 from tests.helpers.models import tokens
@@ -126,6 +127,19 @@ def test_fit() -> None:
     assert fit([*lambdas, 0.9], [*lengths, 50], [*shares, 0.99]) == pytest.approx((2.0, 5.0))
     with pytest.raises(UsageError, match="of 2 measured shares of skipped scores, 1 lie between"):
         fit([0.1, 0.2], [100, 100], [0.01, 0.3])
+
+
+def test_calibration_to_a_share(tiny_model) -> None:
+    """What is fitted skips about the share that was asked for, of other prompts of other lengths."""
+    update_model(tiny_model)
+    lambdas = tuple(0.9 * 0.5**i for i in range(8))
+    prompts = [tokens(length=length, seed=i) for i, length in enumerate((60, 90, 120, 160))]
+    for share in (0.2, 0.4):
+        method = calibrate(tiny_model, prompts, share, 6, lambdas, tile=TILE)
+        set_params(tiny_model, method=parse_method(method.spec))
+        found = [skipped(tiny_model, tokens(length=length, seed=9), 6) for length in (70, 100, 140)]
+        for phase in (0, 1):
+            assert sum(x[phase] for x in found) / 3 == pytest.approx(share, abs=0.08), (share, phase)
 
 
 def test_in_a_model(tiny_model) -> None:
