@@ -29,7 +29,13 @@ RESULT = CellResult(
 
 
 def test_a_result_survives_json() -> None:
-    for result in (RESULT, CellResult("dense", dense=True), replace(RESULT, kept=None, folder=None)):
+    read = {"prefill": 1.0, "generative_decoding": None}
+    for result in (
+        RESULT,
+        CellResult("dense", dense=True),
+        replace(RESULT, kept=None, folder=None),
+        replace(RESULT, kv_bytes=read),
+    ):
         again = CellResult.from_json(json.loads(json.dumps(result.to_json())))
         assert again == result
     assert list(RESULT.to_json())[:3] == ["model", "task", "method"]

@@ -1,6 +1,7 @@
 """Tables of the summary."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,6 +54,10 @@ def test_columns_are_what_results_hold() -> None:
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "Top-k K=64", "50.0 ± 5.0 (n=100)", "12.50", "25.0", "100.0", "1", "60",
     ]  # fmt: skip
+    both = {"prefill": 1.0, "generative_decoding": 0.625}
+    header, _, counted, old = report.results_table([replace(answered, kv_bytes=both), answered]).splitlines()
+    at = [cell.strip() for cell in header.split("|")].index("KV bytes, decode %")
+    assert [line.split("|")[at].strip() for line in (counted, old)] == ["62.5", "-"]
     windows = CellResult(
         "dense", dense=True, metrics={"ppl": Metric(14.1, 0.5, 7)}, kept=prefill, seconds=seconds, extra=read
     )

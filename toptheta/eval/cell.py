@@ -26,7 +26,7 @@ from toptheta.util.files import atomic_path, write_json, write_text
 
 CHECKPOINT_SECONDS = 20.0
 HISTOGRAMS = "effective_k.npz"  # of a partial folder: arrays {phase}/{layer}
-EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0}
+EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0, "kv_read": 0, "kv_dense": 0}
 
 
 class Cell:
@@ -115,6 +115,9 @@ class Cell:
             totals["attn_full"] += full * record.attn.shape[1]
             totals["vrow_kept"] += int(record.vrow[b].sum())
             totals["vrow_full"] += n * record.vrow.shape[1]
+            if record.kv_read is not None and record.kv_dense is not None:
+                totals["kv_read"] += int(record.kv_read[b].sum())
+                totals["kv_dense"] += int(record.kv_dense[b]) * record.kv_read.shape[1]
         self.add_lines(f"layer{layer}_kept_attn_{phase}.csv.gz", attn)
         self.add_lines(f"layer{layer}_kept_vrow_{phase}.csv.gz", vrow)
         if ratio:
@@ -214,6 +217,11 @@ class Cell:
                 attn, vrow = (totals[f"{what}_kept"] / totals[f"{what}_full"] for what in ("attn", "vrow"))
                 shares[phase] = Kept(attn, vrow)
         return shares
+
+    def kv_bytes(self) -> dict[str, float | None]:
+        """KV bytes read as a share of those of dense attention, by phase, as `kept_shares`."""
+        totals = {phase: self.kept.get(phase, EMPTY_KEPT) for phase in (PREFILL, DECODE)}
+        return {p: t["kv_read"] / t["kv_dense"] if t["kv_dense"] else None for p, t in totals.items()}
 
     def _chunks(self) -> list[Path]:
         partial = self.path / "partial"

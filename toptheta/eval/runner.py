@@ -152,6 +152,7 @@ def _run_cell(
         num_fewshot=job.num_fewshot,
         metrics=outcome.metrics,
         kept=product.kept_shares() if settings.statistics else None,
+        kv_bytes=product.kv_bytes() if settings.statistics else None,
         seconds={"calibration": calibration_seconds, "evaluation": product.seconds},
         folder=str(product.path),
         extra=outcome.extra,

@@ -100,6 +100,28 @@ def serves(spec: KernelSpec) -> bool:
     return spec.sparse and (spec.selection, spec.placement) == (Selection.THRESHOLD, "pre-softmax")
 
 
+def _scores_and_candidates(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores `[B, H, N]`, the keys that each KV head is read for `[B, H_kv, N]`, and what is visible, `[B or
+    1, 1, N]` bool."""
+    q, k, rows, keys, theta = call.q, call.k, call.rows, call.int8, call.theta
+    assert keys is not None and theta is not None
+    (batch, num_heads, _, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
+    exact = (q.float().view(batch, num_kv_heads, -1, head_dim) @ k.float().transpose(2, 3)) * call.scale
+    exact = exact.view(batch, num_heads, kv_len)
+    visible = exact.new_ones(1, 1, kv_len, dtype=torch.bool) if rows.mask is None else rows.mask[:, :, 0]
+    candidates = candidate_keys(q, keys, theta, rows, call.scale)
+    of_heads = candidates.repeat_interleave(num_heads // num_kv_heads, dim=1) & visible
+    # A row without a score above its threshold keeps its largest score, so its group reads all of K.
+    empty = ~(exact.masked_fill(~of_heads, NEG_INF) > per_row(theta, rows.n)[:, :, 0]).any(dim=-1)
+    empty = empty.view(batch, num_kv_heads, -1).any(dim=-1, keepdim=True)
+    return exact, (candidates | empty) & visible, visible
+
+
+def keys_read_of(call: AttentionCall) -> Tensor:
+    """`[B, H_kv]` int64, how many K rows a decode step with this copy reads."""
+    return _scores_and_candidates(call)[1].sum(dim=-1)
+
+
 def two_tier_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention of the only row of each sequence, `[B, H, 1, D]` float32, and what it keeps, `[B, H, N]`
     bool.
@@ -114,16 +136,10 @@ def two_tier_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
-    exact = (q.float().view(batch, num_kv_heads, group, head_dim) @ k.float().transpose(2, 3)) * call.scale
-    exact = exact.view(batch, num_heads, kv_len)
+    exact, candidates, visible = _scores_and_candidates(call)
     tables = call.tables_of(rows.n)
     assert tables.theta is not None
-    visible = torch.ones_like(exact, dtype=torch.bool) if rows.mask is None else rows.mask[:, :, 0]
-    candidates = candidate_keys(q, keys, theta, rows, call.scale).repeat_interleave(group, dim=1)
-    # A row without a score above its threshold keeps its largest score, so its group reads all of K.
-    empty = ~(exact.masked_fill(~(candidates & visible), NEG_INF) > tables.theta[:, :, 0]).any(dim=-1)
-    empty = empty.view(batch, num_kv_heads, group).any(dim=-1).repeat_interleave(group, dim=1)
-    candidates = (candidates | empty[..., None]) & visible
+    candidates = candidates.repeat_interleave(group, dim=1)
     known = exact.masked_fill(~candidates, NEG_INF)
     estimated = estimates(q, keys, call.scale)[0]
     whole = torch.where(candidates, exact, estimated).masked_fill(~visible, NEG_INF)[:, :, None]

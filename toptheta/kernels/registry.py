@@ -25,7 +25,8 @@ class Backend:
 
     unsupported: why it cannot compute a call, or None if it can. ready: why it cannot compute any call, or
     None; this may build and load the kernels. run: computes `sparse_attention`. calibrate: computes attention
-    and samples it for calibration; None if the backend cannot.
+    and samples it for calibration; None if the backend cannot. keys_read: see below; None if it always reads
+    all of K.
     """
 
     name: str
@@ -34,11 +35,12 @@ class Backend:
     run: Callable[[AttentionCall], tuple[Tensor, Counts | None]]
     calibrate: Callable[[AttentionCall, LayerCalibration], Tensor] | None = None
     ready: Callable[[], str | None] = lambda: None
+    keys_read: Callable[[AttentionCall], Tensor | None] | None = None
 
 
 BACKENDS = (
     Backend("cpu", "cpu", cpu.unsupported, cpu.run, cpu.calibrate, cpu.ready),
-    Backend("triton", "cuda", triton.unsupported, triton.run),
+    Backend("triton", "cuda", triton.unsupported, triton.run, keys_read=triton.keys_read),
 )
 CHOICES = ("reference", *(backend.name for backend in BACKENDS))
 FORCED = os.environ.get("TOPTHETA_KERNEL") or None
@@ -49,6 +51,15 @@ def attend(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     when the backend of TOPTHETA_KERNEL cannot compute this call."""
     backend = choose(call)
     return sparse_attention(call) if backend is None else backend.run(call)
+
+
+def keys_read(call: AttentionCall) -> Tensor | None:
+    """`[B, H_kv]` K rows that the call reads where the int8 copy of K stands in for the others; None where
+    the copy is not used. For statistics: found anew, in plain PyTorch."""
+    if call.int8 is None:
+        return None
+    backend = choose(call)
+    return None if backend is None or backend.keys_read is None else backend.keys_read(call)
 
 
 def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:

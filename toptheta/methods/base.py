@@ -190,6 +190,8 @@ class Method:
     has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
     calibrated with thresholds. samples_sdc: what it drops from prompts says what it drops, so that SDC can be
     calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
+    reads_all_keys: it needs the score of every visible key, else K of what it keeps alone. stores: what it
+    keeps beside the cache, in bytes for each token and KV head.
     """
 
     name: ClassVar[str]
@@ -203,6 +205,8 @@ class Method:
     has_state: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
     samples_sdc: ClassVar[bool] = True
+    reads_all_keys: ClassVar[bool] = True
+    stores: ClassVar[str] = "nothing"
     decode_only: ClassVar[bool] = False
 
     def leaves_dense(self, layer: int) -> bool:
@@ -213,6 +217,12 @@ class Method:
         """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller
         leaves dense (n <= K) are filled up afterwards."""
         raise NotImplementedError
+
+    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+        """Bytes that a decode step reads beside K and V for each KV head, `[B, 1]` or `[B, H_kv]` int64. n:
+        `[B, 1]` visible keys; kept: `[B, H_kv, G]` keys that the heads of each group keep; element_size:
+        bytes of a number in the cache."""
+        return n * 0
 
     def rows_of_block(self, rows: int) -> int:
         """How many rows a block is to have, where `rows` fit well."""

@@ -42,10 +42,15 @@ class H2O(Method):
     source = "H2O: Heavy-Hitter Oracle, arXiv 2306.14048"
     has_state = True
     samples_sdc = False
+    reads_all_keys = False
+    stores = "4 for each query head of the group: its sum of weights"
 
     @property
     def decode_only(self) -> bool:  # type: ignore[override]
         return self.prefill == "dense"
+
+    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+        return 4 * kept.sum(dim=-1)  # the sums of what is there
 
     def rows_of_block(self, rows: int) -> int:
         return 1 if self.prefill == "causal" else rows

@@ -36,9 +36,14 @@ class Quest(Method):
     source = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
     samples_sdc = False
     decode_only = True
+    reads_all_keys = False
+    stores = "the largest and smallest key of each page: as much as K / 8 with pages of 16"
 
     def leaves_dense(self, layer: int) -> bool:
         return layer < self.dense_layers
+
+    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+        return (n + self.page - 1) // self.page * (2 * head_dim * element_size)
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         if not block.decode:

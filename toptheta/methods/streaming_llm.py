@@ -28,6 +28,7 @@ class StreamingLLM(Method):
 
     name = "streaming_llm"
     title = "StreamingLLM"
+    reads_all_keys = False
     source = "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:

@@ -34,6 +34,13 @@ class TopTheta(Method):
     def needs_values(self) -> bool:  # type: ignore[override]
         return self.value_aware
 
+    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+        return n * (4 * kept.shape[-1] if self.value_aware else 0)
+
+    @property
+    def stores(self) -> str:  # type: ignore[override]
+        return "4 for each query head of the group: its value's factor" if self.value_aware else "nothing"
+
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert tables.theta is not None
         x, row_max = block.x, block.row_max

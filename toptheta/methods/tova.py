@@ -29,6 +29,8 @@ class TOVA(Method):
     has_state = True
     samples_sdc = False
     decode_only = True
+    reads_all_keys = False
+    stores = "nothing: the weights that rank are those of the step before"
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert block.state is not None

@@ -8,6 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from toptheta.attention.call import AttentionCall
+from toptheta.attention.kv_bytes import dense_bytes, kv_bytes
 from toptheta.attention.rows import Rows, remember, rows_of
 from toptheta.kernels import registry
 from toptheta.models.layer_state import LayerState
@@ -41,7 +42,7 @@ def toptheta_attention_forward(
     if not spec.sparse and state.calibration is None:
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
-            recorder.add(state.layer_idx, rows, 0, None, shape, decode)
+            recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key))
         if module.base_implementation == "eager":
             mask = _additive(attention_mask, query, kv_len)
             return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
@@ -58,7 +59,9 @@ def toptheta_attention_forward(
     call.count_rows = recorder is not None and recorder.effective_k and q_len > 1
     out, counts = registry.attend(call)
     if recorder is not None:
-        recorder.add(state.layer_idx, rows, spec.k if spec.method.uses_k else 0, counts, shape, decode)
+        assert counts is not None
+        kv, k = kv_bytes(call, counts, registry.keys_read(call)), spec.k if spec.method.uses_k else 0
+        recorder.add(state.layer_idx, rows, k, counts, shape, decode, kv)
     return out.transpose(1, 2).contiguous(), None
 
 

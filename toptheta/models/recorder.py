@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toptheta.attention.call import Counts
 from toptheta.attention.effective_k import count_rows, empty_histogram
+from toptheta.attention.kv_bytes import KVBytes
 from toptheta.attention.rows import Rows
 
 PREFILL, DECODE = "prefill", "generative_decoding"
@@ -26,7 +27,9 @@ class LayerRecord:
     attention would use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a
     sequence had no real row. popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
     histogram: of the rows of a prefill longer than K, see effective_k.py, or None; a decode step is a
-    single row, which attn and n describe already.
+    single row, which attn and n describe already. kv_read: `[B, H_kv]` bytes that were read of the cache,
+    kv_dense: `[B]` those that dense attention would read for each KV head; of a prefill, summed over its
+    calls.
     """
 
     attn: np.ndarray
@@ -36,6 +39,8 @@ class LayerRecord:
     n: np.ndarray
     popularity: np.ndarray | None = None
     histogram: np.ndarray | None = None
+    kv_read: np.ndarray | None = None
+    kv_dense: np.ndarray | None = None
 
 
 @dataclass
@@ -47,6 +52,8 @@ class _Open:
     full: Tensor
     topk: Tensor
     n: Tensor
+    kv_read: Tensor
+    kv_dense: Tensor
 
 
 class Recorder:
@@ -71,10 +78,11 @@ class Recorder:
         counts: Counts | None,
         shape: tuple[int, int, int, int],
         decode: bool = False,
+        kv: KVBytes | None = None,
     ) -> None:
         """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible
         is kept. k: the layer's K, 0 if it is left dense or its method has none. decode: it is a decode step,
-        else a part of a prompt."""
+        else a part of a prompt. kv: what it reads, None: not counted."""
         batch, num_heads, num_kv_heads, kv_len = shape
         n = rows.n if rows.real is None else rows.n * rows.real
         n = n.expand(batch, -1)
@@ -89,8 +97,11 @@ class Recorder:
             )
         else:
             attn, vrow = counts.attn, counts.vrow
+        if kv is None:
+            kv = KVBytes(full.new_zeros(batch, num_kv_heads), torch.zeros_like(full))
         if decode:
-            packed = (attn, (vrow > 0).sum(dim=-1), full[:, None], topk[:, None], longest[:, None])
+            numbers = torch.stack([full, topk, longest, kv.dense], dim=1)
+            packed = (attn, (vrow > 0).sum(dim=-1), kv.read, numbers)
             self._steps.setdefault(layer, []).append(torch.cat(packed, dim=1))
             if self.keep_popularity:
                 self._step_popularity.setdefault(layer, []).append(vrow.int())
@@ -103,7 +114,7 @@ class Recorder:
             count_rows(self._histograms[layer], kept, n, n > k)
         before = self._open.get(layer)
         if before is None:
-            self._open[layer] = _Open(attn.clone(), vrow.int(), full, topk, longest)
+            self._open[layer] = _Open(attn.clone(), vrow.int(), full, topk, longest, kv.read, kv.dense)
             return
         if kv_len < before.vrow.shape[2] or batch != before.vrow.shape[0]:
             raise RuntimeError(
@@ -117,6 +128,8 @@ class Recorder:
             before.full + full,
             before.topk + topk,
             torch.maximum(before.n, longest),
+            before.kv_read + kv.read,
+            before.kv_dense + kv.dense,
         )
 
     def repeat(self, index: Tensor) -> None:
@@ -124,7 +137,8 @@ class Recorder:
         sequences."""
         for layer, o in self._open.items():
             at = index.to(o.attn.device)
-            self._open[layer] = _Open(o.attn[at], o.vrow[at], o.full[at], o.topk[at], o.n[at])
+            parts = (o.attn, o.vrow, o.full, o.topk, o.n, o.kv_read, o.kv_dense)
+            self._open[layer] = _Open(*(part[at] for part in parts))
 
     def drain(self) -> tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]]:
         """End the request: its prefill record and its decode records, by layer, as numpy arrays."""
@@ -135,6 +149,8 @@ class Recorder:
                 full=o.full.cpu().numpy(),
                 topk=o.topk.cpu().numpy(),
                 n=o.n.cpu().numpy(),
+                kv_read=o.kv_read.cpu().numpy(),
+                kv_dense=o.kv_dense.cpu().numpy(),
                 popularity=o.vrow.cpu().numpy() if self.keep_popularity else None,
                 histogram=self._histograms[layer].cpu().numpy() if layer in self._histograms else None,
             )
@@ -142,9 +158,19 @@ class Recorder:
         }
         heads, decode = self.num_heads, {}
         for layer, steps in self._steps.items():
-            packed = torch.stack(steps).cpu().numpy()  # [steps, B, H + H_kv + 3]
+            packed = torch.stack(steps).cpu().numpy()  # [steps, B, H + 2 H_kv + 4]
+            groups = (packed.shape[2] - heads - 4) // 2
             decode[layer] = [
-                LayerRecord(s[:, :heads], s[:, heads:-3], s[:, -3], s[:, -2], s[:, -1]) for s in packed
+                LayerRecord(
+                    attn=s[:, :heads],
+                    vrow=s[:, heads : heads + groups],
+                    full=s[:, -4],
+                    topk=s[:, -3],
+                    n=s[:, -2],
+                    kv_read=s[:, heads + groups : -4],
+                    kv_dense=s[:, -1],
+                )
+                for s in packed
             ]
             for record, vrow in zip(decode[layer], self._step_popularity.get(layer, [])):
                 record.popularity = vrow.cpu().numpy()

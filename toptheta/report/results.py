@@ -16,6 +16,7 @@ from toptheta.util.files import write_text
 
 PHASES = PREFILL, DECODE = "prefill", "generative_decoding"
 ANSWERS = "answers.jsonl"
+OPTIONAL = ("effective_k", "kv_bytes")  # counts that not every run has
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class CellResult:
     method: the label that tables show; name: the method's in the registry, None in files of earlier versions;
     mode: the published project's number of it. k: None where the method has none. dense: nothing is dropped.
     metrics: by name; kept: by phase, None for a phase that did not occur, or where nothing was counted.
-    seconds: of calibration and evaluation. effective_k: what single rows keep, see attention/effective_k.py.
+    kv_bytes: by phase, KV bytes read as a share of those of dense attention, see attention/kv_bytes.py; None
+    as with kept. seconds: of calibration and evaluation. effective_k: what single rows keep, see
+    attention/effective_k.py.
     extra: what a data set or a table adds (by_length, grid, environment).
     """
 
@@ -56,6 +59,7 @@ class CellResult:
     num_fewshot: int | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     kept: dict[str, Kept | None] | None = None
+    kv_bytes: dict[str, float | None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
     effective_k: list[dict[str, Any]] | None = None
@@ -91,7 +95,7 @@ class CellResult:
         """As results.json holds it; keys that say nothing are left out."""
         values = asdict(self)
         extra = values.pop("extra")
-        silent = [name for name in ("num_fewshot", "folder", "effective_k") if values[name] is None]
+        silent = [name for name in ("num_fewshot", "folder", *OPTIONAL) if values[name] is None]
         ordered = {name: values.pop(name) for name in ("model", "task")} | values
         return {name: value for name, value in ordered.items() if name not in silent} | extra
 
@@ -106,7 +110,7 @@ class CellResult:
             kept = rest.pop("kept", None)
             if kept is not None:
                 kept = {phase: _kept(shares) for phase, shares in kept.items()}
-            plain = ("model", "task", "name", "mode", "num_fewshot", "seconds", "folder", "effective_k")
+            plain = ("model", "task", "name", "mode", "num_fewshot", "seconds", "folder", *OPTIONAL)
             known = {name: rest.pop(name) for name in plain if name in rest}
             return cls(method, k=k, dense=dense, metrics=metrics, kept=kept, extra=rest, **known)
         except (TypeError, ValueError, KeyError, AttributeError) as error:

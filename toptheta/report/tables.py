@@ -156,8 +156,8 @@ def _metric_column(name: str) -> Column:
 
 
 def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]:
-    """Kept elements and V rows of each phase that occurred; of a text that was only read, all rows are kept
-    by some row, so there are elements only."""
+    """Kept elements and V rows of each phase that occurred, and the KV bytes that decode reads. Of a text
+    that was only read, all V rows are kept by some row, so there are elements only."""
     if results and all(result.by_length for result in results):
         return [Column("kept elements %", lambda result: share(result, PREFILL, "attn"))]
     columns = []
@@ -165,7 +165,14 @@ def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]
         if any((result.kept or {}).get(phase) for result in results):
             for what, words in (("attn", "kept elements"), ("vrow", "kept V rows")):
                 columns.append(_kept_column(f"{words}{comma} {PHASE_WORDS[phase]} %", phase, what))
+    if any((result.kv_bytes or {}).get(DECODE) is not None for result in results):
+        columns.append(Column("KV bytes, decode %", _kv_bytes))
     return columns
+
+
+def _kv_bytes(result: CellResult) -> str:
+    value = (result.kv_bytes or {}).get(DECODE)
+    return "-" if value is None else f"{100.0 * value:.1f}"
 
 
 def _kept_column(header: str, phase: str, what: str) -> Column:

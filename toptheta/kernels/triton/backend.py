@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts, Int8Keys
 from toptheta.attention.reference import mean_of_visible
-from toptheta.kernels.int8_keys import serves
+from toptheta.kernels.int8_keys import keys_read_of, serves
 from toptheta.methods.base import KernelSpec, Selection
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
@@ -103,6 +103,12 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
         q, k, v, rows.n.contiguous(), first, mask, key_real, real, theta, table, v_mean, *settings
     )
     return out.transpose(1, 2), Counts(attn, vrow) if count else None
+
+
+def keys_read(call: AttentionCall) -> Tensor | None:
+    """`[B, H_kv]` K rows that a decode step reads with the int8 copy, None where that is not used."""
+    used = call.int8 is not None and call.q.shape[2] == 1 and call.kernel is not None and serves(call.kernel)
+    return keys_read_of(call) if used else None
 
 
 def _counts(keep: Tensor, real: Tensor | None, num_kv_heads: int) -> Counts:

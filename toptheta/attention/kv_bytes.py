@@ -1,0 +1,67 @@
+"""KV bytes: what attention reads of the cache, against what dense attention reads.
+
+Counted by KV head, from what was kept: the heads of a group read what any of them needs once. Dense
+attention reads K and V of every visible key in the model's type. A method reads the K rows that it needs a
+score of, the V rows that it keeps, and whatever it keeps beside the cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toptheta.attention.call import AttentionCall, Counts
+from toptheta.attention.rows import Rows
+
+FLOAT32 = 4
+INT8_EXTRA = 8  # bytes of a key's step and slack, beside its codes
+
+
+@dataclass
+class KVBytes:
+    """read: `[B, H_kv]` int64, what one call reads; dense: `[B]` int64, what dense attention would, for each
+    KV head."""
+
+    read: Tensor
+    dense: Tensor
+
+
+def visible_keys(rows: Rows, batch: int) -> Tensor:
+    """`[B]` int64, keys that the longest real row of each sequence sees."""
+    n = rows.n if rows.real is None else rows.n * rows.real
+    return n.amax(dim=-1).expand(batch)
+
+
+def dense_bytes(rows: Rows, key: Tensor) -> KVBytes:
+    """Of dense attention. key: `[B, H_kv, N, D]`."""
+    batch, num_kv_heads, _, head_dim = key.shape
+    dense = visible_keys(rows, batch) * (2 * head_dim * key.element_size())
+    return KVBytes(dense[:, None].expand(-1, num_kv_heads), dense)
+
+
+def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = None) -> KVBytes:
+    """Of a call that kept `counts`. keys_read: `[B, H_kv]` K rows that were read with the int8 copy of K,
+    None where it was not used.
+
+    What is kept beside the cache is counted in decode steps only.
+    """
+    spec, method = call.spec, call.spec.method
+    dense = dense_bytes(call.rows, call.k)
+    if not spec.sparse:
+        return dense
+    batch, num_kv_heads, _, head_dim = call.k.shape
+    row, n = head_dim * call.k.element_size(), visible_keys(call.rows, batch)[:, None]
+    v_rows = (counts.vrow > 0).sum(dim=-1)
+    # A sum over all visible keys, of weights or of a denominator, needs every score.
+    all_scores = method.reads_all_keys or spec.placement == "post-softmax" or spec.sdc == "exact"
+    if keys_read is not None:
+        read = (keys_read + v_rows) * row + n * (head_dim + INT8_EXTRA)
+    else:
+        read = ((n if all_scores else v_rows) + v_rows) * row
+    if call.decode:
+        kept = counts.attn.view(batch, num_kv_heads, -1)
+        extra = method.bytes_beside(n, kept, head_dim, call.k.element_size())
+        read = read + torch.where(spec.may_drop(n), extra, 0)
+        if spec.vmc:
+            read = read + FLOAT32 * head_dim  # the sum of V
+    return KVBytes(read.expand(-1, num_kv_heads), dense.dense)
