@@ -42,6 +42,7 @@ from toptheta.models.control import (
     set_params,
     use_tables,
 )
+from toptheta.models.kl import kl_divergence
 from toptheta.models.loading import find_model, load_model, load_tokenizer
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
@@ -147,7 +148,7 @@ def measure(model: Any, texts: list[Window]) -> dict[str, Any]:
         registry.FORCED = None
         record_statistics(model, None)
         dense = window.dense
-        found["KL"].append(float((dense.exp() * (dense - method)).sum(dim=-1).mean()))
+        found["KL"].append(float(kl_divergence(dense, method).mean()))
         same = (dense.argmax(dim=-1) == method.argmax(dim=-1)).float().mean()
         found["same top token %"].append(100 * float(same))
         targets = window.rest[0, 1:, None]

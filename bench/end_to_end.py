@@ -220,6 +220,9 @@ def print_peak(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the small model against stock transformers.")
     parser.add_argument("--quick", action="store_true", help="shorter: no 4,096 and 7,000 tokens, no memory")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="the rows whose title holds this, e.g. 'decode at 1000'"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of repetitions for each row")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "end_to_end-cpu.json")
@@ -258,6 +261,8 @@ def main() -> None:
     results = {}
     for title, run in rows.items():
         if args.quick and any(word in title for word in ("4096", "7000", "memory")):
+            continue
+        if args.only and args.only not in title:
             continue
         results[title] = run()
         print(title)

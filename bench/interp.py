@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import device_name
 from toptheta.models.control import calibrated_tables, record_statistics, set_params, use_tables
+from toptheta.models.kl import kl_divergence
 from toptheta.models.loading import find_model, load_model, load_tokenizer
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import PREFILL, Recorder
@@ -126,7 +127,7 @@ def main() -> None:
             kept, divergence = [], 0.0
             for ids, expected in zip(texts, dense):
                 found = read(model, ids, args.calib_length, recorder)
-                divergence += float((expected.exp() * (expected - found)).sum(dim=-1).mean()) / len(texts)
+                divergence += float(kl_divergence(expected, found).mean()) / len(texts)
                 layers = recorder.drain()[0].values()
                 kept.append(np.stack([layer.attn[0] for layer in layers]) / (rows_per_text * K))
             heads = np.mean(kept, axis=0).ravel()

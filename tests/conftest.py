@@ -28,7 +28,7 @@ def tiny_model() -> LlamaForCausalLM:
 
 @pytest.fixture(params=["reference", "chosen"])
 def path(request, monkeypatch) -> str:
-    """Run a test by plain PyTorch, and by what is chosen without being told (on CPU, the kernel)."""
+    """Run a test by plain PyTorch, and by what is chosen by default (on CPU, the kernel)."""
     monkeypatch.setattr(kernels, "FORCED", None if request.param == "chosen" else request.param)
     return request.param
 

@@ -221,14 +221,14 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
         real = control.measure
         patch.setattr(control, "measure", lambda *args: calls.append(1) or real(*args))
         tables = calibrated_tables(tiny_model)
-        calibrated_tables(tiny_model)
-    assert len(calls) == 1  # forwards are costly: the same samples are measured once
-    assert calibrations(tiny_model) == found  # still calibrating
+        assert calibrations(tiny_model) == found  # still calibrating
+        use_tables(tiny_model, tables)  # which ends the calibration: nothing is measured twice
+        set_params(tiny_model, calibrate=False)
+    assert len(calls) == 1 and not calibrations(tiny_model)
     thetas = [float(np.nanmax(tables.theta[i].values)) for i in range(3)]
     assert len(set(thetas)) == 3
     kept = [kept_above(found[i].counts[6].numpy(), int(found[i].rows[6]), np.log(thetas[i])) for i in found]
     assert np.mean(kept) == pytest.approx(6, rel=0.02)
-    set_params(tiny_model, calibrate=False)
     assert tiny_model(tokens()).logits.isfinite().all()
 
 

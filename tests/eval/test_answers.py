@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.eval.helpers import gen_settings, qa_settings
+from tests.eval.helpers import gen_settings, interrupt_at, qa_settings
 from toptheta.report.results import Answer, CellResult, read_answers
 
 
@@ -36,20 +36,11 @@ def test_multiple_choice(folder_model: str, here: Path) -> None:
 
 def test_a_resumed_cell_keeps_all(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toptheta.eval import cell as products
-    from toptheta.eval import lm_eval_model as harness
     from toptheta.eval.runner import evaluate
 
     monkeypatch.setattr(products, "CHECKPOINT_SECONDS", 0.0)
     (straight,) = evaluate(qa_settings(folder_model, mode=(1,), output_dir="straight"))
-    score, calls = harness.TopThetaLM._score, []
-
-    def scoring(self, batch):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return score(self, batch)
-
-    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    interrupt_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(qa_settings(folder_model, mode=(1,), output_dir="stopped"))
     (run,) = here.joinpath("stopped").iterdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.helpers import calibrating_settings, parse
+from tests.eval.helpers import calibrating_settings, interrupt_at, parse
 from toptheta.calibration.tables import load_tables
 from toptheta.util.errors import UsageError
 
@@ -17,7 +17,6 @@ def numbers(folder: Path) -> set[str]:
 
 
 def test_a_run_of_two_budgets(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toptheta.eval import lm_eval_model as harness
     from toptheta.eval.runner import evaluate
 
     whole = evaluate(calibrating_settings(folder_model, **BUDGET, output_dir="whole"))
@@ -28,15 +27,7 @@ def test_a_run_of_two_budgets(folder_model: str, here: Path, monkeypatch: pytest
     assert whole[0].kept["prefill"].attn < whole[1].kept["prefill"].attn < 1
     assert load_tables(folder / "mode0_k16", 2, 6).meta["calib_to"] == "budget"
 
-    score, calls = harness.TopThetaLM._score, []
-
-    def scoring(self, batch):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return score(self, batch)
-
-    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    interrupt_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(calibrating_settings(folder_model, **BUDGET))
     (run,) = here.joinpath("products").iterdir()

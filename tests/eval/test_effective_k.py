@@ -1,4 +1,4 @@
-"""Effective K in the jobs: its flags, its table beside the other statistics, resumed runs."""
+"""Effective K in the jobs: its flags, its table with the other statistics, resumed runs."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.eval.helpers import parse
+from tests.eval.helpers import interrupt_at, parse
 from tests.helpers.effective_k import rows_of_csv
 from toptheta.attention import effective_k as effective
 from toptheta.eval.settings import GenSettings, QASettings
@@ -52,9 +52,9 @@ def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.Monke
     cell = run / "mode0_k40"
     assert not (cell / "effective_k.npz").exists() and not (cell / "partial").exists()
     rows = rows_of_csv(cell)
-    told = results[0].effective_k
-    assert json.loads((cell / "results.json").read_text())["effective_k"] == told
-    assert [(one["phase"], one["k"]) for one in told] == [
+    reported = results[0].effective_k
+    assert json.loads((cell / "results.json").read_text())["effective_k"] == reported
+    assert [(one["phase"], one["k"]) for one in reported] == [
         (PREFILL, 24),
         (PREFILL, 40),
         (DECODE, 24),
@@ -83,7 +83,6 @@ def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a batch's model calls and resumed, with a partial folder for each batch."""
     from toptheta.eval import cell as products
-    from toptheta.eval import lm_eval_model as harness
     from toptheta.eval.runner import evaluate
 
     def settings(output: str) -> QASettings:
@@ -103,16 +102,8 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "drain", draining)
         straight = evaluate(settings("straight"))
-    score, calls = harness.TopThetaLM._score, []
-
-    def scoring(self, batch):
-        calls.append(1)
-        found = score(self, batch)  # its rows are counted, but must not be kept: it will run again
-        if len(calls) == 6:  # three calibrate
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    # Three calibrate; the rows of the last are counted, but must not be kept.
+    interrupt_at(monkeypatch, 6, after=True)
     monkeypatch.setattr(products, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings("stopped"))

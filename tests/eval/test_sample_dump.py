@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.helpers import calibrating_settings
+from tests.eval.helpers import calibrating_settings, interrupt_at
 from tests.helpers.calibration import check_average
 from toptheta.calibration.kept_samples import (
     SAMPLES_NAME,
@@ -16,24 +16,15 @@ from toptheta.calibration.tables import BINARY_NAME, load_tables
 def test_dump_of_each_cell_survives_an_interrupt(
     folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toptheta.eval import lm_eval_model as harness
     from toptheta.eval.runner import evaluate
 
     options = {"k": (16, 32), "calibrate_only": True, "calib_dump_samples": True}
-    score, calls = harness.TopThetaLM._score, []
-
-    def scoring(self, batch):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return score(self, batch)
-
-    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    batches = interrupt_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(calibrating_settings(folder_model, **options))
     (run,) = here.joinpath("products").iterdir()
     evaluate(calibrating_settings(folder_model, **options), resume=str(run))
-    assert len(calls) == 4  # three prompts, of which one was cut off: none ran twice
+    assert len(batches) == 4  # three prompts, of which one was cut off: none ran twice
     for k in (16, 32):
         folder = run / f"mode0_k{k}"
         samples, tables = read_calibration_samples(folder), load_tables(folder, 2, 6)

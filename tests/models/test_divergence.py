@@ -10,9 +10,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from tests.helpers.models import SPARSE, steer, tokens
 from toptheta.models import divergence
-from toptheta.models.control import dense_for, get_params, record_statistics, set_params
+from toptheta.models.control import get_params, record_statistics, set_params
 from toptheta.models.divergence import against_dense
-from toptheta.models.patch import layer_states, update_model
+from toptheta.models.kl import kl_divergence
+from toptheta.models.patch import dense_for, layer_states, update_model
 from toptheta.models.recorder import Recorder
 
 
@@ -108,6 +109,6 @@ def test_divergence_of_close_and_far_ones() -> None:
         other = logits + distance * draw.normal(size=logits.shape)
         p, q = (torch.tensor(x).log_softmax(dim=-1) for x in (logits, other))
         exact = (p.exp() * (p - q)).sum(dim=-1)
-        got = divergence.divergence(*(torch.tensor(x).float().log_softmax(dim=-1) for x in (logits, other)))
+        got = kl_divergence(*(torch.tensor(x).float().log_softmax(dim=-1) for x in (logits, other)))
         assert (got >= 0).all()
         torch.testing.assert_close(got.double(), exact, rtol=0.05 if distance < 1e-4 else 1e-3, atol=1e-12)

@@ -8,7 +8,7 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from toptheta.report.paired import Comparison, Flips, beside_dense, compare, paired_difference
+from toptheta.report.paired import Comparison, Flips, compare, paired_difference, paired_with_dense
 from toptheta.report.results import Answer, CellResult, read_answers, write_answers
 from toptheta.util.errors import UsageError
 
@@ -136,14 +136,14 @@ def test_other_questions_are_refused() -> None:
         compare([], a, ("dense", "Top-k"))
 
 
-def test_beside_dense(tmp_path) -> None:
+def test_paired_with_dense(tmp_path) -> None:
     """The first dense cell is the baseline; others, dense ones of another type too, are compared with it."""
     scores = {"dense": [1, 1, 0], "bfloat16": [1, 0, 0], "Top-k": [0, 1, 0]}
     results = []
     for name, values in scores.items():
         write_answers(tmp_path / name, answers(values))
         results.append(CellResult(name, dense=name != "Top-k", folder=str(tmp_path / name)))
-    found, notes = beside_dense([results[2], *results[:2]])
+    found, notes = paired_with_dense([results[2], *results[:2]])
     assert notes == [] and found[1].paired == {}
     assert {one.method: one.paired["flips"]["acc"]["lost"] for one in (found[0], found[2])} == {
         "Top-k": 1,
@@ -151,12 +151,12 @@ def test_beside_dense(tmp_path) -> None:
     }
     assert CellResult.from_json(found[0].to_json()).paired == found[0].paired
     write_answers(tmp_path / "Top-k", answers([1, 1]))
-    found, notes = beside_dense(results)
+    found, notes = paired_with_dense(results)
     assert found[2].paired == {} and "Top-k is not compared with dense" in notes[0] and len(notes) == 1
     (tmp_path / "dense" / "answers.jsonl").unlink()
-    found, notes = beside_dense(results)
+    found, notes = paired_with_dense(results)
     assert found == results and "Nothing is compared with dense" in notes[0]
-    assert beside_dense(results[2:]) == (results[2:], [])
+    assert paired_with_dense(results[2:]) == (results[2:], [])
 
 
 def test_answers_keep_what_is_compared(tmp_path) -> None:

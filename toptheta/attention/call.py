@@ -5,6 +5,7 @@ D head_dim. A head's group is `head // G`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +110,11 @@ class Counts:
     attn: Tensor
     vrow: Tensor
     row: Tensor | None = None
+
+    @cached_property
+    def vrows(self) -> Tensor:
+        """`[B, H_kv]` V rows that any (row, head) pair keeps; to be asked for when all is counted."""
+        return (self.vrow > 0).sum(dim=-1)
 
     @classmethod
     def zeros(cls, call: AttentionCall) -> "Counts":

@@ -2,7 +2,7 @@
 
 Counted by KV head, from what was kept: the heads of a group read what any of them needs once. Dense
 attention reads K and V of every visible key in the model's type. A method reads the K rows that it needs a
-score of, the V rows that it keeps, and whatever it keeps beside the cache.
+score of, the V rows that it keeps, and whatever it stores in addition to the cache.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from toptheta.attention.call import AttentionCall, Counts
 from toptheta.attention.rows import Rows
 
 FLOAT32 = 4
-INT8_EXTRA = 8  # bytes of a key's step and slack, beside its codes
+INT8_EXTRA = 8  # bytes of a key's step and slack, in addition to its codes
 
 
 @dataclass
@@ -43,7 +43,7 @@ def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = Non
     """Of a call that kept `counts`. keys_read: `[B, H_kv]` K rows that were read with the int8 copy of K,
     None where it was not used.
 
-    What is kept beside the cache is counted in decode steps only.
+    What a method stores in addition to the cache counts in decode steps only.
     """
     spec, method = call.spec, call.spec.method
     dense = dense_bytes(call.rows, call.k)
@@ -51,7 +51,7 @@ def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = Non
         return dense
     batch, num_kv_heads, _, head_dim = call.k.shape
     row, n = head_dim * call.k.element_size(), visible_keys(call.rows, batch)[:, None]
-    v_rows = (counts.vrow > 0).sum(dim=-1)
+    v_rows = counts.vrows
     # A sum over all visible keys, of weights or of a denominator, needs every score.
     all_scores = method.reads_all_keys or spec.placement == "post-softmax" or spec.sdc == "exact"
     if keys_read is not None:
@@ -60,7 +60,7 @@ def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = Non
         read = ((n if all_scores else v_rows) + v_rows) * row
     if call.decode:
         kept = counts.attn.view(batch, num_kv_heads, -1)
-        extra = method.bytes_beside(n, kept, head_dim, call.k.element_size())
+        extra = method.extra_bytes(n, kept, head_dim, call.k.element_size())
         read = read + torch.where(spec.may_drop(n), extra, 0)
         if spec.vmc:
             read = read + FLOAT32 * head_dim  # the sum of V

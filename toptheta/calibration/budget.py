@@ -49,6 +49,7 @@ class BudgetCalibration(RowSampler):
     ):
         super().__init__(ks, sample_frac, seed, device)
         self.gram, self.values = gram, None if gram is None else _no_values(gram)
+        self.weighed = False  # whether mean and scale are known
         self.counts = {k: torch.zeros(num_heads, BINS, dtype=torch.int64, device=device) for k in self.ks}
         self.rows = {k: torch.zeros((), dtype=torch.int64, device=device) for k in self.ks}
         self.prompts: list[Tensor] = []
@@ -80,7 +81,8 @@ class BudgetCalibration(RowSampler):
     def _factors(self, call: AttentionCall) -> Tensor:
         """`[B, H, N]` logarithm of what each key's value counts."""
         assert self.gram is not None and self.values is not None
-        if not self.values.scale.any():  # the first prompt: what is padding there has no part in the mean
+        if not self.weighed:  # the first prompt: what is padding there has no part in the mean
+            self.weighed = True
             real = call.rows.key_real
             rows = call.v.float().transpose(1, 2)  # [B, N, H_kv, D]
             rows = rows.flatten(0, 1) if real is None else rows[real]
@@ -116,7 +118,7 @@ class BudgetCalibration(RowSampler):
             self.rows[k] = state[f"rows.{k}"].to(self.device)
         if self.gram is not None:
             mean, scale = state["value.mean"].to(self.device), state["value.scale"].to(self.device)
-            self.values = ValueNorms(self.gram, mean, scale)
+            self.values, self.weighed = ValueNorms(self.gram, mean, scale), bool(scale.any())
         names = sorted((name for name in state if name.startswith("prompt.")), key=lambda x: int(x[7:]))
         self.prompts = [state[name] for name in names]
 

@@ -43,7 +43,7 @@ class RowSampler:
     prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`.
     """
 
-    apart = False  # whether samples are taken from the call itself, by `sample`, beside the attention
+    apart = False  # whether samples are taken from the call itself, by `sample`, apart from the attention
 
     def __init__(self, ks: Sequence[int], sample_frac: float, seed: int, device: torch.device | str):
         self.ks, self.sample_frac, self.device = tuple(ks), sample_frac, torch.device(device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.tasks.humaneval import scoring
-from toptheta.report.paired import beside_dense
+from toptheta.report.paired import paired_with_dense
 from toptheta.report.results import ANSWERS, CellResult, read_answers, write_answers
 from toptheta.report.tables import results_table
 from toptheta.util.console import say
@@ -42,7 +42,7 @@ def score_folder(folder: str) -> None:
         result = replace(result, metrics=metrics)
         write_json(results_file, result.to_json())
         results.append(replace(result, folder=str(path)))
-    print("\n" + results_table(beside_dense(results)[0]))
+    print("\n" + results_table(paired_with_dense(results)[0]))
 
 
 def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -191,7 +191,7 @@ class Method:
     calibrated with thresholds. samples_sdc: what it drops from prompts says what it drops, so that SDC can be
     calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
     reads_all_keys: it needs the score of every visible key, else K of what it keeps alone. stores: what it
-    keeps beside the cache, in bytes for each token and KV head.
+    stores in addition to the cache, in bytes for each token and KV head.
     """
 
     name: ClassVar[str]
@@ -218,10 +218,10 @@ class Method:
         leaves dense (n <= K) are filled up afterwards."""
         raise NotImplementedError
 
-    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
-        """Bytes that a decode step reads beside K and V for each KV head, `[B, 1]` or `[B, H_kv]` int64. n:
-        `[B, 1]` visible keys; kept: `[B, H_kv, G]` keys that the heads of each group keep; element_size:
-        bytes of a number in the cache."""
+    def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+        """Bytes that a decode step reads in addition to K and V for each KV head, `[B, 1]` or `[B, H_kv]`
+        int64. n: `[B, 1]` visible keys; kept: `[B, H_kv, G]` keys that the heads of each group keep;
+        element_size: bytes of a number in the cache."""
         return n * 0
 
     def rows_of_block(self, rows: int) -> int:

@@ -49,7 +49,7 @@ class H2O(Method):
     def decode_only(self) -> bool:  # type: ignore[override]
         return self.prefill == "dense"
 
-    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+    def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         return 4 * kept.sum(dim=-1)  # the sums of what is there
 
     def rows_of_block(self, rows: int) -> int:

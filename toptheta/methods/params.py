@@ -65,8 +65,9 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The options of sparse attention that `set_params` and the scripts' flags share, beside the method and
-    its K. calib_interp and calib_smooth act when tables are used; the tables themselves stay as calibrated.
+    """The options of sparse attention that `set_params` and the scripts' flags share, apart from the method
+    and its K. calib_interp and calib_smooth act when tables are used; the tables themselves stay as
+    calibrated.
     """
 
     placement: str = option(

@@ -42,7 +42,7 @@ class Quest(Method):
     def leaves_dense(self, layer: int) -> bool:
         return layer < self.dense_layers
 
-    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+    def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         return (n + self.page - 1) // self.page * (2 * head_dim * element_size)
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:

@@ -14,7 +14,7 @@ from toptheta.methods.top_k import TopK
 class TopTheta(Method):
     """capk: of what passes the threshold, keep the K most recent only. value_aware (ours, not the paper's):
     compare weight times what the key's value can move the output, see `ValueNorms`; one number a key and head
-    is kept beside the cache."""
+    is stored in addition to the cache."""
 
     capk: bool = False
     value_aware: bool = False
@@ -34,7 +34,7 @@ class TopTheta(Method):
     def needs_values(self) -> bool:  # type: ignore[override]
         return self.value_aware
 
-    def bytes_beside(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
+    def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         return n * (4 * kept.shape[-1] if self.value_aware else 0)
 
     @property

@@ -24,15 +24,10 @@ from toptheta.calibration.tables import (
 from toptheta.methods.base import NEG_INF, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.models.layer_state import ModelState
-from toptheta.models.patch import TopK_LLamaAttention, choose_implementation, patched_layers
+from toptheta.models.patch import TopK_LLamaAttention, choose_implementation, model_state, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import keep_prompts, measure
 from toptheta.util.errors import UsageError
-
-
-def model_state(model: nn.Module) -> ModelState:
-    """What the layers of a patched model share. Raises UsageError when the model is not patched."""
-    return patched_layers(model)[0].toptheta.shared
 
 
 def get_params(model: nn.Module) -> AttentionParams:
@@ -109,11 +104,7 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
         num_heads = layers[0].config.num_attention_heads
         use_tables(model, load_tables(params.calib_load_path, len(layers), num_heads))
     if not params.calibrate:
-        if shared.prompt_hook is not None:
-            shared.prompt_hook.remove()
-            shared.prompt_hook = None
-        for layer in layers:
-            layer.toptheta.calibration = None
+        _end_calibration(model)
         _install(layers, params, k_per_layer, shared.tables)
     shared.params = params
     choose_implementation(layers)
@@ -199,7 +190,7 @@ def begin_calibration(
     keep_samples: bool = False,
 ) -> None:
     """Start calibrating what `params` will need. more_k: K per layer of other cells that the same pass serves
-    (without calib_tac), beside params.K. keep_samples: keep every sample of thresholds too, see
+    (without calib_tac), in addition to params.K. keep_samples: keep every sample of thresholds too, see
     `calibration_samples`."""
     layers = patched_layers(model)
     k_per_layer = params.k_per_layer(len(layers))
@@ -242,13 +233,10 @@ def begin_calibration(
             keep_samples=keep_samples,
         )
     shared = model_state(model)
-    if shared.prompt_hook is not None:  # of a calibration before
-        shared.prompt_hook.remove()
-        shared.prompt_hook = None
+    _end_prompt_hook(shared)  # of a calibration before
     found = next(iter(calibrations(model).values()), None)
     if params.calib_layers == "sensitivity" and isinstance(found, BudgetCalibration):
         shared.prompt_hook = keep_prompts(model, found)
-    shared.damage = {}
     shared.recorder = None  # calibration prompts count in no statistic
     shared.params = replace(params, calibrate=True)
     choose_implementation(layers)
@@ -286,7 +274,7 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
                     f"calib_layers sensitivity needs a prompt of more than {2 * min(k_per_layer)} tokens: "
                     "lower K, or calibrate on longer prompts."
                 )
-            damage = partial(_measured, model, list(prompts), params)
+            damage = partial(measure, model, list(prompts), params)
         tables.theta = budget_tables(budgets, k_per_layer, damage)
         tables.k = {i: k_per_layer[i] for i in budgets}
         tables.values = {
@@ -314,16 +302,6 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
     return tables
 
 
-def _measured(
-    model: nn.Module, prompts: list[Tensor], params: AttentionParams, log_thetas: list[float], k: int
-) -> np.ndarray:
-    """`measure`, once for the same samples: tables may be asked for more than once."""
-    known, key = model_state(model).damage, (k, *log_thetas)
-    if key not in known:
-        known[key] = measure(model, prompts, params, log_thetas, k)
-    return known[key]
-
-
 def calibration_samples(
     model: nn.Module, k_per_layer: tuple[int, ...] | None = None
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -335,8 +313,22 @@ def calibration_samples(
 
 
 def use_tables(model: nn.Module, tables: CalibrationTables) -> None:
-    """Hand tables to the model; the next `set_params` checks that they fit and puts them to use."""
+    """Hand tables to the model and end a calibration under way; the next `set_params` checks that they fit
+    and puts them to use."""
     model_state(model).tables = tables
+    _end_calibration(model)
+
+
+def _end_calibration(model: nn.Module) -> None:
+    for layer in patched_layers(model):
+        layer.toptheta.calibration = None
+    _end_prompt_hook(model_state(model))
+
+
+def _end_prompt_hook(shared: ModelState) -> None:
+    if shared.prompt_hook is not None:
+        shared.prompt_hook.remove()
+        shared.prompt_hook = None
 
 
 def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:
@@ -354,25 +346,6 @@ def value_gram(layer: TopK_LLamaAttention) -> Tensor:
         raise UsageError("value_aware reads the output projections, which are offloaded: leave it out.")
     parts = weight.detach().float().view(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
     return parts.transpose(1, 2) @ parts
-
-
-@contextmanager
-def dense_for(model: nn.Module) -> Iterator[None]:
-    """Within this context every layer is dense, and nothing is counted or calibrated; afterwards the model
-    is as it was. The parameters that `get_params` reads and the tables stay in place all the time."""
-    shared, layers = model_state(model), patched_layers(model)
-    before = [(layer.toptheta.spec, layer.toptheta.calibration) for layer in layers]
-    recorder, shared.recorder = shared.recorder, None
-    for layer in layers:
-        layer.toptheta.spec, layer.toptheta.calibration = LayerSpec(), None
-    choose_implementation(layers)
-    try:
-        yield
-    finally:
-        for layer, (spec, calibration) in zip(layers, before):
-            layer.toptheta.spec, layer.toptheta.calibration = spec, calibration
-        shared.recorder = recorder
-        choose_implementation(layers)
 
 
 def _execution_device(layer: nn.Module) -> torch.device:

@@ -1,7 +1,7 @@
 """How far a method is from dense attention in what it predicts: both read the same text, token by token.
 
-The first tokens of a text may be left dense, as a prompt is whose cache is sparse from then on. The dense
-pass runs beside the method's, so that the logits of a few rows at a time are all that is held.
+The first tokens of a text may be left dense, as a prompt is whose cache is sparse from then on. Both passes
+run window by window, so that the logits of a few rows at a time are all that is held.
 """
 
 from dataclasses import dataclass, fields
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from toptheta.models.control import dense_for, get_params
+from toptheta.models.control import get_params
 from toptheta.models.generation import LOGIT_ROWS, hidden_states
+from toptheta.models.kl import kl_divergence
+from toptheta.models.patch import dense_for
 
 COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of their logits
-SMALL = 0.5  # differences of log p, see `divergence`
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,12 @@ class Prediction:
 
 @torch.no_grad()
 def against_dense(model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None) -> Prediction:
-    """What the method that the model is set to predicts, beside dense attention, of tokens decode_from + 1 to
-    Q - 1 of `input_ids` `[B, Q]` (no padding), each given all before it.
+    """What the method that the model is set to predicts, and dense attention, of tokens decode_from + 1 to Q
+    - 1 of `input_ids` `[B, Q]` (no padding), each given all before it.
 
     The first `decode_from` tokens go through the model dense, for any method, and are not counted; the others
     follow in one call, or `prefill_chunk` at a time. A method with a state has not seen the first rows, only
-    their keys. A model that is dense is not read twice: it is 0 away
-    from itself.
+    their keys. A model that is dense is not read twice: it is 0 away from itself.
     """
     prompt, rest = input_ids[:, :decode_from], input_ids[:, decode_from:]
     chunked = prefill_chunk is not None and prefill_chunk < rest.shape[1]
@@ -66,18 +66,6 @@ def against_dense(model: Any, input_ids: Tensor, decode_from: int, prefill_chunk
     return Prediction(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
 
 
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., V]` float32.
-
-    Each term is written as q - p + p (log p - log q), which adds up to the same and is never below 0; where q
-    is near p as p (gap + expm1(-gap)), gap = log p - log q. So the sum is right to a few digits even where it
-    is far below float32's step at 1, as between two kernels.
-    """
-    p, gap = log_p.exp(), log_p - log_q
-    terms = torch.where(gap.abs() < SMALL, p * (gap + torch.expm1(-gap)), log_q.exp() - p + p * gap)
-    return terms.sum(dim=-1)
-
-
 def _log_probs(model: Any, hidden: Tensor) -> Tensor:
     """`[B, R, V]` float32."""
     return model.lm_head(hidden).float().log_softmax(dim=-1)
@@ -87,4 +75,4 @@ def _prediction(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Prediction:
     """log_p, log_q: `[B, R, V]` of dense attention and of the method; wanted: `[B, R]` the real tokens."""
     nll, dense_nll = (-x.gather(-1, wanted[..., None])[..., 0] for x in (log_q, log_p))
     same_top = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
-    return Prediction(nll.cpu(), dense_nll.cpu(), divergence(log_p, log_q).cpu(), same_top.cpu())
+    return Prediction(nll.cpu(), dense_nll.cpu(), kl_divergence(log_p, log_q).cpu(), same_top.cpu())

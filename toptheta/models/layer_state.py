@@ -5,7 +5,6 @@ layer, whatever the family. What all layers of a model share is a ModelState.
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -30,7 +29,6 @@ class ModelState:
         self.tables: CalibrationTables | None = None
         self.recorder: Recorder | None = None
         self.prompt_hook: Any = None  # while a calibration keeps prompts
-        self.damage: dict[Any, np.ndarray] = {}  # what a calibration has measured of single layers
         self.in_prompt = False
 
     def is_decode(self, q_len: int, kv_len: int) -> bool:
@@ -90,7 +88,9 @@ class LayerState(nn.Module):
             layer.summing = vmc
             now.extras = layer
         elif vmc and not torch.compiler.is_compiling():
-            now.extras = self._sums.setdefault(layer, VSum())
+            if layer not in self._sums:
+                self._sums[layer] = VSum()
+            now.extras = self._sums[layer]
             now.extras.check(layer.values)
 
     def end(self) -> None:

@@ -5,6 +5,8 @@ transformers (interface.py), and the stock forward calls them with the layer's m
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from toptheta.methods.params import LayerSpec
 from toptheta.models.interface import IMPLEMENTATION
 from toptheta.models.layer_state import LayerState, ModelState
 from toptheta.util.errors import UsageError
@@ -164,3 +167,27 @@ def model_device(model: PreTrainedModel) -> torch.device:
 def layer_states(model: nn.Module) -> list[LayerState]:
     """What the model's patched layers remember, in order. Raises UsageError when it has none."""
     return [layer.toptheta for layer in patched_layers(model)]
+
+
+def model_state(model: nn.Module) -> ModelState:
+    """What the layers of a patched model share. Raises UsageError when the model is not patched."""
+    return patched_layers(model)[0].toptheta.shared
+
+
+@contextmanager
+def dense_for(model: nn.Module) -> Iterator[None]:
+    """Within this context every layer is dense, and nothing is counted or calibrated; afterwards the model
+    is as it was. The parameters that `get_params` reads and the tables stay in place all the time."""
+    shared, layers = model_state(model), patched_layers(model)
+    before = [(layer.toptheta.spec, layer.toptheta.calibration) for layer in layers]
+    recorder, shared.recorder = shared.recorder, None
+    for layer in layers:
+        layer.toptheta.spec, layer.toptheta.calibration = LayerSpec(), None
+    choose_implementation(layers)
+    try:
+        yield
+    finally:
+        for layer, (spec, calibration) in zip(layers, before):
+            layer.toptheta.spec, layer.toptheta.calibration = spec, calibration
+        shared.recorder = recorder
+        choose_implementation(layers)

@@ -101,7 +101,8 @@ class Recorder:
             kv = KVBytes(full.new_zeros(batch, num_kv_heads), torch.zeros_like(full))
         if decode:
             numbers = torch.stack([full, topk, longest, kv.dense], dim=1)
-            packed = (attn, (vrow > 0).sum(dim=-1), kv.read, numbers)
+            vrows = longest[:, None].expand(-1, num_kv_heads) if counts is None else counts.vrows
+            packed = (attn, vrows, kv.read, numbers)
             self._steps.setdefault(layer, []).append(torch.cat(packed, dim=1))
             if self.keep_popularity:
                 self._step_popularity.setdefault(layer, []).append(vrow.int())

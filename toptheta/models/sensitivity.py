@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from toptheta.calibration.budget import PROMPT_TOKENS, PROMPTS, BudgetCalibration
+from toptheta.methods.base import NEG_INF
 from toptheta.methods.params import AttentionParams, LayerSpec
-from toptheta.models.patch import choose_implementation, patched_layers
+from toptheta.models.kl import kl_divergence
+from toptheta.models.patch import choose_implementation, dense_for, model_device, patched_layers
 
 
 def keep_prompts(model: nn.Module, calibration: BudgetCalibration) -> Any:
@@ -34,36 +36,29 @@ def measure(
     sparse at one threshold on weights at a time."""
     layers = patched_layers(model)
     states = [layer.toptheta for layer in layers]
-    before = [(state.spec, state.theta, state.sdc_table, state.values, state.calibration) for state in states]
-    recorder, states[0].shared.recorder = states[0].shared.recorder, None
+    values = [getattr(state.calibration, "values", None) for state in states]
     damage = np.zeros((len(layers), len(log_thetas)))
-    device = model.get_input_embeddings().weight.device
+    device = model_device(model)
     bar = tqdm(total=damage.size * len(prompts), desc=f"Sensitivity of layers, K={k}", unit="forward")
-    try:
-        for state in states:
-            if isinstance(state.calibration, BudgetCalibration):
-                state.values = state.calibration.values
-            state.spec, state.theta, state.sdc_table, state.calibration = LayerSpec(), None, None, None
+    with bar, dense_for(model):
         for ids in prompts:
-            ids = ids.to(device if device.type != "meta" else model.device)
-            choose_implementation(layers)
+            ids = ids.to(device)
             dense = _log_probs(model, ids, k)
             for i, state in enumerate(states):
-                for j, log_theta in enumerate(log_thetas):
-                    theta = torch.full((layers[i].config.num_attention_heads, k + 2), float("-inf"))
-                    theta[:, k + 1] = float(np.exp(log_theta))
-                    state.spec, state.theta = params.layer(k), theta.to(ids.device)
+                try:
+                    for j, log_theta in enumerate(log_thetas):
+                        theta = torch.full(
+                            (layers[i].config.num_attention_heads, k + 2), NEG_INF, device=device
+                        )
+                        theta[:, k + 1] = float(np.exp(log_theta))
+                        state.spec, state.theta, state.values = params.layer(k), theta, values[i]
+                        choose_implementation(layers)
+                        kl = kl_divergence(dense, _log_probs(model, ids, k)).mean()
+                        damage[i, j] += float(kl) / len(prompts)
+                        bar.update()
+                finally:
+                    state.spec, state.theta, state.values = LayerSpec(), None, None
                     choose_implementation(layers)
-                    sparse = _log_probs(model, ids, k)
-                    damage[i, j] += float((dense.exp() * (dense - sparse)).sum(dim=-1).mean()) / len(prompts)
-                    bar.update()
-                state.spec, state.theta = LayerSpec(), None
-    finally:
-        bar.close()
-        for state, kept in zip(states, before):
-            state.spec, state.theta, state.sdc_table, state.values, state.calibration = kept
-        states[0].shared.recorder = recorder
-        choose_implementation(layers)
     return damage
 
 

@@ -24,7 +24,7 @@ EXPLANATION = (
 
 @dataclass(frozen=True)
 class Compared:
-    """A cell beside the baseline; comparison: None for the baseline itself."""
+    """A cell compared with the baseline; comparison: None for the baseline itself."""
 
     label: str
     result: CellResult
@@ -157,7 +157,7 @@ def _flips_column(name: str) -> Column:
 
 
 def _more(one: Comparison) -> dict[str, str]:
-    """What is compared beside the scores, as text by header."""
+    """What is compared in addition to the scores, as text by header."""
     texts = {}
     if one.target_logprob is not None:
         texts["right answer's log p"] = _with_interval(one.target_logprob, 1.0, 3)

@@ -124,7 +124,7 @@ def compare(
     return Comparison(len(pairs), scores, flips, target, _completions(pairs) if generated else None, text)
 
 
-def beside_dense(results: Sequence[CellResult]) -> tuple[list[CellResult], list[str]]:
+def paired_with_dense(results: Sequence[CellResult]) -> tuple[list[CellResult], list[str]]:
     """The results, each but the first dense one with `paired`, its comparison with that; and a sentence on
     each that cannot be compared. Without a dense cell the results are as they were."""
     dense = next((result for result in results if result.dense and result.folder), None)

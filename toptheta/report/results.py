@@ -82,8 +82,8 @@ class CellResult:
 
     @property
     def paired(self) -> dict[str, Any]:
-        """How the answers differ from those of the dense cell beside it, as paired.Comparison has it in JSON;
-        empty where nothing was compared."""
+        """How the answers differ from those of the dense cell of the same run, as paired.Comparison has it in
+        JSON; empty where nothing was compared."""
         return self.extra.get("paired", {})
 
     def kept_share(self, phase: str, what: str) -> float | None:

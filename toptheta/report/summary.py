@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from toptheta.report import tables
-from toptheta.report.paired import beside_dense
+from toptheta.report.paired import paired_with_dense
 from toptheta.report.results import CellResult
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
@@ -26,7 +26,7 @@ def draw_cell(result: CellResult, folder: Path) -> None:
 def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[CellResult]:
     """Compare a run's cells with its dense one, print their table, and write it, its JSON and its pictures
     into the run's folder; returns the results, compared."""
-    results, notes = beside_dense(results)
+    results, notes = paired_with_dense(results)
     for note in notes:
         say(note)
     text, by_length = tables.results_table(results), all(result.by_length for result in results)
@@ -91,7 +91,7 @@ def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
     found = list(rows)
     for task in dict.fromkeys(row.task for row in rows):
         places = [i for i, row in enumerate(rows) if row.task == task and row.result is not None]
-        results, notes = beside_dense([_named(rows[i]) for i in places])
+        results, notes = paired_with_dense([_named(rows[i]) for i in places])
         for note in notes:
             say(note)
         for i, result in zip(places, results):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.eval.helpers import qa_settings
+from tests.eval.helpers import interrupt_at, qa_settings
 from toptheta.util.errors import UsageError
 
 
@@ -64,26 +64,17 @@ def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> Non
 @pytest.mark.parametrize("stop_after", [2, 6])
 def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """Interrupted while calibrating (2) or evaluating (6), then resumed: the same results as in one go."""
-    from toptheta.eval import lm_eval_model as harness
     from toptheta.eval.runner import evaluate
 
     settings = qa_settings(folder_model, mode=(0, 3), output_dir="straight")
     straight = evaluate(settings)
-    score, calls = harness.TopThetaLM._score, []
-
-    def scoring(self, batch):
-        calls.append(len(batch))
-        if len(calls) == stop_after:
-            raise KeyboardInterrupt
-        return score(self, batch)
-
-    monkeypatch.setattr(harness.TopThetaLM, "_score", scoring)
+    batches = interrupt_at(monkeypatch, stop_after)
     with pytest.raises(KeyboardInterrupt):
         evaluate(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"))
     run = next(here.joinpath("stopped").iterdir())
     assert not (run / "mode0_k16" / "results.json").exists()
     resumed = evaluate(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"), resume=str(run))
-    assert len(calls) == 1 + 3 + 5 + 5  # every batch once, but for the one that was cut off
+    assert len(batches) == 1 + 3 + 5 + 5  # every batch once, but for the one that was cut off
     for a, b in zip(straight, resumed):
         assert a.metrics == b.metrics and a.kept == b.kept
     assert resumed[0].seconds["calibration"] > 0  # what the first start took counts

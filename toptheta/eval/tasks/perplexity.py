@@ -7,7 +7,7 @@ whose upper bounds are powers of two.
 
 The first --decode_from tokens of a window, half of it, go through the model dense and are not counted: they
 stand for a prompt, and the others for what is decoded behind it. What a method predicts is compared with
-dense attention, token by token, beside it (models/divergence.py).
+dense attention, token by token (models/divergence.py).
 """
 
 import csv
