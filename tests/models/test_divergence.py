@@ -1,5 +1,6 @@
 """A text read by a method and by dense attention: divergences against sums by hand, and the dense part."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from tests.helpers.models import SPARSE, steer, tokens
 from toptheta.models import divergence
 from toptheta.models.control import get_params, record_statistics, set_params
-from toptheta.models.divergence import against_dense
+from toptheta.models.divergence import against_dense, read_dense
 from toptheta.models.kl import kl_divergence
 from toptheta.models.patch import dense_for, layer_states, update_model
 from toptheta.models.recorder import Recorder
@@ -69,11 +70,69 @@ def test_only_later_rows_count(tiny_model: LlamaForCausalLM) -> None:
         record_statistics(tiny_model, recorder)
         against_dense(tiny_model, tokens(), 30, 4)
         prefill, decode = recorder.drain()
-        full = sum(range(31, 41))
-        assert not decode
-        for record in prefill.values():
-            assert (record.full == full).all()
-            assert (record.attn == (60 if method["mode"] == 1 else full)).all()
+        assert not prefill and len(decode) == 3
+        for steps in decode.values():
+            assert [step.n.tolist() for step in steps] == [[n] for n in range(31, 41)]
+            for step in steps:
+                assert (step.attn == (6 if method["mode"] == 1 else step.n)).all()
+
+
+METHODS = [
+    {"mode": 1, "K": 6, "vmc": True, "sdc": "exact"},
+    {"method": "streaming_llm:sinks=2", "K": 6},
+    {"method": "skip_softmax:decode=0.3,tile=4"},
+    {"method": "skip_softmax:share=0.5,decode_a=2.0,decode_b=3.0,prefill_a=1.0,tile=4"},
+    {"method": "top_p:p=0.5", "placement": "post-softmax"},
+    {"method": "quest:page=4,dense_layers=0", "K": 12},
+    {"method": "h2o", "K": 8},
+    {"method": "tova", "K": 8},
+    {"method": "snapkv:window=4", "K": 8},
+]
+
+
+@pytest.mark.parametrize("params", METHODS, ids=lambda params: params.get("method", "top_k"))
+def test_rows_behind_a_prompt_are_decode_steps(tiny_model: LlamaForCausalLM, params: dict) -> None:
+    """The same predictions and counts as when the text is decoded token by token, in one call or in many."""
+    steer(tiny_model, params)
+    ids = tokens(batch=2, length=40)
+    recorder = Recorder(6)
+    cache = DynamicCache(config=tiny_model.config)
+    tiny_model(ids[:, :30], past_key_values=cache)
+    record_statistics(tiny_model, recorder)
+    if get_params(tiny_model).method.by_row:  # the prompt is dense here, whatever the method
+        with dense_for(tiny_model):
+            cache = DynamicCache(config=tiny_model.config)
+            tiny_model(ids[:, :30], past_key_values=cache)
+    logits = [tiny_model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)]
+    expected = torch.cat(logits, dim=1)[:, :-1].log_softmax(dim=-1)
+    _, one_by_one = recorder.drain()
+    for chunk in (None, 3):
+        found = against_dense(tiny_model, ids, 30, chunk)
+        wanted = expected.gather(-1, ids[:, 31:, None])[..., 0]
+        torch.testing.assert_close(found.nll, -wanted, rtol=1e-4, atol=1e-5)
+        prefill, decode = recorder.drain()
+        assert not prefill and found.kl.max() > 1e-3
+        for layer, steps in decode.items():
+            assert len(steps) == 10
+            for step, before in zip(steps, one_by_one[layer], strict=True):
+                for name in ("attn", "vrow", "full", "topk", "n", "kv_read", "kv_dense"):
+                    assert (getattr(step, name) == getattr(before, name)).all(), name
+
+
+def test_a_judge_of_another_type(tiny_model: LlamaForCausalLM) -> None:
+    """Dense attention in bfloat16 is not 0 away from itself in float32; what was read before is not read
+    again."""
+    judge = update_model(copy.deepcopy(tiny_model))
+    model = update_model(tiny_model).to(torch.bfloat16)
+    ids = tokens(length=40)
+    dense = read_dense(judge, ids, 20, None)
+    found = against_dense(model, ids, 20, None, dense, judge)
+    with torch.no_grad():
+        p, q = (m(ids).logits[:, 20:-1].float().log_softmax(dim=-1) for m in (judge, model))
+    assert 0.0 < found.kl.mean() < 0.1
+    torch.testing.assert_close(found.kl.mean(), (p.exp() * (p - q)).sum(dim=-1).mean(), rtol=0.1, atol=0.0)
+    again = against_dense(model, ids, 20, None, None, judge)
+    torch.testing.assert_close(again.kl, found.kl)
 
 
 def test_dense_for_leaves_no_trace(tiny_model: LlamaForCausalLM) -> None:

@@ -43,8 +43,7 @@ class AttentionCall:
     float32, the sum of V over the visible keys of the only query row, so that the kernels need not read all
     of V; int8, the copy of K, so that the Triton kernels need not read all of K; state, what the method
     remembers. values: how rows of V are weighed, for a method that does.
-    decode: the only query row of each sequence is a decode step; else the rows belong to a prompt, or to what
-    is read behind one.
+    decode: the query rows are decode steps; else they belong to a prompt.
     """
 
     q: Tensor
@@ -62,6 +61,11 @@ class AttentionCall:
     state: State | None = None
     values: ValueNorms | None = None
     decode: bool = False
+
+    @property
+    def count_steps(self) -> bool:
+        """Whether the rows are several decode steps, of each of which is counted what it keeps."""
+        return self.count and self.decode and self.q.shape[2] > 1
 
     @property
     def kernel(self) -> KernelSpec | None:
@@ -104,17 +108,27 @@ class AttentionCall:
 @dataclass
 class Counts:
     """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep
-    a V row. row: `[B, H, Q]` int32 kept elements of each row, or None (not asked for). Rows that are padding
-    count nowhere, and have 0 in `row`."""
+    a V row. row: `[B, H, Q]` int32 kept elements of each row, and row_vrows: `[B, H_kv, Q]` int32 V rows that
+    any head of a group keeps for a row, or None (not asked for). Rows that are padding count nowhere, and
+    have 0 in both."""
 
     attn: Tensor
     vrow: Tensor
     row: Tensor | None = None
+    row_vrows: Tensor | None = None
 
     @cached_property
     def vrows(self) -> Tensor:
         """`[B, H_kv]` V rows that any (row, head) pair keeps; to be asked for when all is counted."""
         return (self.vrow > 0).sum(dim=-1)
+
+    def steps(self) -> "Counts":
+        """The counts by decode step, each of which counts as a sequence of its own: `[B * Q, ...]`."""
+        if self.row is None or self.row_vrows is None:
+            return self
+        steps = Counts(self.row.transpose(1, 2).flatten(0, 1).long(), self.vrow)
+        steps.vrows = self.row_vrows.transpose(1, 2).flatten(0, 1)
+        return steps
 
     @classmethod
     def zeros(cls, call: AttentionCall) -> "Counts":
@@ -123,7 +137,8 @@ class Counts:
         return cls(
             attn=torch.zeros(batch, num_heads, dtype=torch.int64, device=call.q.device),
             vrow=torch.zeros(batch, call.k.shape[1], call.k.shape[2], **ints),
-            row=torch.zeros(batch, num_heads, q_len, **ints) if call.count_rows else None,
+            row=torch.zeros(batch, num_heads, q_len, **ints) if call.count_rows or call.count_steps else None,
+            row_vrows=torch.zeros(batch, call.k.shape[1], q_len, **ints) if call.count_steps else None,
         )
 
     def add(self, keep: Tensor, real: Tensor | None, start: int) -> None:
@@ -135,8 +150,12 @@ class Counts:
         per_key = keep.sum(dim=2, dtype=torch.int32)
         self.attn += per_key.sum(dim=-1)
         self.vrow[:, :, :end] += per_key.view(batch, self.vrow.shape[1], -1, end).sum(dim=2)
+        stop = start + keep.shape[2]
         if self.row is not None:
-            self.row[:, :, start : start + keep.shape[2]] = keep.sum(dim=-1)
+            self.row[:, :, start:stop] = keep.sum(dim=-1)
+        if self.row_vrows is not None:
+            by_group = keep.view(batch, self.vrow.shape[1], -1, stop - start, end).any(dim=2)
+            self.row_vrows[:, :, start:stop] = by_group.sum(dim=-1)
 
 
 def per_row(table: Tensor, n: Tensor) -> Tensor:

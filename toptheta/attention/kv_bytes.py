@@ -20,22 +20,22 @@ INT8_EXTRA = 8  # bytes of a key's step and slack, in addition to its codes
 @dataclass
 class KVBytes:
     """read: `[B, H_kv]` int64, what one call reads; dense: `[B]` int64, what dense attention would, for each
-    KV head."""
+    KV head. Of several decode steps in one call: by step, `[B * Q, ...]`."""
 
     read: Tensor
     dense: Tensor
 
 
-def visible_keys(rows: Rows, batch: int) -> Tensor:
-    """`[B]` int64, keys that the longest real row of each sequence sees."""
+def visible_keys(rows: Rows, batch: int, steps: bool = False) -> Tensor:
+    """`[B]` int64, keys that the longest real row of each sequence sees; steps: of each row, `[B * Q]`."""
     n = rows.n if rows.real is None else rows.n * rows.real
-    return n.amax(dim=-1).expand(batch)
+    return n.expand(batch, -1).flatten() if steps else n.amax(dim=-1).expand(batch)
 
 
-def dense_bytes(rows: Rows, key: Tensor) -> KVBytes:
-    """Of dense attention. key: `[B, H_kv, N, D]`."""
+def dense_bytes(rows: Rows, key: Tensor, steps: bool = False) -> KVBytes:
+    """Of dense attention. key: `[B, H_kv, N, D]`; steps: the rows are decode steps."""
     batch, num_kv_heads, _, head_dim = key.shape
-    dense = visible_keys(rows, batch) * (2 * head_dim * key.element_size())
+    dense = visible_keys(rows, batch, steps) * (2 * head_dim * key.element_size())
     return KVBytes(dense[:, None].expand(-1, num_kv_heads), dense)
 
 
@@ -46,11 +46,12 @@ def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = Non
     What a method stores in addition to the cache counts in decode steps only.
     """
     spec, method = call.spec, call.spec.method
-    dense = dense_bytes(call.rows, call.k)
+    dense = dense_bytes(call.rows, call.k, call.decode)
     if not spec.sparse:
         return dense
     batch, num_kv_heads, _, head_dim = call.k.shape
-    row, n = head_dim * call.k.element_size(), visible_keys(call.rows, batch)[:, None]
+    row, n = head_dim * call.k.element_size(), visible_keys(call.rows, batch, call.decode)[:, None]
+    counts = counts.steps()
     v_rows = counts.vrows
     # A sum over all visible keys, of weights or of a denominator, needs every score.
     all_scores = method.reads_all_keys or spec.placement == "post-softmax" or spec.sdc == "exact"
@@ -59,7 +60,7 @@ def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = Non
     else:
         read = ((n if all_scores else v_rows) + v_rows) * row
     if call.decode:
-        kept = counts.attn.view(batch, num_kv_heads, -1)
+        kept = counts.attn.view(n.shape[0], num_kv_heads, -1)
         extra = method.extra_bytes(n, kept, head_dim, call.k.element_size())
         read = read + torch.where(spec.may_drop(n), extra, 0)
         if spec.vmc:

@@ -65,18 +65,13 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
         if not Path(settings.calib_load_path).is_dir():
             raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
     defaults = type(settings)()
-    for name in (
-        "calib_to",
-        "calib_layers",
-        "calib_interp",
-        "calib_smooth",
-        "calib_task",
-        "calib_dump_samples",
-    ):
+    shaping = ("calib_to", "calib_layers", "calib_interp", "calib_smooth")
+    prompts = ("calib_task", "calib_text", "calib_dump_samples")
+    for name in (name for name in (*shaping, *prompts) if hasattr(settings, name)):
         value = getattr(settings, name)
         if value == getattr(defaults, name):
             continue
-        shapes_use = name not in ("calib_task", "calib_dump_samples")
+        shapes_use = name in shaping
         given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
         if not needing:
             raise UsageError(
@@ -120,21 +115,11 @@ def _check_generation(settings: GenSettings) -> None:
             )
     if settings.num_samples_per_task > 1 and not settings.do_sample:
         raise UsageError("--num_samples_per_task above 1 repeats the same greedy answer: add --do_sample.")
-    decode_only = [method.name for method in settings.methods() if method.decode_only]
-    if settings.dataset == PERPLEXITY and decode_only:
-        raise UsageError(
-            f"--method {decode_only[0]} leaves prompts dense, and --dataset perplexity reads a text as one: "
-            "leave the method out, or choose a data set that generates."
-        )
-    if settings.dataset == PERPLEXITY and not settings.text:
-        raise UsageError("--dataset perplexity needs a text: name a file with --text.")
-    if settings.decode_from is not None and settings.decode_from > settings.max_seq_len - 2:
-        raise UsageError(
-            f"--decode_from {settings.decode_from} leaves no token to count in windows of "
-            f"{settings.max_seq_len}: lower it, or raise --max_seq_len."
-        )
-    if settings.text and not Path(settings.text).is_file():
-        raise UsageError(f"--text {settings.text}: there is no such file.")
+    if settings.dataset == PERPLEXITY:
+        _check_perplexity(settings)
+    for name in ("text", "calib_text"):
+        if getattr(settings, name) and not Path(getattr(settings, name)).is_file():
+            raise UsageError(f"--{name} {getattr(settings, name)}: there is no such file.")
     if settings.data_dir and not Path(settings.data_dir).is_dir():
         raise UsageError(f"--data_dir {settings.data_dir}: there is no such folder.")
     if any(not 0 <= depth <= 100 for depth in settings.needle_depths):
@@ -145,3 +130,23 @@ def _check_generation(settings: GenSettings) -> None:
                 f"--needle_lengths has {length}: give lengths from 128 to --max_seq_len "
                 f"({settings.max_seq_len}), or raise that."
             )
+
+
+def _check_perplexity(settings: GenSettings) -> None:
+    if not settings.text:
+        raise UsageError("--dataset perplexity needs a text: name a file with --text.")
+    if settings.decode_from is not None and settings.decode_from > settings.max_seq_len - 2:
+        raise UsageError(
+            f"--decode_from {settings.decode_from} leaves no token to count in windows of "
+            f"{settings.max_seq_len}: lower it, or raise --max_seq_len."
+        )
+    decode_only = [method.name for method in settings.methods() if method.decode_only]
+    if settings.decode_from == 0 and decode_only:
+        raise UsageError(
+            f"--method {decode_only[0]} leaves prompts dense, and with --decode_from 0 the text is one: "
+            "raise that, or leave the method out."
+        )
+    if settings.decode_from != 0 and settings.vrow_popularity:
+        raise UsageError("--vrow_popularity counts the rows of a prompt: add --decode_from 0.")
+    if settings.calib_text and settings.calib_task:
+        raise UsageError("--calib_text and --calib_task both name what to calibrate on: give one of them.")

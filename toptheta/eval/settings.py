@@ -282,7 +282,8 @@ class GenSettings(Settings):
     )
     text: str | None = option(
         None,
-        "perplexity: the text; needle: the haystack (default: made up)",
+        "perplexity: the text; needle: the haystack (default: made up); of a .jsonl file, LongBench's for "
+        "example, the fields 'context'",
         metavar="FILE",
         group=LONG,
         serves=(PERPLEXITY, NEEDLE),
@@ -290,12 +291,27 @@ class GenSettings(Settings):
     decode_from: int | None = option(
         None,
         "perplexity: tokens at the start of each window that go through the model dense and are not counted, "
-        "as a prompt before decoding (default half of --max_seq_len; 0 counts all)",
+        "as a prompt; the others are decode steps (default half of --max_seq_len; 0: all are a prompt)",
         metavar="N",
         group=LONG,
         rule=at_least(0),
         serves=(PERPLEXITY,),
         earlier=0,
+    )
+    calib_text: str | None = option(
+        None,
+        "perplexity: calibrate on windows of this text (default: on the first windows of --text)",
+        metavar="FILE",
+        group=LONG,
+        serves=(PERPLEXITY,),
+    )
+    reference_dtype: str = option(
+        "auto",
+        "perplexity: the type of the dense model that all are compared with (auto: --dtype); a second model "
+        "is loaded where that is another one",
+        group=LONG,
+        choices=DTYPES,
+        serves=(PERPLEXITY,),
     )
     needle_lengths: tuple[int, ...] = option(
         (),
@@ -322,7 +338,7 @@ class GenSettings(Settings):
 
     @property
     def calibration_task(self) -> str:
-        return self.calib_task or self.dataset
+        return self.calib_task or self.calib_text or self.dataset
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

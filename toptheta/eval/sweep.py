@@ -37,6 +37,7 @@ from toptheta.util.options import at_least, check_options, option, options_of
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
 SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
+TEXT_FLAGS = {"text", "calib_text"}  # files of a table: their names are relative to --data_dir
 STOP_SECONDS = 120.0  # that runs get to save what they have when the sweep is stopped
 
 
@@ -69,7 +70,8 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One row of a table. arguments: of the script, but for --k; k: None for dense."""
+    """One row of a table. task: the table's name for it; arguments: of the script, but for --k; k: None for
+    dense."""
 
     task: str
     method: str
@@ -179,13 +181,16 @@ def _plan(
                 flags[TASK_FLAG[script]] = task
                 if options.samples is not None:
                     flags[SAMPLES_FLAG[script]] = options.samples
+                for name in TEXT_FLAGS & flags.keys():
+                    flags[name] = str(Path(options.data_dir or ".") / flags[name])
                 if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
                     flags["data_dir"] = options.data_dir
                 ks = ",".join(map(str, part["k"]))
                 arguments, settings = _settings(script, flags, ks, parsers)
                 for cell in settings.cells():
                     key = answer_key(settings, cell)
-                    cells.append(SweepCell(task, name, cell_k(cell), script, tuple(arguments), key))
+                    shown = part.get("name", task)
+                    cells.append(SweepCell(shown, name, cell_k(cell), script, tuple(arguments), key))
     return cells
 
 
@@ -194,7 +199,8 @@ def _settings(
 ) -> tuple[list[str], Settings]:
     """Arguments of a script, but for --k, and the settings they give. Raises UsageError.
 
-    A table's calib_task is for its calibrated methods; the scripts refuse it where it does nothing.
+    A table's calib_task and calib_text are for its calibrated methods; the scripts refuse them where they do
+    nothing.
     """
 
     def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
@@ -202,8 +208,9 @@ def _settings(
         namespace = parsers[script]().parse_args([*arguments, "--k", ks])
         return arguments, resolve_device(parse_settings(KINDS[script], namespace))
 
-    arguments, settings = read({name: value for name, value in flags.items() if name != "calib_task"})
-    if "calib_task" in flags and any(cell.needs_calibration for cell in settings.cells()):
+    calibrating = ("calib_task", "calib_text")
+    arguments, settings = read({name: value for name, value in flags.items() if name not in calibrating})
+    if flags.keys() & set(calibrating) and any(cell.needs_calibration for cell in settings.cells()):
         return read(flags)
     return arguments, settings
 

@@ -81,6 +81,8 @@ def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
 def choose(call: AttentionCall) -> Backend | None:
     """The backend that computes this call, None for the reference. Raises UsageError when TOPTHETA_KERNEL
     cannot be obeyed."""
+    if call.count_steps:  # no kernel counts what single rows read
+        return None
     if FORCED is None:
         for backend in BACKENDS:
             if backend.device == call.q.device.type:

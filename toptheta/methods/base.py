@@ -144,8 +144,8 @@ class Block:
     scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last rows
     of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
     keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated.
-    decode: the only row of each sequence is a decode step; else the rows belong to a prompt. are_weights: x
-    holds weights. longest: `[B or 1]` visible keys of the longest row of the call.
+    decode: the rows are decode steps; else they belong to a prompt. are_weights: x holds weights. longest:
+    `[B or 1]` visible keys of the longest row of the call.
     """
 
     x: Tensor
@@ -190,6 +190,7 @@ class Method:
     has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
     calibrated with thresholds. samples_sdc: what it drops from prompts says what it drops, so that SDC can be
     calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
+    by_row: a decode step keeps what its own row says, so that one call may compute many of them at once.
     reads_all_keys: it needs the score of every visible key, else K of what it keeps alone. stores: what it
     stores in addition to the cache, in bytes for each token and KV head.
     """
@@ -208,6 +209,7 @@ class Method:
     reads_all_keys: ClassVar[bool] = True
     stores: ClassVar[str] = "nothing"
     decode_only: ClassVar[bool] = False
+    by_row: ClassVar[bool] = True
 
     def leaves_dense(self, layer: int) -> bool:
         """Whether the layer of this index is dense, whatever its K."""

@@ -36,6 +36,7 @@ class Quest(Method):
     source = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
     samples_sdc = False
     decode_only = True
+    by_row = False
     reads_all_keys = False
     stores = "the largest and smallest key of each page: as much as K / 8 with pages of 16"
 

@@ -58,13 +58,14 @@ class SkipSoftmax(Method):
         return max(rows // self.tile, 1) * self.tile
 
     def log_lambda(self, block: Block) -> Tensor | float:
-        """ln lambda, a number or `[B or 1, 1, 1, 1]`."""
+        """ln lambda, a number or `[B or 1, 1, 1 or R, 1]`."""
         if not self.share:
             return math.log(self.decode if block.decode else self.prefill)
         a, b = (self.decode_a, self.decode_b) if block.decode else (self.prefill_a, self.prefill_b)
         assert block.longest is not None
-        found = math.log(a) + b * self.share - block.longest.clamp_min(1).log()
-        return found.clamp_max(math.log(LARGEST_LAMBDA))[:, None, None, None]
+        length = block.n if block.decode else block.longest[:, None]
+        found = math.log(a) + b * self.share - length.clamp_min(1).log()
+        return found.clamp_max(math.log(LARGEST_LAMBDA))[:, None, :, None]
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         scores = block.x.clamp_min(0.0).log() if block.are_weights else block.x

@@ -57,6 +57,18 @@ def reading_prompt(model: nn.Module) -> Iterator[None]:
         shared.in_prompt = False
 
 
+@contextmanager
+def reading_steps(model: nn.Module) -> Iterator[None]:
+    """All rows that come meanwhile are decode steps: rows of a known text may come many at once, where the
+    method is `by_row`."""
+    shared = model_state(model)
+    shared.in_steps = True
+    try:
+        yield
+    finally:
+        shared.in_steps = False
+
+
 def end_prompt(model: nn.Module) -> None:
     """From here on a single row is a decode step."""
     model_state(model).in_prompt = False

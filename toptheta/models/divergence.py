@@ -1,22 +1,43 @@
 """How far a method is from dense attention in what it predicts: both read the same text, token by token.
 
-The first tokens of a text may be left dense, as a prompt is whose cache is sparse from then on. Both passes
-run window by window, so that the logits of a few rows at a time are all that is held.
+The first tokens of a text may be left dense, as a prompt is whose cache is sparse from then on; the others
+are decode steps then. Logits are made of a few rows at a time.
 """
 
-from dataclasses import dataclass, fields
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from toptheta.models.control import get_params
+from toptheta.models.control import (
+    get_params,
+    reading_prompt,
+    reading_steps,
+    record_statistics,
+    recorder_of,
+)
 from toptheta.models.generation import LOGIT_ROWS, hidden_states
 from toptheta.models.kl import kl_divergence
 from toptheta.models.patch import dense_for
 
 COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of their logits
+
+
+@dataclass(frozen=True)
+class DenseReading:
+    """A text as dense attention reads it. cache: K and V of its first tokens, None if there are none; hidden:
+    `[B, T, E]`, the last layer's output for the others."""
+
+    cache: DynamicCache | None
+    hidden: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        layers = [] if self.cache is None else self.cache.layers
+        return self.hidden.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -32,38 +53,85 @@ class Prediction:
 
 
 @torch.no_grad()
-def against_dense(model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None) -> Prediction:
+def read_dense(model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None) -> DenseReading:
+    """Read `input_ids` `[B, Q]` (no padding) dense: the first `decode_from` tokens, then the others.
+    prefill_chunk: tokens at once; None: all."""
+    with dense_for(model):
+        cache = DynamicCache(config=model.config)
+        if decode_from:
+            for _ in hidden_states(model, input_ids[:, :decode_from], cache, prefill_chunk):
+                pass
+        rest = input_ids[:, decode_from:]
+        hidden = torch.cat(list(hidden_states(model, rest, cache, prefill_chunk)), dim=1)
+        cache.crop(-rest.shape[1])
+    return DenseReading(cache if decode_from else None, hidden)
+
+
+@torch.no_grad()
+def against_dense(
+    model: Any,
+    input_ids: Tensor,
+    decode_from: int,
+    prefill_chunk: int | None,
+    dense: DenseReading | None = None,
+    judge: Any = None,
+) -> Prediction:
     """What the method that the model is set to predicts, and dense attention, of tokens decode_from + 1 to Q
     - 1 of `input_ids` `[B, Q]` (no padding), each given all before it.
 
     The first `decode_from` tokens go through the model dense, for any method, and are not counted; the others
-    follow in one call, or `prefill_chunk` at a time. A method with a state has not seen the first rows, only
-    their keys. A model that is dense is not read twice: it is 0 away from itself.
+    are decode steps. Without such tokens all are rows of a prompt. A method that is `by_row` computes many
+    steps in one call, others one by one, and see the prompt themselves, for their state.
+    dense: what `read_dense` found for the same tokens, by `judge`; judge: the model that is dense, in another
+    type for example; None: this one.
     """
-    prompt, rest = input_ids[:, :decode_from], input_ids[:, decode_from:]
-    chunked = prefill_chunk is not None and prefill_chunk < rest.shape[1]
-    cache = DynamicCache(config=model.config) if decode_from or chunked else None
-    dense: Tensor | None = None
-    with dense_for(model):
-        if decode_from:
+    judge = model if judge is None else judge
+    dense = dense or read_dense(judge, input_ids, decode_from, prefill_chunk)
+    params = get_params(model)
+    if judge is model and not params.sparse and recorder_of(model) is None:
+        hidden = dense.hidden
+    else:
+        hidden = _read(model, input_ids, decode_from, prefill_chunk, dense if judge is model else None)
+    wanted, parts = input_ids[:, decode_from + 1 :], list[Prediction]()
+    rows = max(1, COMPARED_ROWS // len(wanted))
+    for start in range(0, wanted.shape[1], rows):
+        at = slice(start, min(start + rows, wanted.shape[1]))
+        log_p, log_q = _log_probs(judge, dense.hidden[:, at]), _log_probs(model, hidden[:, at])
+        parts.append(_prediction(log_p.to(log_q.device), log_q, wanted[:, at].to(log_q.device)))
+    names = ("nll", "dense_nll", "kl", "same_top")
+    return Prediction(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
+
+
+def _read(
+    model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None, dense: DenseReading | None
+) -> Tensor:
+    """The last layer's output `[B, T, E]` for the tokens behind the first `decode_from`, with the method that
+    the model is set to. dense: has the cache of the first ones, None: it is to be made."""
+    rest, params = input_ids[:, decode_from:], get_params(model)
+    if not decode_from:
+        cache = DynamicCache(config=model.config) if prefill_chunk is not None else None
+        return torch.cat(list(hidden_states(model, rest, cache, prefill_chunk)), dim=1)
+    by_row = params.method.by_row or not params.sparse
+    if by_row and dense is not None:
+        cache = copy.deepcopy(dense.cache)
+    else:
+        cache = _read_prompt(model, input_ids[:, :decode_from], prefill_chunk, by_row)
+    chunk = prefill_chunk if by_row else 1
+    return torch.cat(list(hidden_states(model, rest, cache, chunk, reading_steps)), dim=1)
+
+
+def _read_prompt(model: Any, prompt: Tensor, prefill_chunk: int | None, dense: bool) -> DynamicCache:
+    """The cache of a prompt, of which nothing is counted. dense: whatever the method; else by a method that
+    leaves prompts dense, and remembers something of them."""
+    cache, recorder = DynamicCache(config=model.config), recorder_of(model)
+    record_statistics(model, None)
+    try:
+        with dense_for(model) if dense else reading_prompt(model):
             for _ in hidden_states(model, prompt, cache, prefill_chunk):
                 pass
-        if get_params(model).sparse:
-            dense = torch.cat(list(hidden_states(model, rest, cache, prefill_chunk)), dim=1)
-            if cache is not None:
-                cache.crop(-rest.shape[1])
-    parts, start = list[Prediction](), 0
-    for hidden in hidden_states(model, rest, cache, prefill_chunk):
-        targets = rest[:, start + 1 : start + 1 + hidden.shape[1]]
-        for i in range(0, targets.shape[1], COMPARED_ROWS):
-            wanted = targets[:, i : i + COMPARED_ROWS]
-            stop = i + wanted.shape[1]
-            log_q = _log_probs(model, hidden[:, i:stop])
-            log_p = log_q if dense is None else _log_probs(model, dense[:, start + i : start + stop])
-            parts.append(_prediction(log_p, log_q, wanted.to(log_q.device)))
-        start += hidden.shape[1]
-    names = [field.name for field in fields(Prediction)]
-    return Prediction(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in names))
+    finally:
+        record_statistics(model, recorder)
+    return cache
 
 
 def _log_probs(model: Any, hidden: Tensor) -> Tensor:

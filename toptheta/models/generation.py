@@ -4,7 +4,8 @@ A chunk of C tokens over N cached ones needs memory for C rows of attention inst
 keys as without chunks, so results agree within float noise. Statistics and calibration see every row once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -70,11 +71,16 @@ def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | 
 
 
 def hidden_states(
-    model: Any, input_ids: Tensor, cache: Cache | None, prefill_chunk: int | None
+    model: Any,
+    input_ids: Tensor,
+    cache: Cache | None,
+    prefill_chunk: int | None,
+    reading: Callable[[Any], AbstractContextManager[None]] = reading_prompt,
 ) -> Iterator[Tensor]:
     """The last layer's output for `input_ids` `[B, Q]` behind what `cache` holds, `[B, C, E]` for each chunk
-    of C tokens (all at once without `prefill_chunk`). All rows count as prefill."""
+    of C tokens (all at once without `prefill_chunk`). reading: what the rows are, those of a prompt or
+    decode steps."""
     for chunk in input_ids.split(prefill_chunk or input_ids.shape[1], dim=1):
-        with reading_prompt(model):  # a chunk of one row, too
+        with reading(model):  # a chunk of one row, too
             out = model.model(input_ids=chunk, past_key_values=cache, use_cache=cache is not None)
         yield out.last_hidden_state

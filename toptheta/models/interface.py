@@ -42,7 +42,7 @@ def toptheta_attention_forward(
     if not spec.sparse and state.calibration is None:
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
-            recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key))
+            recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key, decode))
         if module.base_implementation == "eager":
             mask = _additive(attention_mask, query, kv_len)
             return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)

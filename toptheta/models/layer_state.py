@@ -22,19 +22,20 @@ from toptheta.models.value_sum import VSum
 
 class ModelState:
     """What the layers of one model share: the parameters as set_params left them, and the tables in use.
-    in_prompt: all rows that come belong to a prompt, even a single one behind others."""
+    in_prompt: all rows that come belong to a prompt, even a single one behind others; in_steps: all are
+    decode steps, even several in one call."""
 
     def __init__(self) -> None:
         self.params = AttentionParams()
         self.tables: CalibrationTables | None = None
         self.recorder: Recorder | None = None
         self.prompt_hook: Any = None  # while a calibration keeps prompts
-        self.in_prompt = False
+        self.in_prompt = self.in_steps = False
 
     def is_decode(self, q_len: int, kv_len: int) -> bool:
-        """Whether a call of `q_len` rows over `kv_len` keys is a decode step: one new row behind others,
-        unless it is the last chunk of a prompt."""
-        return q_len == 1 and kv_len > 1 and not self.in_prompt
+        """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single one behind others
+        is, unless it is the last chunk of a prompt."""
+        return self.in_steps or q_len == 1 and kv_len > 1 and not self.in_prompt
 
 
 class CallState:

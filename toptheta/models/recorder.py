@@ -81,11 +81,14 @@ class Recorder:
         kv: KVBytes | None = None,
     ) -> None:
         """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible
-        is kept. k: the layer's K, 0 if it is left dense or its method has none. decode: it is a decode step,
-        else a part of a prompt. kv: what it reads, None: not counted."""
+        is kept. k: the layer's K, 0 if it is left dense or its method has none. decode: its rows are decode
+        steps, else a part of a prompt. kv: what it reads, None: not counted."""
         batch, num_heads, num_kv_heads, kv_len = shape
         n = rows.n if rows.real is None else rows.n * rows.real
         n = n.expand(batch, -1)
+        if decode:
+            self._add_steps(layer, n, k, counts, shape, kv)
+            return
         full = n.sum(dim=-1)
         topk = n.clamp(max=k).sum(dim=-1) if k > 0 else full
         longest = n.amax(dim=-1)
@@ -99,14 +102,6 @@ class Recorder:
             attn, vrow = counts.attn, counts.vrow
         if kv is None:
             kv = KVBytes(full.new_zeros(batch, num_kv_heads), torch.zeros_like(full))
-        if decode:
-            numbers = torch.stack([full, topk, longest, kv.dense], dim=1)
-            vrows = longest[:, None].expand(-1, num_kv_heads) if counts is None else counts.vrows
-            packed = (attn, vrows, kv.read, numbers)
-            self._steps.setdefault(layer, []).append(torch.cat(packed, dim=1))
-            if self.keep_popularity:
-                self._step_popularity.setdefault(layer, []).append(vrow.int())
-            return
         if self.effective_k and counts is not None:
             if layer not in self._histograms:
                 self._histograms[layer] = empty_histogram(n.device)
@@ -132,6 +127,37 @@ class Recorder:
             before.kv_read + kv.read,
             before.kv_dense + kv.dense,
         )
+
+    def _add_steps(
+        self,
+        layer: int,
+        n: Tensor,
+        k: int,
+        counts: Counts | None,
+        shape: tuple[int, int, int, int],
+        kv: KVBytes | None,
+    ) -> None:
+        """Add decode steps, as many as n `[B, Q]` has columns. Popularity is the call's: fits one step."""
+        batch, num_heads, num_kv_heads, kv_len = shape
+        keys = n.flatten()
+        if kv is None:
+            kv = KVBytes(keys.new_zeros(len(keys), num_kv_heads), torch.zeros_like(keys))
+        if counts is None:
+            attn, vrows = keys[:, None].expand(-1, num_heads), keys[:, None].expand(-1, num_kv_heads)
+        else:
+            steps = counts.steps()
+            attn, vrows = steps.attn, steps.vrows
+        topk = keys.clamp(max=k) if k > 0 else keys
+        numbers = torch.stack([keys, topk, keys, kv.dense], dim=1)
+        packed = torch.cat([attn, vrows, kv.read, numbers], dim=1).view(batch, n.shape[1], -1)
+        self._steps.setdefault(layer, []).extend(packed.unbind(dim=1))
+        if self.keep_popularity:
+            if counts is None:
+                seen = torch.arange(kv_len, device=n.device) < n[:, -1:]
+                vrow = seen[:, None].expand(-1, num_kv_heads, -1)
+            else:
+                vrow = counts.vrow
+            self._step_popularity.setdefault(layer, []).append(vrow.int())
 
     def repeat(self, index: Tensor) -> None:
         """Reorder or repeat the sequences of the open prefill, as the cache is: `[new B]` indices of

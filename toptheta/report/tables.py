@@ -157,8 +157,8 @@ def _metric_column(name: str) -> Column:
 
 def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]:
     """Kept elements and V rows of each phase that occurred, and the KV bytes that decode reads. Of a text
-    that was only read, all V rows are kept by some row, so there are elements only."""
-    if results and all(result.by_length for result in results):
+    that was read as a prompt, all V rows are kept by some row, so there are elements only."""
+    if results and all(result.by_length and not (result.kept or {}).get(DECODE) for result in results):
         return [Column("kept elements %", lambda result: share(result, PREFILL, "attn"))]
     columns = []
     for phase in PHASES:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.eval.helpers import gen_settings, only_run
 from toptheta.eval.cli import settings_from_json
@@ -81,7 +82,58 @@ def test_against_dense(folder_model: str, here_with_text: Path, capsys: pytest.C
         else:
             assert 0.0 < result.metrics["kl"].value < quantiles[0] <= quantiles[1]
     full = 3 * sum(range(101, 201))
-    assert results[1].kept["prefill"].attn == pytest.approx(3 * 100 * 16 / full)
+    assert results[1].kept["prefill"] is None
+    assert results[1].kept["generative_decoding"].attn == pytest.approx(3 * 100 * 16 / full)
+    assert 0.5 < results[1].kv_bytes["generative_decoding"] < 1.0  # all of K, some of V
+    assert results[2].kv_bytes["generative_decoding"] == 1.0
+
+
+def test_another_text_and_another_type(
+    folder_model: str, here_with_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of --calib_text calibrate; the same windows are evaluated as without it. A dense model of
+    another type is a judge of its own, and what it reads is read once for all cells."""
+    from toptheta.eval.runner import evaluate
+
+    words = (here_with_text / "text.txt").read_text()
+    Path("rows.jsonl").write_text("".join(json.dumps({"context": words[i:]}) + "\n" for i in (50, 90)))
+    read, once = [], divergence.read_dense
+    monkeypatch.setattr(divergence, "read_dense", lambda *rest: read.append(rest[0].dtype) or once(*rest))
+    shared = {"dataset": "perplexity", "text": "text.txt", "num_tasks": 2, "mode": (0, 3), "calib_samples": None}
+    plain = evaluate(gen_settings(folder_model, **shared))
+    assert read == [torch.float32] * 2
+    settings = gen_settings(
+        folder_model, **shared, calib_text="rows.jsonl", dtype="bfloat16", reference_dtype="float32"
+    )
+    other = evaluate(check_settings(settings))
+    assert read == [torch.float32] * 4
+    for one, two in zip(plain, other):
+        assert [a.hash for a in read_answers(str(one.folder))] == [
+            a.hash for a in read_answers(str(two.folder))
+        ]
+        assert two.metrics["kl"].value > one.metrics["kl"].value
+    assert plain[1].metrics["kl"].value == 0.0
+    thresholds = [(Path(str(one.folder)) / "th.txt").read_text() for one in (plain[0], other[0])]
+    assert thresholds[0] != thresholds[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calib_text": "none.txt"}, "--calib_text none.txt: there is no such file"),
+        ({"calib_text": "bad.jsonl"}, "bad.jsonl is not LongBench's rows"),
+        ({"calib_text": "text.txt", "mode": (3,), "vmc": False, "sdc": "none"}, "--calib_text text.txt has no effect without calibration"),
+        ({"calib_text": "text.txt", "calib_task": "arc_easy"}, "give one of them"),
+        ({"mode": (3,), "method": ("h2o",), "decode_from": 0}, "h2o leaves prompts dense"),
+        ({"vrow_popularity": True}, "add --decode_from 0"),
+        ({"reference_dtype": "float8"}, "--reference_dtype is 'float8': choose one of"),
+    ],
+)
+def test_bad_input(folder_model: str, here_with_text: Path, changes: dict, words: str) -> None:
+    Path("bad.jsonl").write_text('{"question": "no context"}\n')
+    settings = gen_settings(folder_model, **{"dataset": "perplexity", "text": "text.txt"} | changes)
+    with pytest.raises(UsageError, match=words):
+        PerplexityJob(check_settings(settings), load_tokenizer(find_model(folder_model)))
 
 
 def test_runs_of_earlier_versions(folder_model: str, here_with_text: Path) -> None:

@@ -228,8 +228,8 @@ def split_off(
 def calibration_count(settings: GenSettings, usual: int, available: int) -> int:
     """How many of `available` entries calibrate: --calib_samples, a count or a share below 1, else `usual`.
 
-    With --calib_task that flag counts the task's prompts: what a data set holds back for calibration, and so
-    what it evaluates, stays the same whatever calibrates.
+    With --calib_task that flag counts the task's prompts, and with --calib_text the other text's windows:
+    what a data set holds back for calibration, and so what it evaluates, stays the same whatever calibrates.
     """
     size = usual if settings.calib_task else settings.calib_samples or usual
     return max(1, round(size * available)) if size < 1 else int(size)

@@ -2,17 +2,18 @@
 
 The text is cut into whole windows, each read on its own; what is left at the end is not used. The first
 windows calibrate and are never evaluated: a quarter of them, at most 20, unless --calib_samples says
-otherwise. A token's context length is the number of tokens before it in its window; lengths fall into buckets
-whose upper bounds are powers of two.
+otherwise; --calib_text takes windows of another text in their place. A token's context length is the number
+of tokens before it in its window; lengths fall into buckets whose upper bounds are powers of two.
 
 The first --decode_from tokens of a window, half of it, go through the model dense and are not counted: they
-stand for a prompt, and the others for what is decoded behind it. What a method predicts is compared with
-dense attention, token by token (models/divergence.py).
+are a prompt, and the others decode steps behind it. What a method predicts is compared with dense attention,
+token by token (models/divergence.py).
 """
 
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,25 @@ import numpy as np
 import torch
 
 from toptheta.eval.settings import GenSettings
-from toptheta.eval.tasks.base import Outcome
-from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ItemJob, mean_and_stderr, split_off
+from toptheta.eval.tasks.base import Engine, Outcome
+from toptheta.eval.tasks.items import (
+    CALIBRATION_ITEMS,
+    Item,
+    ItemJob,
+    calibration_count,
+    mean_and_stderr,
+    split_off,
+)
 from toptheta.models import divergence
 from toptheta.models import generation as chunked
-from toptheta.models.patch import model_device
+from toptheta.models.loading import ModelSource, load_model
+from toptheta.models.patch import model_device, update_model
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
 from toptheta.util.files import read_text
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
+READINGS_BYTES = 2 << 30  # of windows as dense attention reads them, kept for the cells that follow
 KL_QUANTILES = {"kl_q99": 0.99, "kl_q99.9": 0.999}  # over tokens, by the metric's name
 
 
@@ -45,29 +55,50 @@ class PerplexityJob(ItemJob):
         assert settings.text is not None
         # What the tokenizer puts before every text (BOS), if anything.
         self.start = tokenizer("")["input_ids"]
-        ids = tokenizer(read_text(settings.text, "--text"), add_special_tokens=False)["input_ids"]
-        width = settings.max_seq_len - len(self.start)
-        windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
-        if len(windows) < 2:
-            raise UsageError(
-                f"--text {settings.text} has {len(ids)} tokens, less than two windows of {width}, one to "
-                "calibrate on and one to evaluate: lower --max_seq_len, or give a longer text."
-            )
-        first, rest = split_off(
-            windows, settings, min(CALIBRATION_ITEMS, max(1, len(windows) // 4)), "windows"
-        )
+        windows = self._windows(settings.text, "--text", 2)
+        usual = min(CALIBRATION_ITEMS, max(1, len(windows) // 4))
+        if settings.calib_text:
+            others = self._windows(settings.calib_text, "--calib_text", 1)
+            first = others[: calibration_count(settings, usual, len(others))]
+            rest: Sequence[Any] = windows[usual:]
+        else:
+            first, rest = map(list, split_off(windows, settings, usual, "windows"))
         self.calibration = [self._item(f"calibration{i}", window) for i, window in enumerate(first)]
         self.items = [self._item(f"window{i}", window) for i, window in enumerate(rest[: settings.num_tasks])]
         given = settings.decode_from
         self.decode_from = settings.max_seq_len // 2 if given is None else given
         self.bounds = bucket_bounds(settings.max_seq_len, self.decode_from)
+        self.judge: Any = None  # the dense model, where it is another one
+        self._readings: dict[tuple[str, ...], divergence.DenseReading] = {}
+
+    def _windows(self, path: str, flag: str, least: int) -> list[list[int]]:
+        """The text cut into windows of --max_seq_len tokens. Raises UsageError for less than `least`."""
+        ids = self.tokenizer(_text(path, flag), add_special_tokens=False)["input_ids"]
+        width = self.settings.max_seq_len - len(self.start)
+        windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
+        if len(windows) < least:
+            wanted = "a window" if least == 1 else "two windows, to calibrate and to evaluate,"
+            raise UsageError(
+                f"{flag} {path} has {len(ids)} tokens, less than {wanted} of {width}: lower --max_seq_len, "
+                "or give a longer text."
+            )
+        return windows
+
+    def load(self, source: ModelSource) -> Engine:
+        engine, dtype = super().load(source), self.settings.reference_dtype
+        if dtype != "auto" and getattr(torch, dtype) != engine.model.dtype:
+            judge = load_model(source, dtype, self.settings.device)
+            self.judge = update_model(judge)
+        return engine
 
     def _item(self, key: str, window: list[int]) -> Item:
         return Item(key, self.start + window)
 
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
         ids = torch.tensor([item.ids for item in batch], device=model_device(model))
-        found = divergence.against_dense(model, ids, self.decode_from, self.settings.prefill_chunk)
+        how = self.decode_from, self.settings.prefill_chunk
+        dense = self._dense_reading(model if self.judge is None else self.judge, ids, batch)
+        found = divergence.against_dense(model, ids, *how, dense, self.judge)
         bucket = np.searchsorted(self.bounds, np.arange(self.decode_from + 1, ids.shape[1]))
         tokens = np.bincount(bucket, minlength=len(self.bounds)).tolist()
         return [
@@ -87,6 +118,17 @@ class PerplexityJob(ItemJob):
                 found.same_top.numpy(),
             )
         ]
+
+    def _dense_reading(self, judge: Any, ids: torch.Tensor, batch: list[Item]) -> divergence.DenseReading:
+        """What dense attention makes of a batch: the same in every cell, so it is kept, as far as there is
+        room."""
+        key = tuple(item.key for item in batch)
+        if key not in self._readings:
+            found = divergence.read_dense(judge, ids, self.decode_from, self.settings.prefill_chunk)
+            if found.nbytes + sum(one.nbytes for one in self._readings.values()) > READINGS_BYTES:
+                return found
+            self._readings[key] = found
+        return self._readings[key]
 
     def calibrate_on(self, model: Any, batch: list[Item]) -> None:
         """All rows of a window, whatever --decode_from says: thresholds of every length are found."""
@@ -135,6 +177,20 @@ class PerplexityJob(ItemJob):
 
     def title(self, model_name: str) -> str:
         return f"{model_name}, perplexity of {Path(str(self.settings.text)).name}"
+
+
+def _text(path: str, flag: str) -> str:
+    """A text file, or the contexts of LongBench's rows. Raises UsageError for what is neither."""
+    text = read_text(path, flag)
+    if not path.endswith(".jsonl"):
+        return text
+    try:
+        return "\n\n".join(str(json.loads(line)["context"]) for line in text.splitlines() if line.strip())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{flag} {path} is not LongBench's rows ({type(error).__name__}: {error}): each line is JSON "
+            "with a 'context'."
+        ) from None
 
 
 def bucket_bounds(max_seq_len: int, decode_from: int = 0) -> list[int]:
