@@ -15,7 +15,16 @@ import gen_llama
 import test_llama
 from tests.helpers.paths import ROOT
 from toptheta.eval.settings import QASettings
-from toptheta.eval.sweep import Found, SweepOptions, _plan, answer_key, missing_runs, run_sweep, scan
+from toptheta.eval.sweep import (
+    TEXT_FLAGS,
+    Found,
+    SweepOptions,
+    _plan,
+    answer_key,
+    missing_runs,
+    run_sweep,
+    scan,
+)
 from toptheta.util.errors import UsageError
 
 PARSERS = {"test_llama.py": test_llama.make_parser, "gen_llama.py": gen_llama.make_parser}
@@ -146,6 +155,28 @@ def test_keys_hold_what_changes_an_answer() -> None:
     assert not set(keys(replace(base, seed=1))) & {theta, topk, dense}
 
 
+def test_texts_of_a_table(tables: Path, tmp_path: Path) -> None:
+    """They lie in --data_dir; a part's name is that of its rows; --calib_text is for what is calibrated."""
+    for name in ("novel.txt", "news.txt"):
+        (tmp_path / name).write_text("words")
+    content = json.loads(tables.read_text())
+    part = {
+        "name": "novel",
+        "script": "gen_llama.py",
+        "tasks": ["perplexity"],
+        "methods": ["dense", "Top-theta"],
+    }
+    flags = {"text": "novel.txt", "calib_text": "news.txt"}
+    content["tables"]["tiny"] = {"parts": [part | {"k": [8], "flags": flags}]}
+    cells = _plan(
+        content["tables"]["tiny"], content["methods"], options(tables, data_dir=str(tmp_path)), PARSERS
+    )
+    assert [cell.name for cell in cells] == ["novel dense", "novel Top-theta K=8"]
+    for cell in cells:
+        assert str(tmp_path / "novel.txt") in cell.arguments and "--data_dir" not in cell.arguments
+    assert [str(tmp_path / "news.txt") in cell.arguments for cell in cells] == [False, True]
+
+
 def test_methods_by_name(tables: Path) -> None:
     """A method of a table is a number or a name with options; a table's calib_task goes to those that
     calibrate."""
@@ -195,11 +226,16 @@ def test_a_failing_run_is_named_and_the_others_go_on(tables: Path, capsys: pytes
     assert "not run" in printed.out and "Top-k" in printed.out
 
 
-def test_every_table_of_the_project_is_sound() -> None:
+def test_every_table_of_the_project_is_sound(tmp_path: Path) -> None:
     """Each cell of reproduce.json is a command line that the scripts accept."""
     content = json.loads((ROOT / "reproduce.json").read_text())
     for name, table in content["tables"].items():
-        cells = _plan(table, content["methods"], SweepOptions(table=name), PARSERS)
+        texts = {part["flags"][flag] for part in table["parts"] for flag in TEXT_FLAGS & part["flags"].keys()}
+        for text in texts:
+            (tmp_path / text).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / text).touch()
+        data_dir = str(tmp_path) if texts else None
+        cells = _plan(table, content["methods"], SweepOptions(table=name, data_dir=data_dir), PARSERS)
         assert len({cell.key for cell in cells}) == len(cells) >= 4
 
 

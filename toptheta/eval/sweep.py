@@ -181,8 +181,8 @@ def _plan(
                 flags[TASK_FLAG[script]] = task
                 if options.samples is not None:
                     flags[SAMPLES_FLAG[script]] = options.samples
-                for name in TEXT_FLAGS & flags.keys():
-                    flags[name] = str(Path(options.data_dir or ".") / flags[name])
+                for file in TEXT_FLAGS & flags.keys():
+                    flags[file] = str(Path(options.data_dir or ".") / flags[file])
                 if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
                     flags["data_dir"] = options.data_dir
                 ks = ",".join(map(str, part["k"]))

@@ -6,6 +6,7 @@ is no torch here: plots import this module.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from toptheta.util.files import write_text
 
 PHASES = PREFILL, DECODE = "prefill", "generative_decoding"
 ANSWERS = "answers.jsonl"
+NUMBER = re.compile(r" \w+=[\d.e-]+$")  # an option at the end of a method's label
 OPTIONAL = ("effective_k", "kv_bytes")  # counts that not every run has
 
 
@@ -67,7 +69,10 @@ class CellResult:
 
     @property
     def family(self) -> str:
-        """The method without its K: 'Top-theta' of 'Top-theta K=64'."""
+        """The method without its K, or the number of its last option: 'Top-theta' of 'Top-theta K=64',
+        'Top-p' of 'Top-p p=0.9'."""
+        if self.k is None:
+            return NUMBER.sub("", self.method) or self.method
         return self.method.removesuffix(f"K={self.k}").strip() or self.method
 
     @property

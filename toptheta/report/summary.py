@@ -47,6 +47,11 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
 
         draw_perplexity(results, folder / "perplexity.png", title)
         print(f"Picture: {folder / 'perplexity.png'}")
+    if any("kl" in result.metrics and not result.dense for result in results):
+        from toptheta.report.plots.divergence import draw_divergence
+
+        draw_divergence({title: results}, folder / "kl.png", "KL to dense attention by KV bytes read")
+        print(f"Picture: {folder / 'kl.png'}")
     print(f"Products: {folder}")
     return results
 
@@ -59,18 +64,21 @@ def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResu
 
 
 def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[tables.SweepRow]) -> None:
-    """Write table.md, table.csv, results.json and <task>.png of a sweep into `folder`, and print the
-    table."""
+    """Write table.md, table.csv, results.json and pictures of a sweep into `folder`, and print the table:
+    kl.png for texts that are compared with dense attention, <task>.png for each other task."""
     rows = _compared(rows)
     text = tables.sweep_markdown(title, table_name, rows)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", tables.sweep_csv(rows))
-    written, results = [folder / "table.md", folder / "table.csv"], []
+    written, results = [folder / "table.md", folder / "table.csv"], list[CellResult]()
+    texts: dict[str, Sequence[CellResult]] = {}
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row.result for row in rows if row.task == task and row.result is not None]
         named = [replace(result, folder=None) for result in of_task]
         results += named
-        if any(not result.dense and result.kept for result in named):
+        if any("kl" in result.metrics for result in named):
+            texts[task] = named
+        elif any(not result.dense and result.kept for result in named):
             from toptheta.report.plots.tradeoff import draw_tradeoff
 
             picture = folder / f"{task}.png"
@@ -80,6 +88,11 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
                 written.append(picture)
             except UsageError as error:
                 say(f"{task}: no picture, because {error}")
+    if texts:
+        from toptheta.report.plots.divergence import draw_divergence
+
+        draw_divergence(texts, folder / "kl.png", title)
+        written.append(folder / "kl.png")
     write_json(folder / "results.json", [result.to_json() for result in results])
     print(text)
     say(f"Written: {', '.join(map(str, written))}")

@@ -99,7 +99,13 @@ def test_another_text_and_another_type(
     Path("rows.jsonl").write_text("".join(json.dumps({"context": words[i:]}) + "\n" for i in (50, 90)))
     read, once = [], divergence.read_dense
     monkeypatch.setattr(divergence, "read_dense", lambda *rest: read.append(rest[0].dtype) or once(*rest))
-    shared = {"dataset": "perplexity", "text": "text.txt", "num_tasks": 2, "mode": (0, 3), "calib_samples": None}
+    shared = {
+        "dataset": "perplexity",
+        "text": "text.txt",
+        "num_tasks": 2,
+        "mode": (0, 3),
+        "calib_samples": None,
+    }
     plain = evaluate(gen_settings(folder_model, **shared))
     assert read == [torch.float32] * 2
     settings = gen_settings(
@@ -111,8 +117,7 @@ def test_another_text_and_another_type(
         assert [a.hash for a in read_answers(str(one.folder))] == [
             a.hash for a in read_answers(str(two.folder))
         ]
-        assert two.metrics["kl"].value > one.metrics["kl"].value
-    assert plain[1].metrics["kl"].value == 0.0
+    assert plain[1].metrics["kl"].value == 0.0 < other[1].metrics["kl"].value < 0.1
     thresholds = [(Path(str(one.folder)) / "th.txt").read_text() for one in (plain[0], other[0])]
     assert thresholds[0] != thresholds[1]
 
@@ -122,7 +127,10 @@ def test_another_text_and_another_type(
     [
         ({"calib_text": "none.txt"}, "--calib_text none.txt: there is no such file"),
         ({"calib_text": "bad.jsonl"}, "bad.jsonl is not LongBench's rows"),
-        ({"calib_text": "text.txt", "mode": (3,), "vmc": False, "sdc": "none"}, "--calib_text text.txt has no effect without calibration"),
+        (
+            {"calib_text": "text.txt", "mode": (3,), "vmc": False, "sdc": "none"},
+            "--calib_text text.txt has no effect without calibration",
+        ),
         ({"calib_text": "text.txt", "calib_task": "arc_easy"}, "give one of them"),
         ({"mode": (3,), "method": ("h2o",), "decode_from": 0}, "h2o leaves prompts dense"),
         ({"vrow_popularity": True}, "add --decode_from 0"),

@@ -1,0 +1,46 @@
+"""The picture of KL by KV bytes: what is drawn, and what is not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from toptheta.report.plots.divergence import divergence_figure, draw_divergence
+from toptheta.report.results import DECODE, CellResult, Metric
+from toptheta.util.errors import UsageError
+
+
+def cell(method: str, k: int | None, kl: float, read: float | None, dense: bool = False) -> CellResult:
+    kv_bytes = {"prefill": None, DECODE: read}
+    return CellResult(method, k=k, dense=dense, metrics={"kl": Metric(kl, 0.1 * kl, 3)}, kv_bytes=kv_bytes)
+
+
+CELLS = [
+    cell("dense", None, 0.0, 1.0, dense=True),
+    cell("dense bfloat16", None, 0.001, 1.0, dense=True),
+    cell("Top-k K=64", 64, 0.01, 0.6),
+    cell("Top-k K=16", 16, 0.2, 0.52),
+    cell("Top-p p=0.5", None, 0.3, 0.52),
+    cell("Top-p p=0.9", None, 0.02, 0.7),
+    cell("uncounted K=64", 64, 0.5, None),
+]
+
+
+def test_lines_points_and_floors(tmp_path: Path) -> None:
+    """A line for each method through its budgets in order; dense of another type is a band; what has no KV
+    bytes, or no KL, has no place."""
+    figure = divergence_figure({"novel": CELLS, "code": CELLS[2:4]}, "a title")
+    novel, code = figure.axes
+    assert (novel.get_title(), code.get_title()) == ("novel", "code")
+    points = [container[0].get_xydata() for container in novel.containers]
+    assert np.allclose(points, [[[52, 0.2], [60, 0.01]], [[52, 0.3], [70, 0.02]]])
+    bars = novel.containers[0][2][0].get_segments()
+    assert np.allclose(bars[0], [[52, 0.18], [52, 0.22]])
+    band = novel.patches[0].get_extents().transformed(novel.transData.inverted())
+    assert np.allclose([band.y0, band.y1], [0.0009, 0.0011]) and not code.patches
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["Top-k", "Top-p", "dense attention of another type", "all of K is read"]
+    draw_divergence({"novel": CELLS}, tmp_path / "kl.png", "a title")
+    assert (tmp_path / "kl.png").stat().st_size > 10_000
+    with pytest.raises(UsageError, match="nothing to draw"):
+        draw_divergence({"novel": [CELLS[0], CELLS[-1]]}, tmp_path / "none.png", "a title")

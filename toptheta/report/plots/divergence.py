@@ -1,0 +1,112 @@
+"""KL to dense attention against the KV bytes that a decode step reads: one line for each method, a panel for
+each text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
+
+from toptheta.report.plots.style import (
+    GREY,
+    MARKERS,
+    add_legend,
+    look,
+    new_figure,
+    save_figure,
+    series_colours,
+)
+from toptheta.report.results import DECODE, CellResult, Metric
+from toptheta.util.errors import UsageError
+
+ALL_OF_K = 50.0  # % of dense: what a method reads that needs the score of every key
+COLUMNS = 2  # panels beside each other
+TICKS = (1, 2, 5, 10, 20, 50, 100)
+
+
+def draw_divergence(panels: dict[str, Sequence[CellResult]], path: Path | str, title: str) -> None:
+    """Draw KL(dense || method), with standard errors, against KV bytes in % of dense. panels: results by
+    name, those of one text each. Dense attention of another type is a horizontal band: what differences mean
+    nothing. Raises UsageError when no result has both numbers."""
+    with look():
+        figure = divergence_figure(panels, title)
+    save_figure(figure, path)
+
+
+def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Figure:
+    """The figure that `draw_divergence` writes, for a notebook to show."""
+    panels = {name: found for name, results in panels.items() if (found := _drawable(results))}
+    if not panels:
+        raise UsageError(
+            "no result has a KL to dense and KV bytes of decode steps: there is nothing to draw."
+        )
+    lines = list(dict.fromkeys(r.family for results in panels.values() for r in results if not r.dense))
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(5.2 * columns + 0.4, 4.0 * rows + 1.1, title)
+    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    looks = dict(zip(lines, zip(series_colours(len(lines)), MARKERS * len(lines))))
+    for axes, (name, results) in zip(all_axes, panels.items()):
+        for line in lines:
+            _draw_line(axes, [result for result in results if result.family == line], *looks[line])
+        _draw_floors(axes, results)
+        axes.set_title(name, parse_math=False)
+        axes.set(xscale="log", yscale="log")
+    for axes in list(all_axes)[len(panels) :]:
+        axes.remove()
+    _label(figure, columns)
+    handles: list[Artist] = [
+        Line2D([], [], color=c, marker=m, ms=5, lw=1.2, label=line) for line, (c, m) in looks.items()
+    ]
+    if any(result.dense for results in panels.values() for result in results):
+        handles.append(Patch(color=GREY, alpha=0.35, lw=0, label="dense attention of another type"))
+    handles.append(Line2D([], [], color="black", lw=0.9, ls=":", label="all of K is read"))
+    add_legend(figure, handles)
+    return figure
+
+
+def _drawable(results: Sequence[CellResult]) -> list[CellResult]:
+    return [r for r in results if _kl(r) is not None and (r.kv_bytes or {}).get(DECODE) is not None]
+
+
+def _kl(result: CellResult) -> Metric | None:
+    """None where it is 0, as of the dense model that the others are compared with: it has no place in a
+    logarithmic picture."""
+    metric = result.metrics.get("kl")
+    return metric if metric is not None and metric.value > 0.0 else None
+
+
+def _draw_line(axes: Axes, results: Sequence[CellResult], colour: object, marker: str) -> None:
+    points = []
+    for result in results:
+        metric, read = result.metrics["kl"], (result.kv_bytes or {})[DECODE]
+        points.append((100.0 * (read or 0.0), metric.value, metric.stderr or 0.0))
+    x, y, errors = np.array(sorted(points)).reshape(-1, 3).T
+    errors = np.minimum(errors, 0.999 * y)  # the axis is logarithmic
+    axes.errorbar(x, y, errors, color=colour, marker=marker, ms=5, lw=1.2, elinewidth=0.9, capsize=2.0)
+
+
+def _draw_floors(axes: Axes, results: Sequence[CellResult]) -> None:
+    axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
+    for result in results:
+        if result.dense:
+            metric = result.metrics["kl"]
+            error = metric.stderr or 0.0
+            low, high = max(metric.value - error, 0.5 * metric.value), metric.value + error
+            axes.axhspan(low, high, color=GREY, alpha=0.35, lw=0, zorder=0)
+
+
+def _label(figure: Figure, columns: int) -> None:
+    for i, axes in enumerate(figure.axes):
+        if i % columns == 0:
+            axes.set_ylabel("KL(dense || method), nats a token")
+        axes.set_xlabel("KV bytes read in a decode step, % of dense")
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
