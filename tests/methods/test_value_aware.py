@@ -14,7 +14,7 @@ from tests.helpers.models import tokens
 from topk_llama import set_params, update_model
 from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.tables import save_tables
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import Block, RowTables, State, ValueNorms, parse_method
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_theta import TopTheta
 from toptheta.models.control import tables_of
@@ -45,7 +45,8 @@ def slow_factor(v: torch.Tensor, w_o: torch.Tensor, mean: torch.Tensor, scale: f
 
 
 @pytest.mark.parametrize("kind", ["prefill", "chunk", "left padding", "padded decode", "any mask"])
-def test_against_loops(kind: str, monkeypatch) -> None:
+@pytest.mark.parametrize("floor", [1, 4])
+def test_against_loops(kind: str, floor: int, monkeypatch) -> None:
     torch.manual_seed(0)
     rows, batch, q_len, kv_len = case(kind)
     q, k, v = inputs(batch, (4, 2, 16), q_len, kv_len)
@@ -53,7 +54,7 @@ def test_against_loops(kind: str, monkeypatch) -> None:
     values = ValueNorms(w_o.transpose(1, 2) @ w_o, mean, scale)
     theta = torch.full((4, 14), 0.02)
     theta[:, :13] = float("-inf")
-    spec = LayerSpec(TopTheta(value_aware=True), "post-softmax", 12)
+    spec = LayerSpec(TopTheta(value_aware=True, floor=floor), "post-softmax", 12)
     asked = call(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True)
     asked.values, asked.state = values, State()
     monkeypatch.setattr("toptheta.attention.reference.BLOCK_ELEMENTS", {"cpu": 20_000})  # several blocks
@@ -75,7 +76,7 @@ def test_against_loops(kind: str, monkeypatch) -> None:
                         * slow_factor(v[b, group, key], w_o[head], mean[group], float(scale[head]))
                         for weight, key in zip(weights, keys)
                     ]
-                    kept = max(1, sum(x > 0.02 for x in compared))
+                    kept = max(floor, sum(x > 0.02 for x in compared))
                 assert counts.row[b, head, i] == (kept if real else 0), (b, i, head)
 
 
@@ -152,3 +153,24 @@ def test_needs_a_budget(tiny_model: LlamaForCausalLM) -> None:
     update_model(tiny_model)
     with pytest.raises(UsageError, match="value_aware weighs attention weights.*add calib_to budget"):
         set_params(tiny_model, **(AWARE | {"calib_to": "k"}), calibrate=True)
+
+
+def test_a_floor() -> None:
+    """Of a row that nothing passes, its largest are kept; of one that more pass, what passes."""
+    weights = torch.tensor([[[[0.05, 0.3, 0.2, 0.1, 0.35], [0.1, 0.6, 0.1, 0.1, 0.1]]]])
+    block = Block(
+        x=weights,
+        row_max=weights.amax(dim=-1, keepdim=True),
+        n=torch.tensor([[5, 5]]),
+        real=None,
+        start=0,
+        budget=2,
+    )
+    for floor, kept in ((1, [[1, 2, 4], [1]]), (2, [[1, 2, 4], None])):
+        keep = TopTheta(floor=floor).keep(block, RowTables(theta=torch.full((1, 1, 2, 1), 0.15)))
+        for row, expected in zip(keep[0, 0], kept):
+            found = row.nonzero()[:, 0].tolist()
+            assert found == expected if expected else (len(found) == floor and 1 in found)
+    assert TopTheta(floor=2).kernel_spec() is None and TopTheta(floor=2).label(8) == "Top-theta floor=2 K=8"
+    with pytest.raises(UsageError, match="--method top_theta:floor is 0: give a whole number of at least 1"):
+        parse_method("top_theta:floor=0", "--method")

@@ -1,12 +1,14 @@
 """Top-theta: what is strictly greater than a calibrated threshold (arXiv 2502.08363, section 3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from toptheta.methods.base import NEG_INF, Block, KernelSpec, Method, RowTables, Selection, register
-from toptheta.methods.top_k import TopK
+from toptheta.methods.top_k import TopK, keep_largest
+from toptheta.util.errors import UsageError
 
 
 @register
@@ -14,10 +16,12 @@ from toptheta.methods.top_k import TopK
 class TopTheta(Method):
     """capk: of what passes the threshold, keep the K most recent only. value_aware (ours, not the paper's):
     compare weight times what the key's value can move the output, see `ValueNorms`; one number a key and head
-    is stored in addition to the cache."""
+    is stored in addition to the cache. floor (ours, too): how many of its largest a row keeps at least, where
+    a threshold alone guarantees one."""
 
     capk: bool = False
     value_aware: bool = False
+    floor: int = 1
 
     name = "top_theta"
     title = "Top-theta"
@@ -48,10 +52,17 @@ class TopTheta(Method):
             x = x * value_factors(block)[:, :, None]
             row_max = x.amax(dim=-1, keepdim=True)
         keep = keep_above(x, tables.theta, row_max)
+        if self.floor > 1:
+            keep |= keep_largest(x, self.floor)
         return keep_recent(keep, block.budget) if self.capk else keep
 
     def kernel_spec(self) -> KernelSpec | None:
-        return None if self.value_aware else KernelSpec(Selection.THRESHOLD, capk=self.capk)
+        plain = not self.value_aware and self.floor <= 1
+        return KernelSpec(Selection.THRESHOLD, capk=self.capk) if plain else None
+
+    def check(self, flag: Callable[[str], str] = str) -> None:
+        if self.floor < 1:
+            raise UsageError(f"{flag('floor')} is {self.floor}: give a whole number of at least 1.")
 
     def while_calibrating(self, tac: bool) -> Method:
         return TopK() if tac else super().while_calibrating(tac)

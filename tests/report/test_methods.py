@@ -1,0 +1,18 @@
+"""README's table of methods."""
+
+from pathlib import Path
+
+from toptheta.methods.base import names
+from toptheta.report.methods import methods_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_readme_has_it() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- methods -->\n")[2].partition("<!-- end methods -->")[0]
+    table = methods_table()
+    assert shown == table + "\n", "copy what `python -m toptheta.report.methods` prints into README.md"
+    rows = table.splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == names()
+    assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
