@@ -153,6 +153,14 @@ def check_fit(
                 f"K={tables.k[layer]}, but K={k_per_layer[layer]} is asked for: use that K, or "
                 "calibrate anew."
             )
+        bad = np.argwhere(np.isnan(held[layer].values) & (held[layer].samples > 0))
+        if len(bad):
+            head, n = bad[0]
+            raise UsageError(
+                f"the {word} of layer {layer} {'have' if kind == 'theta' else 'has'} NaN for head {head} at "
+                f"row length {n}: the scores that {'they were' if kind == 'theta' else 'it was'} calibrated "
+                "on overflowed; calibrate anew, in a type with a wider range (--dtype bfloat16 or float32)."
+            )
     aim = tables.meta.get("calib_to", "k") if tables.meta else calib_to  # th.txt does not tell
     if kind == "theta" and aim != calib_to:
         raise UsageError(
