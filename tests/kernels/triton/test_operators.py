@@ -68,3 +68,19 @@ def test_cuda_graph(spec):
         theta.mul_(0.8)
         graph.replay()
         assert torch.equal(out, once())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_tensors_on_another_device(q_len):
+    """The layers of a model that is spread over several GPUs: the current device is another."""
+    torch.manual_seed(11)
+    got = []
+    inputs = draw(1, (2, 1, 64), q_len, 70)
+    theta, table = tables(FEW[0], 2, 71)
+    for device in ("cuda:0", "cuda:1"):
+        rows = rows_of(None, q_len, 70, torch.device(device))
+        moved = [x.to(device) for x in (*inputs, theta, table)]
+        out, _ = gpu.run(call(*moved[:3], rows, FEW[0], SCALE, *moved[3:]))
+        got.append(out.cpu())
+    assert torch.equal(*got)

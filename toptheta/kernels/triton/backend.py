@@ -7,6 +7,7 @@ module can be imported without Triton. TRITON_INTERPRET=1 runs them on the CPU.
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -124,6 +125,12 @@ def _spec(selection: int, placement: str, k: int, sdc: str, sdc_scale: float) ->
     return KernelSpec(Selection(selection), placement, k, sdc, sdc_scale)
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of the tensors: the layers of a model may
+    be spread over several GPUs."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
 @torch.library.custom_op("toptheta::triton_decode", mutates_args=())
 def _decode(
     q: Tensor,
@@ -157,7 +164,10 @@ def _decode(
     if codes is not None:
         assert steps is not None and slacks is not None and k_mean is not None
         int8 = Int8Keys(codes, steps, slacks, k_mean)
-    out, keep = triton_decode.decode(q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8)
+    with _on_device_of(q):
+        out, keep = triton_decode.decode(
+            q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8
+        )
     return out, q.new_empty(0, dtype=torch.bool) if keep is None else keep
 
 
@@ -195,9 +205,10 @@ def _prefill(
     from toptheta.kernels.triton import prefill as triton_prefill
 
     spec = _spec(selection, placement, k_keep, sdc, sdc_scale)
-    out, counts = triton_prefill.prefill(
-        q, k, v, n, first, mask, key_real, real, theta, table, v_mean, spec, scale, count
-    )
+    with _on_device_of(q):
+        out, counts = triton_prefill.prefill(
+            q, k, v, n, first, mask, key_real, real, theta, table, v_mean, spec, scale, count
+        )
     if counts is None:
         return out, n.new_empty(0), n.new_empty(0, dtype=torch.int32)
     return out, counts.attn, counts.vrow
