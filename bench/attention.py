@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The attention call alone: milliseconds, and the ratio to torch's scaled_dot_product_attention.
 
-    .venv/bin/python bench/attention.py [--device cpu|cuda] [--quick] [--output FILE]
+    .venv/bin/python bench/attention.py [--device cpu|cuda] [--dtype TYPE] [--quick] [--output FILE]
 
 On a GPU see attention_gpu.py; the rest is about the CPU. Every repetition runs all methods one after the
 other on the same tensors, so that a busy machine slows all of them; the numbers are medians. Leaves out the
@@ -59,6 +59,7 @@ class Case:
     phase: str  # prefill or decode
     kv_len: int
     batch: int = 1
+    dtype: str = "float32"
 
     @property
     def q_len(self) -> int:
@@ -67,17 +68,18 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         _, num_kv_heads, head_dim = MODELS[self.model]
-        return 2 * 4 * self.batch * num_kv_heads * head_dim * self.kv_len
+        size = getattr(torch, self.dtype).itemsize
+        return 2 * size * self.batch * num_kv_heads * head_dim * self.kv_len
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, dtype: str) -> list[Case]:
     """Every case; for each model the shorter first, so that they tell how long the next will take."""
     prefill, decode, batches = [2**i << 10 for i in range(6)], [4096, 7000, 32768, 131072], (1, 4, 16)
     if quick:
         prefill, decode, batches = [1024, 4096], [4096, 7000], (1,)
-    found = [Case(m, "prefill", n) for m in MODELS for n in prefill]
-    found += [Case(m, "prefill", 1024, b) for m in MODELS for b in batches[1:]]
-    return found + [Case(m, "decode", n, b) for m in MODELS for b in batches for n in decode]
+    found = [Case(m, "prefill", n, 1, dtype) for m in MODELS for n in prefill]
+    found += [Case(m, "prefill", 1024, b, dtype) for m in MODELS for b in batches[1:]]
+    return found + [Case(m, "decode", n, b, dtype) for m in MODELS for b in batches for n in decode]
 
 
 def draw(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +87,8 @@ def draw(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     num_heads, num_kv_heads, head_dim = MODELS[case.model]
     q = torch.randn(case.batch, case.q_len, num_heads, head_dim, device=device).transpose(1, 2)
     k, v = torch.randn(2, case.batch, num_kv_heads, case.kv_len, head_dim, device=device)
-    return q * SCORE_SPREAD, k, v
+    dtype = getattr(torch, case.dtype)
+    return (q * SCORE_SPREAD).to(dtype), k.to(dtype), v.to(dtype)
 
 
 def calibrated(case: Case, placement: str, device: torch.device, k_keep: int = K) -> Tensor:
@@ -113,7 +116,9 @@ def calls(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], obje
     q, *first = draw(case, device)
     pairs = [first, *(draw(case, device)[1:] for _ in range(copies - 1))]
     # In decode the model has the sum of V beside its cache, for VMC.
-    turn = itertools.cycle([(k, v, v.sum(dim=2) if case.phase == "decode" else None) for k, v in pairs])
+    turn = itertools.cycle(
+        [(k, v, v.sum(dim=2, dtype=torch.float32) if case.phase == "decode" else None) for k, v in pairs]
+    )
     rows = rows_of(None, case.q_len, case.kv_len, device)
     scale = 1 / math.sqrt(head_dim)
 
@@ -193,6 +198,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few shapes, one or two minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on CPU"
+    )
+    parser.add_argument(
         "--max-seconds", type=float, default=60.0, help="cases expected to take longer than this are not run"
     )
     parser.add_argument(
@@ -216,7 +224,7 @@ def main() -> None:
         "threads": args.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "dtype": "float32",
+        "dtype": args.dtype,
         "K": K,
         "kernel": kernels.FORCED or "chosen",
     }
@@ -229,7 +237,7 @@ def main() -> None:
         + f"{'kept':>9}"
     )
     results, spent = [], {}
-    for case in cases(args.quick):
+    for case in cases(args.quick, args.dtype):
         label = f"{case.model:13}{case.phase:8}{case.batch:6}{case.kv_len:8}"
         size = case.batch * case.q_len * case.kv_len
         before = spent.get((case.model, case.phase))  # size and seconds of the last case of this kind

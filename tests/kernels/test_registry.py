@@ -29,7 +29,7 @@ def test_chooses_the_kernel_where_it_fits(monkeypatch):
     kernels.attend(call(*small_call()))
     assert len(calls) == 1
     kernels.attend(call(*small_call(head_dim=20)))
-    kernels.attend(call(*small_call(dtype=torch.bfloat16)))
+    kernels.attend(call(*small_call(dtype=torch.float64)))
     with torch.enable_grad():
         q, k, v, *rest = small_call()
         assert cpu.unsupported(call(q.requires_grad_(), k, v, *rest)) == "the kernel has no backward pass"
@@ -45,7 +45,7 @@ def test_chooses_the_kernel_where_it_fits(monkeypatch):
 @pytest.mark.parametrize(
     "forced, changes, says",
     [
-        ("cpu", {"dtype": torch.bfloat16}, "float32 only"),
+        ("cpu", {"dtype": torch.float64}, "does float32, bfloat16 and float16"),
         ("cpu", {"head_dim": 20}, "head_dim is 20"),
         ("triton", {}, "because (the tensors are not on a GPU|Triton is not installed)"),
         ("gpu", {}, "none of reference, cpu, triton"),

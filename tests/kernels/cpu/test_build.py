@@ -17,6 +17,22 @@ def test_failing_compiler_names_the_error(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.so"))
 
 
+@pytest.mark.parametrize(
+    "platform, says", [("win32", "not made for Windows"), ("darwin", "set CXX to Homebrew")]
+)
+def test_says_why_it_is_not_built(platform, says, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match=says):
+        cpu.build()
+
+
+def test_imports_without_fcntl():
+    """As on Windows."""
+    script = "import sys, torch, filelock; sys.modules['fcntl'] = None; import toptheta.kernels.registry"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @needs_kernel
 def test_two_processes_build_once(tmp_path):
     script = "from toptheta.kernels.cpu import backend as b; assert not isinstance(b.load(), str), b.load()"

@@ -1,4 +1,4 @@
-"""The CPU path for float32: building kernel.cpp on first use, and calling it with torch tensors.
+"""The CPU path: building kernel.cpp on first use, and calling it with torch tensors.
 
 This module builds and loads the library, and checks and prepares calls. attention/reference.py defines what
 is computed, kernel.cpp how. The library has a plain C interface, so that building it needs only a compiler
@@ -6,7 +6,6 @@ is computed, kernel.cpp how. The library has a plain C interface, so that buildi
 """
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
@@ -21,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts
@@ -33,6 +33,7 @@ from toptheta.util.environment import cache_folder
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -fno-math-errno -fPIC -shared".split()
 MAX_HEAD_DIM = 1024
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of kernel.cpp's numbers
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -46,7 +47,7 @@ class Call(ctypes.Structure):
     """The arguments of one call, with the fields of `struct Call` in kernel.cpp in the same order."""
 
     _fields_ = [
-        *_fields(_INT, "batch num_heads num_kv_heads q_len kv_len head_dim threads"),
+        *_fields(_INT, "batch num_heads num_kv_heads q_len kv_len head_dim threads type"),
         *_fields(_AT, "q k v"),
         *_fields(_INT, "q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row"),
         *_fields(_AT, "n mask real key_real chosen"),
@@ -84,12 +85,15 @@ def build(compiler: Sequence[str] | None = None, flags: Sequence[str] = FLAGS) -
     Two processes may start at once: a lock, which ends with its process, lets one of them compile, and
     renaming makes only complete files visible.
     """
+    if sys.platform == "win32":
+        raise RuntimeError("it is not made for Windows (WSL has it)")
     if compiler is None:
-        compiler = shlex.split(os.environ.get("CXX", "")) or [
-            shutil.which("g++") or shutil.which("c++") or ""
-        ]
+        compiler = shlex.split(os.environ.get("CXX", ""))
+        if not compiler and sys.platform == "darwin":  # what is called g++ there is Apple's clang
+            raise RuntimeError("Apple's compiler lacks OpenMP and GCC's vectors: set CXX to Homebrew's g++")
+        compiler = compiler or [shutil.which("g++") or shutil.which("c++") or ""]
     if not shutil.which(compiler[0]):
-        raise RuntimeError("there is no C++ compiler (g++ or $CXX)")
+        raise RuntimeError("there is no C++ compiler (install g++, or set CXX)")
     key = "\n".join([SOURCE.read_text(), *compiler, *flags, _cpu_name()])
     folder = cache_folder()
     target = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -97,8 +101,7 @@ def build(compiler: Sequence[str] | None = None, flags: Sequence[str] = FLAGS) -
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(target.with_suffix(".lock")):
             if target.exists():  # another process was faster
                 return target
             print(f"toptheta: compiling the CPU kernel, once, into {target}", file=sys.stderr, flush=True)
@@ -142,7 +145,7 @@ def load() -> Library | str:
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"toptheta computes CPU attention in plain PyTorch, several times slower than by its kernel, because "
-        f"{reason}: install g++ to get the kernel.",
+        f"{reason}.",
         stacklevel=3,
     )
 
@@ -157,8 +160,8 @@ def unsupported(call: AttentionCall) -> str | None:
     q, k, v = call.q, call.k, call.v
     if not (q.device.type == k.device.type == v.device.type == "cpu"):
         return "the tensors are not on the CPU"
-    if not (q.dtype == k.dtype == v.dtype == torch.float32):
-        return f"the kernel computes in float32 only, not in {q.dtype}"
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        return f"the kernel does float32, bfloat16 and float16, the same in q, k and v, not {q.dtype}"
     if call.needs_gradient:
         return "the kernel has no backward pass"
     head_dim = q.shape[3]
@@ -190,7 +193,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
         if counts.row is not None:
             args.row = counts.row.data_ptr()
     prepared.run()
-    return out, counts
+    return out.to(call.q.dtype), counts
 
 
 def calibrate(call: AttentionCall, calibration: LayerCalibration) -> Tensor:
@@ -245,9 +248,9 @@ def sample(
     args.post_softmax = placement == "post-softmax"
     out = prepared.output() if output else None
     args.ks, args.num_ks = prepared.keep(torch.tensor(tuple(ks))).data_ptr(), len(ks)
-    values = torch.zeros(shape)
+    values = torch.zeros(shape, dtype=torch.float32)
     args.samples = values.data_ptr()
-    missing_sums = torch.zeros(shape) if missing else None
+    missing_sums = torch.zeros(shape, dtype=torch.float32) if missing else None
     if missing_sums is not None:
         args.missing = missing_sums.data_ptr()
         if missing_theta is not None:
@@ -257,7 +260,7 @@ def sample(
         chosen = prepared.keep(chosen.contiguous())
         args.chosen, args.chosen_batch = chosen.data_ptr(), chosen.stride(0) if chosen.shape[0] > 1 else 0
     prepared.run()
-    return Samples(values, missing_sums, out)
+    return Samples(values, missing_sums, None if out is None else out.to(call.q.dtype))
 
 
 class _Prepared:
@@ -276,7 +279,8 @@ class _Prepared:
             first = -1 if rows.mask is not None else 0 if q_len > 1 else kv_len - 1
         self.args = args = Call(
             batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, torch.get_num_threads(),
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            DTYPES.index(q.dtype), q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         )  # fmt: skip
         args.first, args.scale = first, call.scale
         args.mode, args.k_keep = (spec.selection, spec.k) if spec.sparse else (Selection.ALL, 0)
@@ -321,7 +325,7 @@ class _Prepared:
 
     def output(self) -> Tensor:
         batch, num_heads, q_len, head_dim = self.q.shape
-        out = self.q.new_empty(batch, q_len, num_heads, head_dim).transpose(1, 2)
+        out = torch.empty(batch, q_len, num_heads, head_dim, dtype=torch.float32).transpose(1, 2)
         self.args.out = out.data_ptr()
         self.args.out_batch, self.args.out_head, self.args.out_row = out.stride()[:3]
         return out
@@ -333,6 +337,6 @@ class _Prepared:
         sizes = (ctypes.c_int64 * 3)()
         library.workspace(ctypes.byref(self.args), sizes)
         self.args.packed, self.args.sums, self.args.scores = (
-            self.keep(self.q.new_empty(size)).data_ptr() if size else None for size in sizes
+            self.keep(torch.empty(size, dtype=torch.float32)).data_ptr() if size else None for size in sizes
         )
         library.run(ctypes.byref(self.args))

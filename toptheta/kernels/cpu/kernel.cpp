@@ -1,5 +1,6 @@
-// Sparse attention on CPU, float32: the fast path behind backend.py, which compiles this file on
-// first use. It computes what attention/reference.py computes; DESIGN sections 2-4 define the terms.
+// Sparse attention on CPU: the fast path behind backend.py, which compiles this file on first use. It computes what
+// attention/reference.py computes; DESIGN sections 2-4 define the terms. q, k and v are float32, bfloat16 or float16
+// (T below): 16-bit numbers are widened as they are loaded, and everything else, the output too, is float32.
 //
 // A row's scores over all its keys are computed first, then finish_row() selects, compensates and adds up V rows.
 // There are two ways to compute the scores:
@@ -44,6 +45,7 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef int32_t vi_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 enum { TOP_THETA = 0, TOP_K = 1 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { SDC_NONE = 0, SDC_EXACT = 1, SDC_EXP_THRESHOLD = 2, SDC_TABLE = 3 };
 
 }  // namespace
@@ -53,8 +55,8 @@ extern "C" {
 // One call, with the fields of Call in backend.py in the same order; every field is 8 bytes. Strides count elements;
 // the last dimension is contiguous everywhere. A null pointer means that this input or output is not used.
 struct Call {
-  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, threads;
-  const float *q, *k, *v;
+  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, threads, type;
+  const void *q, *k, *v;  // of FLOAT32, BFLOAT16 or FLOAT16, as `type` says
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   const int64_t* n;  // [B, Q]
   const uint8_t *mask, *real, *key_real, *chosen;  // [B, Q, N], [B, Q], [B, N], [B, Q]
@@ -83,6 +85,46 @@ struct Call {
 namespace {
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+typedef uint16_t vh_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+inline vf load(const bf16* p) {
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi) << 16);
+}
+
+inline vf load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vi bits = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi), magnitude = bits & 0x7fff;
+  vi wide = (vi)((vf)(magnitude << 13) * 0x1p112f);  // the exponent's bias; denormal numbers become normal
+  wide |= (magnitude >= 0x7c00) & 0x7f800000;        // infinity and NaN
+  return (vf)(wide | (bits & 0x8000) << 16);
+#endif
+}
+
+inline float widen(float x) { return x; }
+
+inline float widen(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+inline float widen(fp16 x) {
+  fp16 lanes[W] = {x};
+  return load(lanes)[0];
+}
+
 inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 inline vf splat(float x) { return vf{} + x; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
@@ -283,28 +325,39 @@ float sum_exps_up_to(const float* x, int64_t padded, float threshold, float row_
 // ---- V ----
 
 // out[0..NV*W) += sum over j < count of weight(j) * row key(j) of v.
-template <int NV, typename Key, typename Weight>
-void add_columns(const float* v, int64_t v_row, int64_t count, Key key, Weight weight, float* out) {
+template <int NV, typename T, typename Key, typename Weight>
+void add_columns(const T* v, int64_t v_row, int64_t count, Key key, Weight weight, float* out) {
   vf sum[NV] = {};
   for (int64_t j = 0; j < count; j++) {
-    const float* row = v + key(j) * v_row;
+    const T* row = v + key(j) * v_row;
     vf factor = splat(weight(j));
     for (int c = 0; c < NV; c++) sum[c] += factor * load(row + c * W);
   }
   for (int c = 0; c < NV; c++) store(out + c * W, load(out + c * W) + sum[c]);
 }
 
-template <typename Key, typename Weight>
-void add_rows(const float* v, int64_t v_row, int64_t count, Key key, Weight weight, int64_t dim, float* out) {
+template <typename T, typename Key, typename Weight>
+void add_rows(const T* v, int64_t v_row, int64_t count, Key key, Weight weight, int64_t dim, float* out) {
   int64_t d = 0;
   for (; d + 8 * W <= dim; d += 8 * W) add_columns<8>(v + d, v_row, count, key, weight, out + d);
   for (; d + 4 * W <= dim; d += 4 * W) add_columns<4>(v + d, v_row, count, key, weight, out + d);
   for (; d < dim; d += W) add_columns<1>(v + d, v_row, count, key, weight, out + d);
 }
 
+template <typename T>
+inline const T* k_of(const Call& c, int64_t b, int64_t g) {
+  return static_cast<const T*>(c.k) + b * c.k_batch + g * c.k_head;
+}
+
+template <typename T>
+inline const T* v_of(const Call& c, int64_t b, int64_t g) {
+  return static_cast<const T*>(c.v) + b * c.v_batch + g * c.v_head;
+}
+
 // out += the V rows of keys from..to that are not padding.
+template <typename T>
 void add_key_range(const Call& c, int64_t b, int64_t g, int64_t from, int64_t to, float* out) {
-  const float* v = c.v + b * c.v_batch + g * c.v_head;
+  const T* v = v_of<T>(c, b, g);
   const uint8_t* real = c.key_real == nullptr ? nullptr : c.key_real + b * c.key_real_batch;
   auto key = [&](int64_t j) { return from + j; };
   auto one = [&](int64_t) { return 1.0f; };
@@ -316,11 +369,12 @@ void add_key_range(const Call& c, int64_t b, int64_t g, int64_t from, int64_t to
 inline int64_t sum_blocks(const Call& c) { return ceil_div(c.kv_len, SUM_BLOCK); }
 
 // Partial sums of V, one per SUM_BLOCK keys.
+template <typename T>
 void sum_v(const Call& c, int64_t bg, int64_t from, int64_t to) {
   for (int64_t key = from; key < to; key += SUM_BLOCK) {
     float* sum = c.sums + (bg * sum_blocks(c) + key / SUM_BLOCK) * c.head_dim;
     std::memset(sum, 0, c.head_dim * sizeof(float));
-    add_key_range(c, bg / c.num_kv_heads, bg % c.num_kv_heads, key, std::min(key + SUM_BLOCK, to), sum);
+    add_key_range<T>(c, bg / c.num_kv_heads, bg % c.num_kv_heads, key, std::min(key + SUM_BLOCK, to), sum);
   }
 }
 
@@ -349,7 +403,13 @@ inline Row row_at(const Call& c, int64_t bg, int64_t m) {  // row m of a group: 
   return Row{b, g * group + m % group, g, i, end};
 }
 
+template <typename T>
+inline const T* q_of(const Call& c, const Row& row) {
+  return static_cast<const T*>(c.q) + row.b * c.q_batch + row.h * c.q_head + row.i * c.q_row;
+}
+
 // out += factor * mean of V over the row's visible keys.
+template <typename T>
 void add_v_mean(const Call& c, const Row& row, float factor, int64_t n, float* out) {
   alignas(64) float own[1024];  // MAX_HEAD_DIM of backend.py
   int64_t bg = row.b * c.num_kv_heads + row.g, block = (row.end - 1) / SUM_BLOCK;
@@ -358,7 +418,7 @@ void add_v_mean(const Call& c, const Row& row, float factor, int64_t n, float* o
     sum = c.v_sum + (bg * c.q_len + row.i) * c.head_dim;
   } else {
     std::memcpy(own, c.sums + (bg * sum_blocks(c) + block) * c.head_dim, c.head_dim * sizeof(float));
-    add_key_range(c, row.b, row.g, block * SUM_BLOCK, row.end, own);
+    add_key_range<T>(c, row.b, row.g, block * SUM_BLOCK, row.end, own);
   }
   factor /= float(n);
   for (int64_t d = 0; d < c.head_dim; d += W) store(out + d, load(out + d) + factor * load(sum + d));
@@ -478,6 +538,7 @@ void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own) {
 // Compute the output of one row from its scores x, which are overwritten; x has room for a whole last vector. With
 // may_defer, a row that keeps most of its keys is left to the caller, whose matrix product is faster: this returns
 // true, x holds the final weights, and their product with V is still to be added to the output.
+template <typename T>
 bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* own, bool may_defer) {
   int64_t n = c.n[row.b * c.n_batch + row.i], padded = ceil_div(row.end, W) * W;
   float* out = c.out == nullptr ? nullptr : c.out + row.b * c.out_batch + row.h * c.out_head + row.i * c.out_row;
@@ -514,13 +575,13 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
   Kept kept = select_row(c, x, padded, threshold, row_max, sparse, w);
   float sum = weigh(c, row.h, n, row_max, sparse, kept);
   count_row(c, row, kept, own);
-  if (c.vmc && sparse) add_v_mean(c, row, 1.0f - sum, n, out);
+  if (c.vmc && sparse) add_v_mean<T>(c, row, 1.0f - sum, n, out);
   if (may_defer && 2 * kept.count > row.end) {
     std::memset(x, 0, padded * sizeof(float));
     for (int64_t j = 0; j < kept.count; j++) x[kept.indices[j]] = kept.values[j];
     return true;
   }
-  const float* v = c.v + row.b * c.v_batch + row.g * c.v_head;
+  const T* v = v_of<T>(c, row.b, row.g);
   for (int64_t from = 0; from < kept.count; from += CHUNK) {  // in parts: one long sum loses digits
     auto key = [&](int64_t j) { return int64_t(kept.indices[from + j]); };
     auto weight = [&](int64_t j) { return kept.values[from + j]; };
@@ -532,8 +593,8 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
 // ---- Many rows ----
 
 // out (ROWS rows, NV * W columns) = a * b. a: ROWS rows by `depth`, at a[row * a_row + d * a_col].
-template <int NV>
-inline void multiply_tile(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth,
+template <int NV, typename T>
+inline void multiply_tile(const float* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row, int64_t depth,
                           float* out, int64_t out_row) {
   vf sum[ROWS][NV] = {};
   for (int64_t d = 0; d < depth; d++) {
@@ -551,18 +612,20 @@ inline void multiply_tile(const float* a, int64_t a_row, int64_t a_col, const fl
 inline int64_t panels(const Call& c) { return ceil_div(c.kv_len, PANEL); }
 
 // K of one KV head, keys from..to, as panels [D, PANEL]: vector lanes are keys.
+template <typename T>
 void pack_k(const Call& c, int64_t bg, int64_t from, int64_t to) {
-  const float* k = c.k + (bg / c.num_kv_heads) * c.k_batch + (bg % c.num_kv_heads) * c.k_head;
+  const T* k = k_of<T>(c, bg / c.num_kv_heads, bg % c.num_kv_heads);
   for (int64_t key = from; key < to; key += PANEL) {
     float* panel = c.packed + (bg * panels(c) + key / PANEL) * c.head_dim * PANEL;
     int64_t here = std::min<int64_t>(PANEL, to - key);
     for (int64_t d = 0; d < c.head_dim; d++) {
-      for (int64_t j = 0; j < here; j++) panel[d * PANEL + j] = k[(key + j) * c.k_row + d];
+      for (int64_t j = 0; j < here; j++) panel[d * PANEL + j] = widen(k[(key + j) * c.k_row + d]);
       for (int64_t j = here; j < PANEL; j++) panel[d * PANEL + j] = 0;
     }
   }
 }
 
+template <typename T>
 void run_tile(const Call& c, int64_t bg, int64_t first_row, int64_t num_rows, Scratch& w, int32_t* own) {
   int64_t dim = c.head_dim;
   // One vector more than whole panels: with a row length that is a multiple of 4096 bytes, all rows would compete for
@@ -574,8 +637,8 @@ void run_tile(const Call& c, int64_t bg, int64_t first_row, int64_t num_rows, Sc
   int64_t end = 0;
   for (int r = 0; r < ROWS; r++) {
     rows[r] = row_at(c, bg, first_row + std::min<int64_t>(r, num_rows - 1));
-    const float* q = c.q + rows[r].b * c.q_batch + rows[r].h * c.q_head + rows[r].i * c.q_row;
-    for (int64_t d = 0; d < dim; d++) query[d * ROWS + r] = q[d] * float(c.scale);
+    const T* q = q_of<T>(c, rows[r]);
+    for (int64_t d = 0; d < dim; d++) query[d * ROWS + r] = widen(q[d]) * float(c.scale);
     end = std::max(end, rows[r].end);
   }
   const float* packed = c.packed + bg * panels(c) * dim * PANEL;
@@ -585,19 +648,19 @@ void run_tile(const Call& c, int64_t bg, int64_t first_row, int64_t num_rows, Sc
   bool deferred[ROWS] = {}, any = false;
   for (int r = 0; r < num_rows; r++) {
     float* x = tile + r * x_row;
-    deferred[r] = finish_row(c, rows[r], x, w, own, true);
+    deferred[r] = finish_row<T>(c, rows[r], x, w, own, true);
     int64_t padded = ceil_div(rows[r].end, W) * W;
     if (deferred[r] && padded < end) std::memset(x + padded, 0, (end - padded) * sizeof(float));
     any |= deferred[r];
   }
   if (!any) return;
-  const float* v = c.v + rows[0].b * c.v_batch + rows[0].g * c.v_head;
+  const T* v = v_of<T>(c, rows[0].b, rows[0].g);
   alignas(64) float part[ROWS * PANEL];
   for (int64_t key = 0; key < end; key += CHUNK) {  // in parts: one long sum loses digits
     int64_t depth = std::min<int64_t>(CHUNK, end - key);
     for (int64_t d = 0; d < dim; d += PANEL) {
       int64_t width = std::min<int64_t>(PANEL, dim - d);
-      const float* b = v + key * c.v_row + d;
+      const T* b = v + key * c.v_row + d;
       if (width == PANEL) multiply_tile<2>(tile + key, x_row, 1, b, c.v_row, depth, part, PANEL);
       else multiply_tile<1>(tile + key, x_row, 1, b, c.v_row, depth, part, PANEL);
       for (int r = 0; r < num_rows; r++) {
@@ -642,16 +705,18 @@ inline void sum_parts(vf* parts) {
 }
 
 // Scores of R rows against keys from..to of one KV head. q: R rows of D, already scaled.
-template <int R>
-void dot_rows(const float* q, const float* k, int64_t k_row, int64_t dim, int64_t from, int64_t to, float* x,
+template <int R, typename T>
+void dot_rows(const float* q, const T* k, int64_t k_row, int64_t dim, int64_t from, int64_t to, float* x,
               int64_t x_row) {
   for (int64_t key = from; key < to; key += W) {
     vf parts[R][W];
     for (int j = 0; j < W; j++) {
-      const float* row = k + std::min(key + j, to - 1) * k_row;
+      const T* row = k + std::min(key + j, to - 1) * k_row;
       vf sum[R] = {};
-      for (int64_t d = 0; d < dim; d += W)
-        for (int r = 0; r < R; r++) sum[r] += load(q + r * dim + d) * load(row + d);
+      for (int64_t d = 0; d < dim; d += W) {
+        vf of_key = load(row + d);
+        for (int r = 0; r < R; r++) sum[r] += load(q + r * dim + d) * of_key;
+      }
       for (int r = 0; r < R; r++) parts[r][j] = sum[r];
     }
     for (int r = 0; r < R; r++) {
@@ -663,16 +728,16 @@ void dot_rows(const float* q, const float* k, int64_t k_row, int64_t dim, int64_
 
 inline int64_t few_row_stride(const Call& c) { return ceil_div(c.kv_len, W) * W; }
 
+template <typename T>
 void score_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w) {
   int64_t num_rows = c.q_len * (c.num_heads / c.num_kv_heads), dim = c.head_dim, x_row = few_row_stride(c);
   float* query = w.query.get(dim * FEW);
-  const float* k = c.k + (bg / c.num_kv_heads) * c.k_batch + (bg % c.num_kv_heads) * c.k_head;
+  const T* k = k_of<T>(c, bg / c.num_kv_heads, bg % c.num_kv_heads);
   for (int64_t m = 0; m < num_rows; m += FEW) {
     int64_t here = std::min<int64_t>(FEW, num_rows - m);
     for (int64_t r = 0; r < here; r++) {
-      Row row = row_at(c, bg, m + r);
-      const float* q = c.q + row.b * c.q_batch + row.h * c.q_head + row.i * c.q_row;
-      for (int64_t d = 0; d < dim; d++) query[r * dim + d] = q[d] * float(c.scale);
+      const T* q = q_of<T>(c, row_at(c, bg, m + r));
+      for (int64_t d = 0; d < dim; d++) query[r * dim + d] = widen(q[d]) * float(c.scale);
     }
     float* x = c.scores + (bg * num_rows + m) * x_row;
     if (here == 4) dot_rows<4>(query, k, c.k_row, dim, from, to, x, x_row);
@@ -687,6 +752,43 @@ void score_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w
 template <typename Work>
 void share(std::atomic<int64_t>& next, int64_t items, const Work& work) {
   for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
+}
+
+template <typename T>
+void run(const Call& c) {
+  int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
+  int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), blocks = ceil_div(tiles, ITEM_TILES);
+  // Waking the other threads costs some microseconds, which small calls do not earn back.
+  bool tiny = groups * num_rows * c.kv_len * c.head_dim < (1 << 18);
+  std::atomic<int64_t> prepared{0}, summed{0}, finished{0};
+#pragma omp parallel num_threads(int(c.threads)) if (!tiny)
+  {
+    Scratch& w = scratch;
+    share(prepared, groups * chunks, [&](int64_t item) {
+      int64_t bg = item / chunks, from = item % chunks * CHUNK, to = std::min(from + CHUNK, c.kv_len);
+      if (c.packed != nullptr) pack_k<T>(c, bg, from, to);
+      else score_chunk<T>(c, bg, from, to, w);
+      if (c.sums != nullptr) sum_v<T>(c, bg, from, to);
+    });
+#pragma omp barrier
+    if (c.sums != nullptr) {
+      share(summed, groups, [&](int64_t bg) { accumulate_sums(c, bg); });
+#pragma omp barrier
+    }
+    if (c.packed != nullptr) {
+      share(finished, groups * blocks, [&](int64_t item) {
+        int64_t bg = item / blocks, block = blocks - 1 - item % blocks;  // the longest rows first
+        for (int64_t t = block * ITEM_TILES; t < std::min(tiles, (block + 1) * ITEM_TILES); t++)
+          run_tile<T>(c, bg, t * ROWS, std::min<int64_t>(ROWS, num_rows - t * ROWS), w, own_counts(c, bg, w));
+      });
+      flush_counts(c, w);
+    } else {
+      share(finished, groups * num_rows, [&](int64_t item) {
+        int64_t bg = item / num_rows;
+        finish_row<T>(c, row_at(c, bg, item % num_rows), c.scores + item * few_row_stride(c), w, nullptr, false);
+      });
+    }
+  }
 }
 
 }  // namespace
@@ -707,40 +809,9 @@ void toptheta_workspace(const Call* call, int64_t* sizes) {
 }
 
 void toptheta_run(const Call* call) {
-  const Call& c = *call;
-  int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
-  int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), blocks = ceil_div(tiles, ITEM_TILES);
-  // Waking the other threads costs some microseconds, which small calls do not earn back.
-  bool tiny = groups * num_rows * c.kv_len * c.head_dim < (1 << 18);
-  std::atomic<int64_t> prepared{0}, summed{0}, finished{0};
-#pragma omp parallel num_threads(int(c.threads)) if (!tiny)
-  {
-    Scratch& w = scratch;
-    share(prepared, groups * chunks, [&](int64_t item) {
-      int64_t bg = item / chunks, from = item % chunks * CHUNK, to = std::min(from + CHUNK, c.kv_len);
-      if (c.packed != nullptr) pack_k(c, bg, from, to);
-      else score_chunk(c, bg, from, to, w);
-      if (c.sums != nullptr) sum_v(c, bg, from, to);
-    });
-#pragma omp barrier
-    if (c.sums != nullptr) {
-      share(summed, groups, [&](int64_t bg) { accumulate_sums(c, bg); });
-#pragma omp barrier
-    }
-    if (c.packed != nullptr) {
-      share(finished, groups * blocks, [&](int64_t item) {
-        int64_t bg = item / blocks, block = blocks - 1 - item % blocks;  // the longest rows first
-        for (int64_t t = block * ITEM_TILES; t < std::min(tiles, (block + 1) * ITEM_TILES); t++)
-          run_tile(c, bg, t * ROWS, std::min<int64_t>(ROWS, num_rows - t * ROWS), w, own_counts(c, bg, w));
-      });
-      flush_counts(c, w);
-    } else {
-      share(finished, groups * num_rows, [&](int64_t item) {
-        int64_t bg = item / num_rows;
-        finish_row(c, row_at(c, bg, item % num_rows), c.scores + item * few_row_stride(c), w, nullptr, false);
-      });
-    }
-  }
+  if (call->type == BFLOAT16) run<bf16>(*call);
+  else if (call->type == FLOAT16) run<fp16>(*call);
+  else run<float>(*call);
 }
 
 }  // extern "C"
