@@ -11,5 +11,15 @@ toptheta/attention/reference.py (what is computed).
 from toptheta.models.cache import TopThetaCache
 from toptheta.models.control import set_params
 from toptheta.models.patch import TopK_LLamaAttention, restore_model, update_model
+from toptheta.models.sharing import load_calibration, push_calibration, save_calibration
 
-__all__ = ["TopK_LLamaAttention", "TopThetaCache", "restore_model", "set_params", "update_model"]
+__all__ = [
+    "TopK_LLamaAttention",
+    "TopThetaCache",
+    "load_calibration",
+    "push_calibration",
+    "restore_model",
+    "save_calibration",
+    "set_params",
+    "update_model",
+]

@@ -60,11 +60,21 @@ class CalibrationTables:
 
 def save_tables(tables: CalibrationTables, folder: Path | str) -> None:
     """Write th.txt, sdc.txt (where there are any) and the binary table into `folder`."""
+    save_text(tables, folder)
+    save_binary(tables, folder)
+
+
+def save_text(tables: CalibrationTables, folder: Path | str) -> None:
+    """Write th.txt and sdc.txt, where there are any, into `folder`."""
     folder = Path(folder)
     if tables.theta:
         write_text(folder / "th.txt", "".join(_lines(tables.theta, tables.k)))
     if tables.sdc:
         write_text(folder / "sdc.txt", "".join(_lines(tables.sdc, None)))
+
+
+def save_binary(tables: CalibrationTables, folder: Path | str) -> None:
+    """Write the binary table into `folder`."""
     arrays: dict[str, np.ndarray] = {}
     for kind, layers in (("theta", tables.theta), ("sdc", tables.sdc)):
         for layer, table in layers.items():
@@ -81,49 +91,53 @@ def save_tables(tables: CalibrationTables, folder: Path | str) -> None:
         "k": json.dumps(tables.k),
         "meta": json.dumps(tables.meta),
     }
-    with atomic_path(folder / BINARY_NAME) as temporary:
+    with atomic_path(Path(folder) / BINARY_NAME) as temporary:
         save_file(arrays, temporary, metadata=header)
 
 
-def load_tables(
-    folder: Path | str, num_layers: int, num_heads: int, name: str = "calib_load_path"
-) -> CalibrationTables:
-    """Read the tables in `folder`, the binary one if it is there, for a model of these sizes.
-
-    Raises UsageError when there are none, or they are another model's or damaged; `name` is what the user
-    calls it.
-    """
+def read_tables(folder: Path | str, name: str = "calib_load_path") -> CalibrationTables:
+    """Read the tables in `folder`, the binary one if it is there. Those of th.txt and sdc.txt are of as many
+    layers and heads as their lines name. Raises UsageError when there are none, or they are damaged; `name`
+    is what the user calls the folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(
             f"{name} is {str(folder)!r}, which is no folder: name one that holds th.txt or sdc.txt."
         )
-    binary = folder / BINARY_NAME
-    if binary.is_file():
-        tables = _read_binary(binary)
-        found = (tables.num_layers, tables.num_heads)
-    else:
-        theta_path, sdc_path = find_file(folder, "th.txt"), find_file(folder, "sdc.txt")
-        if theta_path is None and sdc_path is None:
-            raise UsageError(
-                f"{name} is {str(folder)!r}, which holds neither th.txt nor sdc.txt: calibrate first."
-            )
-        tables = CalibrationTables(num_layers, num_heads)
-        found = (0, 0)
-        for path, has_k in ((theta_path, True), (sdc_path, False)):
-            if path is not None:
-                layers, ks, sizes = _read_lines(path, has_k)
-                found = (max(found[0], sizes[0]), max(found[1], sizes[1]))
-                if has_k:
-                    tables.theta, tables.k = layers, ks
-                else:
-                    tables.sdc = layers
-    if found[1] != num_heads or (found[0] != num_layers if binary.is_file() else found[0] > num_layers):
+    if (folder / BINARY_NAME).is_file():
+        return _read_binary(folder / BINARY_NAME)
+    theta_path, sdc_path = find_file(folder, "th.txt"), find_file(folder, "sdc.txt")
+    if theta_path is None and sdc_path is None:
+        raise UsageError(
+            f"{name} is {str(folder)!r}, which holds neither th.txt nor sdc.txt: calibrate first."
+        )
+    tables = CalibrationTables(0, 0)
+    for path, has_k in ((theta_path, True), (sdc_path, False)):
+        if path is not None:
+            layers, ks, sizes = _read_lines(path, has_k)
+            tables.num_layers = max(tables.num_layers, sizes[0])
+            tables.num_heads = max(tables.num_heads, sizes[1])
+            if has_k:
+                tables.theta, tables.k = layers, ks
+            else:
+                tables.sdc = layers
+    return tables
+
+
+def load_tables(
+    folder: Path | str, num_layers: int, num_heads: int, name: str = "calib_load_path"
+) -> CalibrationTables:
+    """`read_tables` for a model of these sizes. Raises UsageError also when they are another model's."""
+    tables = read_tables(folder, name)
+    found = (tables.num_layers, tables.num_heads)
+    knows_all = (Path(folder) / BINARY_NAME).is_file()  # the last layers of a text may be dense
+    if found[1] != num_heads or (found[0] != num_layers if knows_all else found[0] > num_layers):
         raise UsageError(
             f"{name}: the tables in {str(folder)!r} are of a model with {found[0]} layers and "
             f"{found[1]} heads, but this "
             f"model has {num_layers} and {num_heads}: load tables that were calibrated on this model."
         )
+    tables.num_layers = num_layers
     return tables
 
 

@@ -1,0 +1,217 @@
+"""Calibrations as artefacts: what is saved comes back, from a folder and from a hub on loopback, and what
+does not fit is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from transformers import LlamaForCausalLM
+
+from tests.helpers.calibration import calibrated
+from tests.helpers.hub import COMMIT, Hub, serving
+from tests.helpers.models import tiny_config, tokens
+from topk_llama import load_calibration, push_calibration, save_calibration, set_params, update_model
+from toptheta.models import loading
+from toptheta.models.control import get_params, tables_of
+from toptheta.util.errors import UsageError
+
+METHODS = {
+    "Top-theta": {"mode": 0, "K": 6, "sdc": "exact", "vmc": True},
+    "offline SDC": {"mode": 0, "K": {0: 6, 1: 9, 2: 6}, "sdc": "offline-calibrated", "calib_tac": True},
+    "Top-k with SDC": {"mode": 1, "K": 6, "sdc": "offline-calibrated"},
+    "budget of values": {
+        "method": "top_theta:value_aware",
+        "mode": None,
+        "K": 8,
+        "placement": "post-softmax",
+        "calib_to": "budget",
+        "vmc": True,
+    },
+}
+
+
+def tiny(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return update_model(LlamaForCausalLM(tiny_config(**changes)).eval())
+
+
+def steered(name: str) -> LlamaForCausalLM:
+    model = tiny()
+    params = {key: value for key, value in ({"mode": 0} | METHODS[name]).items() if value is not None}
+    if "method" in params:
+        update_model(model)
+        set_params(model, **params, calib_sample_frac=1.0, calibrate=True)
+        for seed in range(3):
+            model(tokens(length=60, seed=seed))
+    else:
+        calibrated(model, **params)
+    set_params(model, calibrate=False)
+    return model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_folder_gives_the_same_model(name: str, tmp_path: Path) -> None:
+    model = steered(name)
+    save_calibration(model, tmp_path / "calibration", text="random tokens")
+    assert {file.name for file in (tmp_path / "calibration").iterdir()} == {
+        "calibration.safetensors",
+        "config.json",
+        "README.md",
+    }
+    assert not list(tmp_path.glob(".calibration*"))
+    other = tiny()
+    load_calibration(other, tmp_path / "calibration")
+    ids = tokens(length=50, seed=9)
+    dense = tiny()(ids).logits
+    expected = model(ids).logits
+    assert not torch.allclose(expected, dense, atol=1e-3)
+    assert torch.equal(other(ids).logits, expected)
+    assert get_params(other).method == get_params(model).method
+    assert get_params(other).k_per_layer(3) == get_params(model).k_per_layer(3)
+
+
+def test_card_and_config(tmp_path: Path) -> None:
+    model = steered("Top-theta")
+    texts = [tokens(length=80, seed=seed) for seed in (20, 21)]
+    before = model(texts[0]).logits
+    save_calibration(model, tmp_path, base_model="owner/tiny", text="random tokens", check_on=texts)
+    assert torch.equal(model(texts[0]).logits, before)  # measuring changed nothing
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["params"]["method"] == "top_theta" and config["params"]["K"] == 6
+    assert config["params"]["sdc"] == "exact" and config["params"]["vmc"] is True
+    # calibration prompts of 30, 33, 36 and 39 tokens, each row longer than K sampled
+    assert config["rows"] == 24 + 27 + 30 + 33 and config["longest"] == 39
+    kl = config["measured"]["kl"]
+    assert kl["tokens"] == 2 * 39 and kl["texts"] == 2 and kl["mean"] > 0 and kl["stderr"] > 0
+    kept = config["measured"]["effective_k"][0]
+    # 40 rows of each text, 3 layers, 6 heads
+    assert kept["rows"] == 2 * 40 * 3 * 6 and kept["p5"] <= kept["mean"] <= kept["p95"] and kept["k"] == 6
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "owner/tiny" and card.data.library_name == "toptheta"
+    for words in (
+        "random tokens",
+        f"mean {kept['mean']:.1f}, 5 to 95 % of the rows",
+        f"{kl['mean']:.4g} ± {kl['stderr']:.2g}",
+    ):
+        assert words in card.text
+    assert "78 tokens of 2 other texts" in card.text
+
+
+def test_saving_again_replaces_everything(tmp_path: Path) -> None:
+    model = steered("Top-theta")
+    save_calibration(model, tmp_path, text="the first")
+    save_calibration(model, tmp_path, text="the second")
+    assert "the second" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["text"] == "the second"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 2}, "num_layers 3, but this model has 2"),
+        ({"num_attention_heads": 12, "head_dim": 16}, "num_heads 6, but this model has 12"),
+        ({"num_key_value_heads": 3}, "num_kv_heads 2, but this model has 3"),
+        ({"head_dim": 32}, "head_dim 16, but this model has 32"),
+    ],
+)
+def test_another_shape_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
+    save_calibration(steered("Top-theta"), tmp_path)
+    with pytest.raises(UsageError, match=words):
+        load_calibration(tiny(**changes), tmp_path)
+
+
+def test_another_model_or_revision_is_refused(tmp_path: Path) -> None:
+    model = steered("Top-theta")
+    model.config._commit_hash = "a" * 40
+    save_calibration(model, tmp_path, base_model="owner/Tiny-1B")
+    other = tiny()
+    other.config._name_or_path = "someone/else-1B"
+    with pytest.raises(UsageError, match="is for owner/Tiny-1B, but this model is someone/else-1B"):
+        load_calibration(other, tmp_path)
+    assert tables_of(other) is None and not get_params(other).sparse
+    load_calibration(other, tmp_path, strict=False)
+    same = tiny()
+    same.config._name_or_path = "/models/tiny-1b"
+    load_calibration(same, tmp_path)
+    same.config._commit_hash = "b" * 40
+    with pytest.raises(UsageError, match="revision a+ of owner/Tiny-1B, but this model is of revision b+"):
+        load_calibration(same, tmp_path)
+
+
+def test_parameters_in_place_of_the_saved_ones(tmp_path: Path) -> None:
+    save_calibration(steered("Top-theta"), tmp_path)
+    model = tiny()
+    config = load_calibration(model, tmp_path, sdc="none", vmc=False)
+    assert config.params["sdc"] == "exact" and get_params(model).sdc == "none"
+    tables = tables_of(model)
+    with pytest.raises(UsageError, match="calibrated for K=6, but K=7 is asked for"):
+        load_calibration(model, tmp_path, K=7)
+    assert tables_of(model) is tables and get_params(model).K == 6  # as it was
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr("toptheta.models.sharing.hub_reachable", lambda: False)
+    with pytest.raises(UsageError, match="no calibration in use"):
+        save_calibration(tiny(), tmp_path)
+    model = steered("Top-theta")
+    with pytest.raises(UsageError, match="neither a folder nor a hub id"):
+        load_calibration(model, "./not/a/folder")
+    with pytest.raises(UsageError, match="hub cannot be reached"):
+        load_calibration(model, "owner/not-here")
+    with pytest.raises(UsageError, match="hub cannot be reached"):
+        push_calibration(model, "owner/name")
+    with pytest.raises(UsageError, match="has no config.json"):
+        load_calibration(model, tmp_path)
+    for text in ("{", "[]", '{"model_type": "llama"}', '{"format": "other"}'):
+        save_calibration(model, tmp_path / "bad")
+        (tmp_path / "bad" / "config.json").write_text(text)
+        with pytest.raises(UsageError, match="damaged|of another program"):
+            load_calibration(model, tmp_path / "bad")
+    save_calibration(model, tmp_path / "bad")
+    (tmp_path / "bad" / "calibration.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_calibration(model, tmp_path / "bad")
+    (tmp_path / "bad" / "calibration.safetensors").unlink()
+    with pytest.raises(UsageError, match="neither th.txt nor sdc.txt"):
+        load_calibration(model, tmp_path / "bad")
+    with pytest.raises(UsageError, match=r"shape \(1, 3\)"):
+        save_calibration(model, tmp_path, check_on=[tokens(length=3)])
+    set_params(model, calibrate=True)
+    with pytest.raises(UsageError, match="being calibrated"):
+        save_calibration(model, tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        loading.hub_reachable.cache_clear()
+        yield hub
+    loading.hub_reachable.cache_clear()
+
+
+def test_through_a_hub(hub: Hub) -> None:
+    model = steered("Top-theta")
+    url = push_calibration(model, "owner/tiny-thresholds", text="random tokens", token=hub.token)
+    assert url.endswith(COMMIT) and hub.commits[0].startswith("Calibration by toptheta")
+    assert set(hub.repos["owner/tiny-thresholds"]) == {"README.md", "config.json", "calibration.safetensors"}
+    other = tiny()
+    assert load_calibration(other, "owner/tiny-thresholds").text == "random tokens"
+    ids = tokens(length=50, seed=9)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    with pytest.raises(UsageError, match="cannot be loaded: .*Revision Not Found"):
+        load_calibration(other, "owner/tiny-thresholds", revision="v9")
+    with pytest.raises(UsageError, match="cannot be loaded: .*Repository Not Found"):
+        load_calibration(other, "owner/nothing")
+    del hub.repos["owner/tiny-thresholds"]["calibration.safetensors"]
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_calibration(other, "owner/tiny-thresholds", revision="main")
+    with pytest.raises(UsageError, match="cannot be pushed to owner/x: .*401"):
+        push_calibration(model, "owner/x", token="hf_wrong")

@@ -1,0 +1,123 @@
+"""A calibration to share: its tables, what they were calibrated for, and a card, as a folder or a repository
+of the Hugging Face hub.
+
+A folder holds calibration.safetensors, config.json and README.md. Covers files only: models/sharing.py takes
+a calibration from a model and puts it to use.
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+
+from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tables, save_binary
+
+FORMAT = "toptheta-calibration-1"
+PAPER = "https://arxiv.org/abs/2502.08363"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """config.json: what the tables are for, and what is known about them.
+
+    base_model: hub id or name; revision: its commit; model_type: as transformers calls it; empty where
+    unknown, as sizes are 0. params: the method and its options as `set_params` takes them; calibrated_with:
+    the options that shaped the tables. text: what they were calibrated on; rows: sampled rows of each head of
+    a layer; longest: the longest row among them. measured: what `measure` of models/sharing.py found on other
+    text, empty where nothing was measured.
+    """
+
+    format: str
+    base_model: str
+    revision: str
+    model_type: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    params: dict[str, Any]
+    calibrated_with: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    rows: int = 0
+    longest: int = 0
+    measured: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Calibration(
+    ModelHubMixin,
+    library_name="toptheta",
+    tags=["top-theta", "sparse-attention"],
+    paper_url=PAPER,
+    model_card_template=resources.files(__package__).joinpath("card.md.j2").read_text(encoding="utf-8"),
+):
+    """Tables with their config. `save_pretrained`, `push_to_hub` and `from_pretrained` are
+    huggingface_hub's."""
+
+    def __init__(self, tables: CalibrationTables, config: CalibrationConfig):
+        self.tables, self.config = tables, config
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_binary(self.tables, save_directory)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: CalibrationConfig | None = None,
+    ) -> "Calibration":
+        """Raises UsageError for tables that are damaged or do not fit config.json, ValueError where that is
+        missing or another program's, and what `hf_hub_download` raises."""
+        if os.path.isdir(model_id):
+            folder = model_id
+        else:
+            folder = os.path.dirname(
+                hf_hub_download(
+                    model_id,
+                    BINARY_NAME,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
+            )
+        if config is None or config.format != FORMAT:
+            raise ValueError("it has no config.json of a calibration")
+        return cls(load_tables(folder, config.num_layers, config.num_heads, "the calibration"), config)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card, from card.md.j2."""
+        info, config = self._hub_mixin_info, self.config
+        data = ModelCardData(**info.model_card_data.to_dict())
+        if config.base_model.count("/") == 1:  # metadata takes hub ids only
+            data.base_model = config.base_model
+        return ModelCard.from_template(
+            data, template_str=info.model_card_template, config=config, paper_url=info.paper_url
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Write all files into `folder`, in place of those of an earlier calibration; none is left half
+        written."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            self.save_pretrained(temporary)
+            folder.mkdir(exist_ok=True)
+            for file in temporary.iterdir():
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,304 @@
+"""Calibrations as artefacts: taken from a model, put to use in one, shared on the Hugging Face hub."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+import toptheta
+from toptheta.attention import effective_k
+from toptheta.calibration.artefact import FORMAT, Calibration, CalibrationConfig
+from toptheta.calibration.tables import CalibrationTables
+from toptheta.methods.params import AttentionParams, MethodOptions
+from toptheta.models.control import (
+    calibrations,
+    get_params,
+    record_statistics,
+    recorder_of,
+    set_params,
+    tables_of,
+)
+from toptheta.models.divergence import against_dense
+from toptheta.models.loading import hub_reachable
+from toptheta.models.patch import model_device, model_state
+from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.util.errors import UsageError
+
+SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # how tables were made
+USE = tuple(f.name for f in fields(MethodOptions) if f.name not in (*SHAPING, "calib_load_path"))
+
+
+def save_calibration(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    base_model: str | None = None,
+    text: str = "",
+    check_on: Sequence[Tensor] = (),
+) -> None:
+    """Write the calibration in use, with the method's parameters, as calibration.safetensors, config.json and
+    a card (README.md) into `folder`.
+
+    base_model: the model's hub id, by default what it was loaded from; text: what it was calibrated on, for
+    the card. check_on: texts that it was not calibrated on, as token ids `[1, L]`, on which the card's
+    effective K and KL to dense attention are measured. Raises UsageError when there is no calibration in use.
+    """
+    calibration_of(model, base_model, text, check_on).save(folder)
+
+
+def push_calibration(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    text: str = "",
+    check_on: Sequence[Tensor] = (),
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+) -> str:
+    """`save_calibration` into a repository of the hub, which is made where it does not exist; returns the
+    commit's URL. Raises UsageError also where the hub refuses it or cannot be reached."""
+    calibration = calibration_of(model, base_model, text, check_on)
+    if not hub_reachable():
+        raise UsageError(
+            f"the calibration cannot be pushed to {repo_id}, because the hub cannot be reached: connect to "
+            "the network, or write it into a folder with save_calibration."
+        )
+    try:
+        return calibration.push_to_hub(
+            repo_id,
+            private=private,
+            token=token,
+            branch=branch,
+            commit_message=f"Calibration by toptheta {toptheta.__version__}",
+        )
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UsageError(f"the calibration cannot be pushed to {repo_id}: {_reason(error)}.") from None
+
+
+def load_calibration(
+    model: nn.Module,
+    folder_or_hub_id: Path | str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    strict: bool = True,
+    **params: Any,
+) -> CalibrationConfig:
+    """Put a saved calibration to use in a patched model, with the parameters that were saved with it; returns
+    its config.
+
+    revision: of the hub's repository; params: parameters as `set_params` takes them, in place of the saved
+    ones. strict: refuse a model of another name or revision than it was calibrated on, where both are known.
+    Raises UsageError where there is no such calibration, or it does not fit the model or `params`; the model
+    then stays as it was.
+    """
+    calibration = find_calibration(folder_or_hub_id, revision, token)
+    use_calibration(model, calibration, strict, **params)
+    return calibration.config
+
+
+def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = True, **params: Any) -> None:
+    """`load_calibration` of one that is loaded already."""
+    _check_model(calibration.config, model, strict)
+    shared = model_state(model)
+    before = shared.tables
+    if calibrations(model):
+        raise UsageError("the model is being calibrated: end that first with set_params(calibrate=False).")
+    shared.tables = calibration.tables
+    try:
+        set_params(model, **(calibration.config.params | params))
+    except UsageError:
+        shared.tables = before
+        raise
+
+
+def find_calibration(
+    folder_or_hub_id: Path | str, revision: str | None = None, token: str | None = None
+) -> Calibration:
+    """The calibration in a folder or a repository of the hub. Raises UsageError when there is none, or it is
+    damaged."""
+    where = os.path.expanduser(folder_or_hub_id)
+    local = os.path.isdir(where)
+    if local and not os.path.isfile(os.path.join(where, "config.json")):
+        raise UsageError(
+            f"the calibration {where} has no config.json: name a folder that save_calibration wrote, or load "
+            "th.txt and sdc.txt with set_params(calib_load_path=...)."
+        )
+    try:
+        return Calibration.from_pretrained(
+            where, revision=revision, token=token, local_files_only=local or not hub_reachable()
+        )
+    except HFValidationError:
+        raise UsageError(
+            f"the calibration {where} is neither a folder nor a hub id of the form owner/name."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise UsageError(
+            f"the calibration {where} is no folder, is not on this machine, and the hub cannot be reached: "
+            "connect to the network, or name a folder."
+        ) from None
+    except HfHubHTTPError as error:
+        raise UsageError(f"the calibration {where} cannot be loaded: {_reason(error)}.") from None
+    except UsageError:
+        raise
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UsageError(
+            f"the calibration {where} is damaged, or of another program ({error}): name another, or make one "
+            "from a run's folder with toptheta-calibration."
+        ) from None
+
+
+def calibration_of(
+    model: nn.Module, base_model: str | None = None, text: str = "", check_on: Sequence[Tensor] = ()
+) -> Calibration:
+    """The calibration in use, see `save_calibration`."""
+    params, tables = get_params(model), tables_of(model)
+    if calibrations(model):
+        raise UsageError("the model is being calibrated: end that first with set_params(calibrate=False).")
+    if tables is None or not params.needs_calibration:
+        raise UsageError(
+            "there is no calibration in use to save: calibrate with set_params(mode=0, calibrate=True), or "
+            "load one."
+        )
+    sizes, (rows, longest) = _sizes(model), sampled(tables)
+    name = base_model or tables.meta.get("model") or sizes["base_model"]
+    config = CalibrationConfig(
+        format=FORMAT,
+        **(sizes | {"base_model": _hub_id_or_name(name)}),
+        params=used(params, sizes["num_layers"]),
+        calibrated_with={name: tables.meta[name] for name in SHAPING if name in tables.meta},
+        text=text or tables.meta.get("task", ""),
+        rows=rows,
+        longest=longest,
+        measured=measure(model, check_on) if check_on else {},
+        date=date.today().isoformat(),
+        versions=versions(),
+    )
+    return Calibration(tables, config)
+
+
+def sampled(tables: CalibrationTables) -> tuple[int, int]:
+    """How many rows of each head a layer's tables were taken from, and the longest of them."""
+    samples = next(iter((tables.theta or tables.sdc).values())).samples
+    return int(samples.sum(axis=1).max()), int(np.flatnonzero(samples.any(axis=0)).max())
+
+
+def versions() -> dict[str, str]:
+    """What a calibration was made with."""
+    return {
+        "toptheta": toptheta.__version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
+def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
+    """How far the method in use is from dense attention, and its effective K, on texts `[1, L]` of token ids.
+
+    The first half of each text is left dense, as a prompt is; the other half counts. Returns kl (mean and
+    standard error between texts, nats a token; the share of the same most likely token) and effective_k (of
+    `effective_k.overall`, over all layers). Raises UsageError for a text that is too short.
+    """
+    sizes, before = _sizes(model), recorder_of(model)
+    recorder = Recorder(sizes["num_heads"], effective_k=True)
+    histograms, kl, same = dict[int, np.ndarray](), list[Tensor](), list[Tensor]()
+    record_statistics(model, recorder)
+    try:
+        for ids in texts:
+            if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 4:
+                shape = tuple(ids.shape)
+                raise UsageError(
+                    f"check_on has a text of shape {shape}: give token ids [1, L], L at least 4."
+                )
+            found = against_dense(model, ids.to(model_device(model)), ids.shape[1] // 2, None)
+            kl.append(found.kl.double())
+            same.append(found.same_top.double())
+            for layer, record in recorder.drain()[0].items():
+                if record.histogram is not None:
+                    histograms[layer] = histograms.get(layer, 0) + record.histogram
+    finally:
+        record_statistics(model, before)
+    means = torch.stack([one.mean() for one in kl])
+    ks = get_params(model).k_per_layer(sizes["num_layers"])
+    by_k = effective_k.overall(histograms, PREFILL, ks)
+    return {
+        "kl": {
+            "mean": float(torch.cat(kl, dim=1).mean()),
+            "stderr": float(means.std() / len(kl) ** 0.5) if len(kl) > 1 else None,
+            "tokens": sum(one.numel() for one in kl),
+            "texts": len(kl),
+            "same_top": float(torch.cat(same, dim=1).mean()),
+        },
+        "effective_k": [{name: x for name, x in one.items() if name != "layers"} for one in by_k],
+    }
+
+
+def used(params: AttentionParams, num_layers: int) -> dict[str, Any]:
+    """The parameters as `set_params` takes them, fit for JSON."""
+    ks = params.k_per_layer(num_layers)
+    values = {name: getattr(params, name) for name in USE}
+    return {"method": params.method.spec, "K": ks[0] if len(set(ks)) == 1 else list(ks)} | values
+
+
+def _sizes(model: Any) -> dict[str, Any]:
+    """What a calibration's config says of a model."""
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    return {
+        "base_model": str(getattr(model.config, "_name_or_path", "")),
+        "revision": str(getattr(model.config, "_commit_hash", None) or ""),
+        "model_type": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+    }
+
+
+def _check_model(config: CalibrationConfig, model: nn.Module, strict: bool) -> None:
+    """Raise UsageError unless a calibration is for this model."""
+    sizes = _sizes(model)
+    for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "model_type"):
+        theirs = getattr(config, name)
+        if theirs and theirs != sizes[name]:  # what was made of th.txt knows a part of them
+            raise UsageError(
+                f"the calibration is for a model with {name} {theirs}, but this model has {sizes[name]}: "
+                f"calibrate this model, or load {config.base_model or 'the other one'}."
+            )
+    if not strict:
+        return
+    ours, theirs = _short(sizes["base_model"]), _short(config.base_model)
+    if ours and theirs and ours != theirs:
+        raise UsageError(
+            f"the calibration is for {config.base_model}, but this model is {sizes['base_model']}: calibrate "
+            "it, or give strict=False if both are the same model."
+        )
+    if sizes["revision"] and config.revision and sizes["revision"] != config.revision:
+        raise UsageError(
+            f"the calibration is for revision {config.revision} of {config.base_model}, but this model is of "
+            f"revision {sizes['revision']}: load that revision, calibrate this one, or give strict=False."
+        )
+
+
+def _short(name: str) -> str:
+    """A model's name without owner, folder and what `ModelSource` leaves out."""
+    return name.rstrip("/").split("/")[-1].replace("Meta-", "").lower()
+
+
+def _hub_id_or_name(name: str) -> str:
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _reason(error: Exception) -> str:
+    """What the hub's client says, as one line."""
+    return " ".join(str(error).split())[:300].rstrip(".")
