@@ -10,8 +10,8 @@ def test_shared_prompts_equal_the_stock_harness(folder_model: str, here: Path) -
     ones."""
     from lm_eval.api.registry import get_model
 
-    import toptheta.eval.lm_eval_model  # noqa: F401
     from topk_llama import set_params, update_model
+    from toptheta.eval.lm_eval_model import TopThetaLM
 
     texts = [
         "Question: Which one floats?\nAnswer:",
@@ -19,7 +19,7 @@ def test_shared_prompts_equal_the_stock_harness(folder_model: str, here: Path) -
     ]
     answers = [" wood", " a stone that is heavy", " water", " cold water and nothing else"]
     requests = []
-    ours = get_model("toptheta")(pretrained=folder_model, device="cpu", dtype="float32", batch_size=1)
+    ours = TopThetaLM(pretrained=folder_model, device="cpu", dtype="float32", batch_size=1)
     for text in texts:
         for answer in answers:
             requests.append(((text, answer), *ours._encode_pair(text, answer)))

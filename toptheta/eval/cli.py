@@ -5,12 +5,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.util.errors import UsageError
 from toptheta.util.options import add_flags, from_flags, from_json
+
+COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +54,12 @@ def settings_from_json(kind: type[AnySettings], saved: Any) -> AnySettings:
     except ValueError as error:
         raise UsageError(f"--resume: run.json there does not fit this script ({error}).") from None
     return check_settings(settings)
+
+
+def command(script: str) -> str:
+    """How a person calls a root script: by its console script (eval/commands.py), where that runs now."""
+    installed = COMMANDS[script]
+    return installed if Path(sys.argv[0]).stem == installed else f"python {script}"
 
 
 def run_main(main: Callable[[], int | None]) -> None:

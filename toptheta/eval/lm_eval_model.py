@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +21,6 @@ from toptheta.models.recorder import Recorder
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-@register_model("toptheta")
 class TopThetaLM(HFLM):
     """HFLM over a patched model. cell: where answers and counts go, None while calibrating; recorder: what
     counts, None where nothing is counted; description: of the bar; tokens: how many a prompt and its reply,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toptheta.eval.cell import Cell
-from toptheta.eval.cli import settings_from_json
+from toptheta.eval.cli import command, settings_from_json
 from toptheta.eval.settings import QASettings, Settings, cell_folder
 from toptheta.methods.params import AttentionParams
 from toptheta.util.console import say
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        return f"python {self.script} --resume {self.top}"
+        return f"{command(self.script)} --resume {self.top}"
 
 
 def open_run(settings: Settings, script: str, resume: str | None) -> Run:

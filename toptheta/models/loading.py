@@ -37,11 +37,12 @@ CACHE_UP_TO_BYTES = 1 << 30
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model is. name: as products and tables call it. location: hub id or folder, as from_pretrained
-    takes it. gguf_file: file inside that folder, or None."""
+    takes it. gguf_file: file inside that folder, or None. flag: what named it."""
 
     name: str
     location: str
     gguf_file: str | None = None
+    flag: str = "--llama"
 
     @property
     def is_local(self) -> bool:
@@ -70,21 +71,21 @@ def find_model(llama: str, flag: str = "--llama") -> ModelSource:
             raise UsageError(
                 f"{flag} {llama}: its package holds no .gguf file; reinstall it with `{SMALL_INSTALL}`."
             )
-        return ModelSource("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name)
+        return ModelSource("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name, flag)
     if llama in ALIASES:
         location = ALIASES[llama]
-        return ModelSource(location.split("/")[1].replace("Meta-", ""), location)
+        return ModelSource(location.split("/")[1].replace("Meta-", ""), location, flag=flag)
     path = Path(llama).expanduser()
     if llama.endswith(".gguf"):
         if not path.is_file():
             raise UsageError(f"{flag} {llama}: there is no such file.")
-        return ModelSource(path.stem, str(path.parent), path.name)
+        return ModelSource(path.stem, str(path.parent), path.name, flag)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(
                 f"{flag} {llama}: the folder holds no config.json, so it is no Hugging Face model."
             )
-        return ModelSource(path.resolve().name, str(path))
+        return ModelSource(path.resolve().name, str(path), flag=flag)
     parts = llama.split("/")
     if len(parts) != 2 or not all(parts) or llama.startswith((".", "/", "~")):
         known = ", ".join([SMALL_MODEL, *ALIASES])
@@ -92,7 +93,7 @@ def find_model(llama: str, flag: str = "--llama") -> ModelSource:
             f"{flag} {llama!r} is no alias ({known}), no folder, no .gguf file and no hub id of the "
             "form owner/name."
         )
-    return ModelSource(parts[1], llama)
+    return ModelSource(parts[1], llama, flag=flag)
 
 
 @functools.cache
@@ -126,7 +127,7 @@ def load_config(source: ModelSource):
         raise UsageError(_why_not_loaded(source, error)) from None
     if config.model_type != "llama":
         raise UsageError(
-            f"--llama {source.location} is a model of type {config.model_type!r}: use one of the "
+            f"{source.flag} {source.location} is a model of type {config.model_type!r}: use one of the "
             "Llama family "
             "(model type 'llama')."
         )
@@ -164,19 +165,19 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu", **
 def _why_not_loaded(source: ModelSource, error: Exception) -> str:
     text = str(error)
     if source.is_local:
-        return f"--llama {source.location} cannot be loaded: {' '.join(text.split())[:300]}"
+        return f"{source.flag} {source.location} cannot be loaded: {' '.join(text.split())[:300]}"
     if "gated" in text or "401" in text or "403" in text:
         return (
-            f"--llama {source.location} is a gated or private model: accept its terms on its page, "
+            f"{source.flag} {source.location} is a gated or private model: accept its terms on its page, "
             "log in with "
-            "`hf auth login`, and run again; or use --llama smollm2, which needs no account."
+            "`hf auth login`, and run again; or use smollm2, which needs no account."
         )
     if "is not a valid model identifier" in text or "404" in text:
-        return f"--llama {source.location}: the hub has no such model; check owner and name."
+        return f"{source.flag} {source.location}: the hub has no such model; check owner and name."
     return (
-        f"--llama {source.location} is not on this machine and the hub cannot be reached: connect to "
+        f"{source.flag} {source.location} is not on this machine and the hub cannot be reached: connect to "
         "the network, name "
-        "a folder that holds the model, or use --llama smollm2."
+        "a folder that holds the model, or use smollm2."
     )
 
 
@@ -226,4 +227,4 @@ def unpacked(source: ModelSource) -> ModelSource:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return ModelSource(source.name, str(folder))
+    return ModelSource(source.name, str(folder), flag=source.flag)

@@ -22,12 +22,10 @@ PASSAGES = ("passage", "article", "story", "context")  # columns of what several
 
 def model_class() -> Any:
     """The harness's class of a patched model."""
-    from lm_eval.api.registry import get_model
-
-    import toptheta.eval.lm_eval_model  # noqa: F401  (registers it)
+    from toptheta.eval.lm_eval_model import TopThetaLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is about flags that are not ours
-    return get_model("toptheta")
+    return TopThetaLM
 
 
 def check_calib_task(settings: Any) -> None:

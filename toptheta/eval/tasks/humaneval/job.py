@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, set_seed
 
+from toptheta.eval.cli import command
 from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Outcome
@@ -150,7 +151,7 @@ class HumanEvalJob(ReplyJob):
             return ""
         return (
             "The completions are not scored, because that runs generated programs. To run and score them:\n"
-            f"  python gen_llama.py --score {folder} --allow_code_execution"
+            f"  {command('gen_llama.py')} --score {folder} --allow_code_execution"
         )
 
 

@@ -1,0 +1,122 @@
+"""toptheta-calibration: calibrations to share from runs and from th.txt, and th.txt from them."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.eval.helpers import calibrating_settings, only_run
+from tests.helpers.paths import ROOT
+from topk_llama import load_calibration, update_model
+from toptheta.calibration.tables import read_tables
+from toptheta.eval import commands
+from toptheta.eval.runner import evaluate
+from toptheta.models.control import get_params, tables_of
+from toptheta.models.loading import find_model, load_model
+from toptheta.report.results import CellResult, Metric
+from toptheta.util.files import write_json
+
+EXAMPLE = ROOT / "products" / "examples" / "questions"
+
+
+def calibration(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command's exit code."""
+    monkeypatch.setattr(sys, "argv", ["toptheta-calibration", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        commands.calibration()
+    return ended.value.code
+
+
+def test_a_run_becomes_a_calibration_and_text_again(folder_model: str, here: Path, monkeypatch) -> None:
+    settings = calibrating_settings(folder_model, sdc="offline-calibrated", layerk={0: 12}, calib_tac=True)
+    evaluate(replace(settings, calibrate_only=True))
+    run = only_run(here / "products")
+    assert calibration(monkeypatch, run, "shared", "--to", "calibration", "--text", "everyday questions") == 0
+    config = json.loads(Path("shared/config.json").read_text())
+    assert config["params"]["K"] == [12, 16] and config["params"]["sdc"] == "offline-calibrated"
+    assert config["calibrated_with"]["calib_tac"] == "True" and config["text"] == "everyday questions"
+    assert config["base_model"] == "tiny-llama" and config["num_kv_heads"] == 2
+    model = update_model(load_model(find_model(folder_model)))
+    load_calibration(model, "shared")
+    assert get_params(model).k_per_layer(2) == (12, 16) and get_params(model).sdc == "offline-calibrated"
+
+    assert calibration(monkeypatch, "shared", "text", "--to", "text") == 0
+    assert {file.name for file in Path("text").iterdir()} == {"th.txt", "sdc.txt"}
+    for name in ("th.txt", "sdc.txt"):
+        assert (Path("text") / name).read_text() == (run / name).read_text()
+
+    # And from text alone, as the published project leaves it: the same tables.
+    flags = ["--to", "calibration", "--placement", "pre-softmax", "--base_model", "owner/tiny"]
+    assert calibration(monkeypatch, "text", "again", *flags) == 0
+    other = update_model(load_model(find_model(folder_model)))
+    load_calibration(other, "again", strict=False)
+    assert get_params(other).sdc == "offline-calibrated"
+    for kind in ("theta", "sdc"):
+        for layer, table in getattr(tables_of(model), kind).items():
+            found, known = getattr(tables_of(other), kind)[layer], table.samples > 0
+            assert (found.samples == table.samples).all()
+            assert (found.values[known] == table.values[known]).all()
+
+
+def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
+    shutil.copytree(EXAMPLE, "run")
+    rows = {"phase": "prefill", "k": 64, "rows": 900, "mean": 61.25, "p5": 20.0, "p50": 60.0, "p95": 99.0}
+    result = CellResult(
+        "Top-theta K=64",
+        metrics={"kl": Metric(0.0123, 0.0021, 8), "same_top": Metric(0.935, 0.01, 8)},
+        effective_k=[rows | {"layers": [{"layer": 0}]}],
+    )
+    write_json("run/results.json", result.to_json())
+    assert calibration(monkeypatch, "run", "shared", "--to", "calibration") == 0
+    card = Path("shared/README.md").read_text()
+    for words in (
+        "| effective K, prefill, K = 64 (900 rows) | mean 61.2, 5 to 95 % of the rows 20 to 99 |",
+        "nats a token | 0.0123 ± 0.0021, 8 other texts |",
+        "93.5 %",
+        "| base model | SmolLM2-135M-Instruct |",
+        "| vmc | True |",
+    ):
+        assert words in card
+    assert read_tables("shared").num_layers == 30  # the example has half of them
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((EXAMPLE, "out"), "--to"),
+        ((EXAMPLE, "out", "--to", "json"), "invalid choice: 'json'"),
+        (("nowhere", "out", "--to", "calibration"), "no folder"),
+        (
+            ("nowhere", "out", "--to", "text"),
+            "cannot be reached|neither a folder nor a hub id|cannot be loaded",
+        ),
+        (("empty", "out", "--to", "text"), "neither th.txt nor sdc.txt"),
+        (("text", "out", "--to", "calibration"), "--placement must say"),
+        (("sdc", "out", "--to", "calibration", "--placement", "pre-softmax"), "does not say K"),
+        (("text", "out", "--to", "calibration", "--placement", "post-softmax", "--sdc", "exact"), "--sdc"),
+        (("damaged", "out", "--to", "calibration"), "config.json is damaged"),
+        ((EXAMPLE, "file", "--to", "text"), "DIR file is a file"),
+    ],
+)
+def test_refusals(arguments: tuple, words: str, here: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("toptheta.models.sharing.hub_reachable", lambda: False)
+    for folder in ("empty", "text", "sdc", "damaged"):
+        Path(folder).mkdir()
+    Path("text/th.txt").write_text("L0_H0:65 0.25 8 64\n")
+    Path("sdc/sdc.txt").write_text("L0_H0:65 0.25 8\n")
+    Path("damaged/th.txt").write_text("L0_H0:65 0.25 8 64\n")
+    Path("damaged/config.json").write_text("{}")
+    Path("file").write_text("")
+    assert calibration(monkeypatch, *arguments) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not Path("out").exists()
+
+
+def test_a_calibration_is_none_to_convert_into_one(here: Path, monkeypatch, capsys) -> None:
+    assert calibration(monkeypatch, EXAMPLE, "shared", "--to", "calibration") == 0
+    assert calibration(monkeypatch, "shared", "again", "--to", "calibration") == 2
+    assert "is a calibration to share already" in capsys.readouterr().err

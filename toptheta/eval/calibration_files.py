@@ -1,0 +1,178 @@
+"""Convert calibrations: what a run or the published project left, into a calibration to share, and back into
+th.txt and sdc.txt.
+
+A run's cell says itself what it was calibrated for; of th.txt and sdc.txt alone the flags say it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toptheta.calibration.artefact import FORMAT, Calibration, CalibrationConfig
+from toptheta.calibration.tables import CalibrationTables, read_tables, save_text
+from toptheta.eval.cli import Parser, run_main
+from toptheta.methods.base import of_mode
+from toptheta.methods.compensation import SDC_METHODS
+from toptheta.methods.params import PLACEMENTS, AttentionParams, check
+from toptheta.report.results import CellResult
+from toptheta.util.errors import UsageError
+
+TEXT, ARTEFACT = "text", "calibration"
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="toptheta-calibration",
+        description="Turn the folder of a run's cell, or th.txt and sdc.txt, into a calibration to share, "
+        "and back into text.",
+    )
+    parser.add_argument("source", metavar="FROM", help="a folder, or the hub id of a calibration")
+    parser.add_argument("target", metavar="DIR", help="the folder to write")
+    add = parser.add_argument
+    add(
+        "--to",
+        choices=(ARTEFACT, TEXT),
+        required=True,
+        help="calibration: calibration.safetensors, config.json, README.md; text: th.txt, sdc.txt",
+    )
+    add("--base_model", metavar="ID", help="the model's hub id (default: its name, where the source has it)")
+    add("--text", metavar="WORDS", help="what it was calibrated on (default: the run's task)")
+    group = parser.add_argument_group("what th.txt and sdc.txt do not say")
+    group.add_argument("--num_layers", type=int, metavar="N", help="layers, where the last ones are dense")
+    group.add_argument("--placement", choices=PLACEMENTS[:2], help="needed: what thresholds compare")
+    group.add_argument("--sdc", choices=SDC_METHODS, help="default: offline-calibrated with sdc.txt")
+    group.add_argument("--vmc", action="store_true", help="with V-mean compensation")
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+    source, target = arguments.source, Path(arguments.target)
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"DIR {target} is a file: name a folder.")
+    if arguments.to == TEXT:
+        if Path(source).is_dir():
+            tables = read_tables(source, "FROM")
+        else:
+            from toptheta.models.sharing import find_calibration
+
+            tables = find_calibration(source).tables
+        save_text(tables, target)
+        written = [name for name, layers in (("th.txt", tables.theta), ("sdc.txt", tables.sdc)) if layers]
+    else:
+        if is_calibration(source):
+            raise UsageError(f"FROM {source} is a calibration to share already.")
+        options = {"placement": arguments.placement, "sdc": arguments.sdc, "vmc": arguments.vmc}
+        calibration = of_run(
+            source, options, arguments.num_layers or 0, arguments.base_model or "", arguments.text or ""
+        )
+        calibration.save(target)
+        written = ["calibration.safetensors", "config.json", "README.md"]
+    print(f"{target}: {', '.join(written)}")
+
+
+def is_calibration(folder: Path | str) -> bool:
+    """Whether a folder is a calibration to share, other than one of a run."""
+    return _config_json(Path(folder)).get("format") == FORMAT
+
+
+def of_run(
+    source: str, options: Mapping[str, Any], num_layers: int = 0, base_model: str = "", text: str = ""
+) -> Calibration:
+    """The calibration in the folder of a run's cell, or of th.txt and sdc.txt alone.
+
+    options: of the latter, placement (needed), sdc and vmc; num_layers: of the latter, where it is more than
+    their lines name. base_model, text: in place of what the cell says. Raises UsageError where something is
+    missing, damaged or does not fit.
+    """
+    from toptheta.models.sharing import SHAPING, sampled, used
+
+    tables = read_tables(source, "FROM")
+    cell = _config_json(Path(source))
+    if not cell and options.get("placement") is None:
+        raise UsageError(
+            f"FROM {source} holds no config.json of a run, so --placement must say what its thresholds "
+            "compare: give pre-softmax or post-softmax."
+        )
+    tables.num_layers = max(tables.num_layers, num_layers or cell.get("num_layers", 0))
+    rows, longest = sampled(tables)
+    environment = cell.get("environment", {})
+    return Calibration(
+        tables,
+        CalibrationConfig(
+            format=FORMAT,
+            base_model=base_model or tables.meta.get("model") or cell.get("model", ""),
+            revision=tables.meta.get("revision", ""),
+            model_type="",
+            num_layers=tables.num_layers,
+            num_heads=tables.num_heads,
+            num_kv_heads=cell.get("num_kv_heads", 0),
+            head_dim=cell.get("head_dim", 0),
+            params=used(_params(source, tables, cell, options), tables.num_layers),
+            calibrated_with={name: tables.meta[name] for name in SHAPING if name in tables.meta},
+            text=text or tables.meta.get("task") or cell.get("calib_task", ""),
+            rows=rows,
+            longest=longest,
+            measured=_measured(Path(source) / "results.json"),
+            versions={
+                name: environment[name] for name in ("toptheta", "torch", "transformers") if environment
+            },
+        ),
+    )
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    """config.json of a run's cell or of a calibration; empty where there is none. Raises UsageError for
+    another file of that name."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+        if config.get("format") != FORMAT:
+            config["settings"]["placement"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(
+            f"{path} is damaged, or of no run of this program: name another folder, or remove the file."
+        ) from None
+    return config
+
+
+def _params(
+    source: str, tables: CalibrationTables, cell: dict[str, Any], options: Mapping[str, Any]
+) -> AttentionParams:
+    """The parameters that go with the tables. Raises UsageError where they are not known or do not fit."""
+    from toptheta.models.sharing import USE
+
+    ks = cell.get("k_per_layer") or [tables.k.get(layer, 0) for layer in range(tables.num_layers)]
+    if not any(ks):
+        raise UsageError(f"FROM {source} holds sdc.txt alone, which does not say K: add its th.txt.")
+    if cell:
+        given = {name: cell["settings"][name] for name in USE if name in cell["settings"]}
+        method = tables.meta.get("method") or cell.get("name") or of_mode(cell["mode"]).name
+    else:
+        sdc = options.get("sdc") or ("offline-calibrated" if tables.sdc else "none")
+        given = {"placement": options["placement"], "sdc": sdc, "vmc": options.get("vmc", False)}
+        method = "top_theta" if tables.theta else "top_k"
+    return check(AttentionParams().changed(given | {"method": method, "K": ks}), lambda name: f"--{name}")
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """What a run found, as a calibration's config has it."""
+    if not path.is_file():
+        return {}
+    result = CellResult.from_json(json.loads(path.read_text()))
+    measured: dict[str, Any] = {}
+    if "kl" in result.metrics:
+        kl, same = result.metrics["kl"], result.metrics["same_top"]
+        kl_facts = {"mean": kl.value, "stderr": kl.stderr, "texts": kl.count, "same_top": same.value}
+        measured["kl"] = kl_facts
+    if result.effective_k:
+        rows = [{name: x for name, x in one.items() if name != "layers"} for one in result.effective_k]
+        measured["effective_k"] = rows
+    return measured
+
+
+if __name__ == "__main__":
+    run_main(main)

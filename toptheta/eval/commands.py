@@ -1,0 +1,94 @@
+"""The console scripts of an installed package. In a checkout the root scripts do the same.
+
+What a command needs is imported when it runs: --help and wrong flags need no second of imports.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from traceback import extract_tb
+
+from toptheta.eval.cli import Parser, run_main
+from toptheta.util.errors import UsageError
+
+# The files of lm-eval that check its flags
+LM_EVAL_CHECKS = [os.path.join("lm_eval", name) for name in ("_cli", "config", "evaluator.py")]
+
+
+def qa() -> None:
+    """toptheta-qa: test_llama.py."""
+    import test_llama
+
+    _run(test_llama.main)
+
+
+def gen() -> None:
+    """toptheta-gen: gen_llama.py."""
+    import gen_llama
+
+    _run(gen_llama.main)
+
+
+def compare() -> None:
+    """toptheta-compare, and compare.py."""
+    _run(_compare)
+
+
+def calibration() -> None:
+    """toptheta-calibration: converts calibrations."""
+    from toptheta.eval.calibration_files import main
+
+    _run(main)
+
+
+def lm_eval() -> None:
+    """toptheta-eval: lm-eval's own command line, to which `--model toptheta` is known."""
+    _run(_lm_eval)
+
+
+def _run(main: Callable[[], int | None]) -> None:
+    """`run_main`, where packages of the extra `eval` may be missing."""
+
+    def guarded() -> int | None:
+        try:
+            return main()
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("toptheta"):
+                raise
+            raise UsageError(
+                f"the package {error.name} is not installed: pip install 'toptheta[eval]' brings it."
+            ) from None
+
+    run_main(guarded)
+
+
+def _compare() -> None:
+    parser = Parser(
+        prog=Path(sys.argv[0]).name,
+        description="Compare any runs on the same questions, question by question: the first is the "
+        "baseline.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN[/CELL]", help="folders of runs or of their cells")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="where files go (default products/compare/<timestamp>)"
+    )
+    arguments = parser.parse_args()
+    from toptheta.report.compare import compare_runs
+
+    compare_runs(arguments.runs, arguments.output_dir)
+
+
+def _lm_eval() -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    import toptheta.eval.harness_model  # noqa: F401  (registers the model)
+
+    try:
+        cli_evaluate()
+    except (ValueError, FileNotFoundError) as error:
+        # What lm-eval's checks of its flags say; another error is none of the user's and keeps its traceback.
+        raised_in = extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, UsageError) or not any(part in raised_in for part in LM_EVAL_CHECKS):
+            raise
+        raise UsageError(" ".join(str(error).split())) from None
