@@ -11,6 +11,7 @@ from tests.helpers.paths import ROOT
 from toptheta.eval.cli import parse_settings, settings_flags
 from toptheta.eval.settings import Settings
 from toptheta.util.errors import UsageError
+from toptheta.util.options import to_flags
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,11 @@ def test_sigterm_is_an_interrupt() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 130 and done.stdout == "saved\n"
+
+
+def test_a_run_keeps_the_command_that_starts_it_again() -> None:
+    flags = (
+        "--method dense,top_theta:capk=true,streaming_llm:sinks=2 --k 16,32 --layerk 0:8 --calib_samples 0.5"
+    )
+    settings = parse(flags)
+    assert parse(" ".join(to_flags(settings))) == settings

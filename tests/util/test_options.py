@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import pytest
 
 from toptheta.util.errors import UsageError
-from toptheta.util.options import add_flags, at_least, check_options, from_flags, from_json, option
+from toptheta.util.options import add_flags, at_least, check_options, from_flags, from_json, option, to_flags
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ def test_flags_follow_the_types() -> None:
     )
     assert given == Colours(3, 1.0, 2.0, "x", "water", True, False, (4, 5), {0: 7, 1: 8}, ("a", "b,c"))
     assert type(given.share) is float and type(given.limit) is float
+
+
+def test_flags_that_give_a_value() -> None:
+    given = Colours(3, 1.0, 2.5, "x", "water", True, False, (4, 5), {0: 7, 1: 8})
+    assert to_flags(Colours()) == [] and read(" ".join(to_flags(given))) == given
+    assert to_flags(Colours(share=1.0)) == ["--share", "1"]
 
 
 def test_help_shows_groups_and_metavars() -> None:

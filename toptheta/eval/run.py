@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from toptheta.util.console import say
 from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
 from toptheta.util.files import log_line, timestamp, write_json
+from toptheta.util.options import to_flags
 
 
 @dataclass
@@ -51,6 +53,7 @@ def open_run(settings: Settings, script: str, resume: str | None) -> Run:
     if not resume:
         saved = {
             "script": script,
+            "command": shlex.join(["python", script, *to_flags(settings)]),
             "settings": settings.to_json(),
             "environment": environment(settings.device),
         }

@@ -31,7 +31,7 @@ from toptheta.models.control import record_statistics
 from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import CellResult
-from toptheta.report.summary import draw_cell, report_run, report_tasks
+from toptheta.report.summary import draw_cell, report_run, report_tasks, write_page
 from toptheta.report.tables import settings_line
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
@@ -87,6 +87,8 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
         results += of_task
     if len(parts) > 1 and results:
         report_tasks(run.folder, [part.folder for part in parts], results)
+    if results:
+        write_page(run.folder)
     return results
 
 

@@ -42,7 +42,7 @@ def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Com
             f"{' '.join(runs)} names one cell only: name another run or cell to compare it with."
         )
     results = [_result(folder) for folder in dict.fromkeys(folders)]
-    labels = _labels(results)
+    labels = distinct_labels(results)
     baseline = read_answers(str(results[0].folder))
     rows = [Compared(labels[0], results[0], None)]
     for label, result in zip(labels[1:], results[1:]):
@@ -86,7 +86,7 @@ def _result(folder: Path) -> CellResult:
     return replace(CellResult.from_json(saved), folder=str(folder))
 
 
-def _labels(results: Sequence[CellResult]) -> list[str]:
+def distinct_labels(results: Sequence[CellResult]) -> list[str]:
     """The methods; where several are the same, also what tells them apart: model, type or folder."""
     labels = [result.method for result in results]
     facts = [[result.model, _dtype(result), str(result.folder)] for result in results]

@@ -144,6 +144,7 @@ class Answer:
     read. score: by metric. tokens: of 'prompt' and 'reply', as far as known. Likelihood tasks also have
     loglikelihoods, of each choice (nats), and target, the right one. reply_ids: the tokens of a reply.
     cluster: what a question shares with others, such as a passage, so that their answers go together.
+    question: its words, for people to read: the end of the prompt where that is long; choices: their texts.
     """
 
     key: str
@@ -155,9 +156,11 @@ class Answer:
     target: Any = None
     reply_ids: list[int] | None = None
     cluster: str | None = None
+    question: str | None = None
+    choices: list[str] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        optional = ("loglikelihoods", "target", "reply_ids", "cluster")
+        optional = ("loglikelihoods", "target", "reply_ids", "cluster", "question", "choices")
         silent = [name for name in optional if getattr(self, name) is None]
         return {name: value for name, value in asdict(self).items() if name not in silent}
 
@@ -213,4 +216,6 @@ def _answer(value: dict[str, Any]) -> Answer:
         value.get("target"),
         None if reply_ids is None else [int(number) for number in reply_ids],
         value.get("cluster"),
+        value.get("question"),
+        value.get("choices"),
     )

@@ -63,6 +63,14 @@ def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResu
     say(f"All tasks: {folder / 'summary.md'}")
 
 
+def write_page(folder: Path) -> None:
+    """Write the report of a run, report.html, into its folder, and name it."""
+    from toptheta.report.page.build import REPORT, write_report
+
+    write_report([folder], folder / REPORT)
+    print(f"Report: {folder / REPORT}")
+
+
 def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[tables.SweepRow]) -> None:
     """Write table.md, table.csv, results.json and pictures of a sweep into `folder`, and print the table:
     kl.png for texts that are compared with dense attention, <task>.png for each other task."""

@@ -91,6 +91,25 @@ def from_flags(kind: type[AnyOptions], namespace: argparse.Namespace) -> AnyOpti
     return kind(**values)
 
 
+def to_flags(values: Any) -> list[str]:
+    """The flags that give an instance of a dataclass of options: of what is not its default. A list is joined
+    by commas, so that where `parse` reads it, commas must be what separates."""
+    flags = []
+    for name, _, default in options_of(values):
+        value = getattr(values, name)
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, dict):
+            flags += [f"--{name}", ",".join(f"{key}:{one}" for key, one in value.items())]
+        elif isinstance(value, tuple):
+            flags += [f"--{name}", ",".join(map(str, value))]
+        elif value is not None:
+            flags += [f"--{name}", str(value).removesuffix(".0")]
+    return flags
+
+
 def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
     """The dataclass that `dataclasses.asdict` made, unchecked; what is not in it has its default, or what
     `earlier` says. Raises ValueError, naming the field, for one that is unknown or whose value is of another

@@ -17,6 +17,7 @@ from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_def
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
 
+QUESTION_CHARACTERS = 2000  # of a question's words, at most: the end of the prompt
 PASSAGES = ("passage", "article", "story", "context")  # columns of what several questions of a task are about
 
 
@@ -184,16 +185,23 @@ def answers_of(
 def _answer(key: str, sample: dict[str, Any], scores: dict[str, float]) -> Answer:
     arguments, target = sample["arguments"], sample["target"]
     asked = hashlib.sha256(repr([list(map(str, one)) for one in arguments]).encode()).hexdigest()[:16]
-    first = sample["resps"][0][0]
+    first, words = sample["resps"][0][0], _last_shot(str(arguments[0][0]))
     if isinstance(first, str):
-        return Answer(key, asked, first, scores, target=target)
+        return Answer(key, asked, first, scores, target=target, question=words)
     likelihoods = [
         float(one[0] if isinstance(one, (tuple, list)) else one) for one in sample["filtered_resps"]
     ]
     if len(arguments) > 1 and arguments[-1][0] == "" != arguments[0][0]:
         likelihoods = likelihoods[: len(likelihoods) // 2]  # the second half are the choices without a prompt
-    choices = [str(one[1]).strip() for one in arguments]
+    choices = [str(one[1]).strip() for one in arguments[: len(likelihoods)]]
     if isinstance(target, str) and target.strip() in choices:
         target = choices.index(target.strip())
     chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-    return Answer(key, asked, chosen, scores, loglikelihoods=likelihoods, target=target)
+    return Answer(
+        key, asked, chosen, scores, loglikelihoods=likelihoods, target=target, question=words, choices=choices
+    )
+
+
+def _last_shot(prompt: str) -> str:
+    """The question itself, without the examples before it."""
+    return prompt.strip().split("\n\n")[-1][-QUESTION_CHARACTERS:]

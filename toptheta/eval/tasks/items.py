@@ -30,12 +30,14 @@ CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 @dataclass
 class Item:
     """One thing to compute. key: names it within a cell, without spaces; ids: tokens of the prompt or
-    window; facts: what else the job needs; cluster: what it shares with other items, see Answer."""
+    window; facts: what else the job needs; cluster: what it shares with other items, question: its words for
+    people to read, see Answer."""
 
     key: str
     ids: list[int]
     facts: dict[str, Any] = field(default_factory=dict)
     cluster: str | None = None
+    question: str | None = None
 
     @property
     def hash(self) -> str:
@@ -154,6 +156,7 @@ class ReplyJob(ItemJob):
                 {"prompt": answer["prompt_tokens"], "reply": answer["reply_tokens"]},
                 reply_ids=answer.get("reply_ids"),
                 cluster=item.cluster,
+                question=item.question,
             )
             for item, answer, score in zip(self.items, answers, scores)
         ]

@@ -98,7 +98,7 @@ class LongBenchJob(ReplyJob):
     def _item(self, key: str, row: dict[str, Any]) -> Item:
         text = self.set.prompt.format(context=row["context"], input=row["input"])
         text = self.settings.prompt_prefix + text + self.settings.prompt_suffix
-        return Item(key, self._shortened(text), cluster=passage_id(row["context"]))
+        return Item(key, self._shortened(text), cluster=passage_id(row["context"]), question=row["input"])
 
     def _shortened(self, text: str) -> list[int]:
         """The prompt's tokens; of one that is too long the first and the last half of what fits. As LongBench

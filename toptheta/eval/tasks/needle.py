@@ -111,7 +111,8 @@ class NeedleJob(ReplyJob):
             while over > 0 and chosen:
                 over -= len(self.tokenizer(" " + chosen.pop(), add_special_tokens=False)["input_ids"])
             ids = self._prompt(chosen, depth, thing, number)
-        return Item(key, ids, {"length": length, "depth": depth, "number": number})
+        words = f"{QUESTION.format(thing=thing).strip()} ({number}, at {depth} % of {length} tokens)"
+        return Item(key, ids, {"length": length, "depth": depth, "number": number}, question=words)
 
     def _prompt(self, sentences: list[str], depth: int, thing: str, number: str) -> list[int]:
         at = round(len(sentences) * depth / 100)

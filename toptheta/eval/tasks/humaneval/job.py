@@ -71,7 +71,7 @@ class HumanEvalJob(ReplyJob):
         text = settings.prompt_prefix + text + settings.prompt_suffix
         facts = {"task_id": problem["task_id"], "prompt": prompt, "entry_point": problem["entry_point"]}
         cluster = problem["task_id"] if settings.num_samples_per_task > 1 else None
-        return Item(f"{problem['task_id']}#{sample}", self.prompt_ids(text), facts, cluster)
+        return Item(f"{problem['task_id']}#{sample}", self.prompt_ids(text), facts, cluster, prompt)
 
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
         replies, tokens = self._generate(model, batch)

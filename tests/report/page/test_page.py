@@ -1,0 +1,125 @@
+"""The report as a file: what it holds, how large it is, and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.report.helpers import assert_refused
+from tests.report.page.conftest import Report
+from tests.report.test_compare import make_cell
+from toptheta.report.frames import load
+from toptheta.report.page.build import render
+from toptheta.report.page.data import ALL_GROUPS
+from toptheta.report.plots.read import read_popularities, read_thresholds
+from toptheta.report.results import Answer, CellResult, Metric, write_answers
+from toptheta.util.files import write_json
+
+
+def page_data(html: str) -> dict:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def rows(chart: dict) -> list[dict]:
+    """A chart's data, as page.js reads it."""
+    columns = {
+        name: column if isinstance(column, list) else [column["words"][i] for i in column["codes"]]
+        for name, column in chart["rows"].items()
+    }
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def test_every_run_writes_one(report: Report) -> None:
+    runs = sorted(report.path.parent.glob("products/*"))
+    assert len(runs) == 3
+    for run in runs:
+        html = (run / "report.html").read_text()
+        assert len(html) < 5_000_000 and not re.search(r'(?:src|href)="(?!#)', html.split("<script>")[0])
+        command = json.loads((run / "run.json").read_text())["command"]
+        assert command.startswith("python ") and command.replace("'", "&#39;") in html
+
+
+def test_what_is_shown_of_each_task(report: Report) -> None:
+    parts = list(page_data(report.path.read_text()).values())
+    names = [[chart["name"] for chart in part["charts"]] for part in parts]
+    assert names == [
+        ["tradeoff", "by_length", "kept", "thresholds"],
+        ["tradeoff", "kept", "thresholds", "effective_k", "effective_k_by_length"],
+        ["tradeoff", "kept", "thresholds", "popularity"],
+    ]
+    assert [len(part["samples"]) for part in parts] == [0, 4, 2]
+
+
+def test_thresholds_are_means_over_lengths(report: Report) -> None:
+    part = page_data(report.path.read_text())["part1"]
+    chart = next(one for one in part["charts"] if one["name"] == "thresholds")
+    shown = [row for row in rows(chart) if (row["layer"], row["head"]) == (1, 2)]
+    table = read_thresholds(Path(str(report.of_task("everyday_science")["Top-theta K=16"].folder)))
+    assert table is not None
+    table = table[(table["layer"] == 1) & (table["head"] == 2)]
+    assert sum(row["samples"] for row in shown) == table["samples"].sum() and len(shown) <= 60
+    assert shown[0]["n"] <= shown[-1]["n"] and shown[0]["n"] == pytest.approx(table["n"].min(), abs=3)
+    assert table["theta"].min() - 1e-3 <= min(row["theta"] for row in shown)
+    assert max(row["theta"] for row in shown) <= table["theta"].max() + 1e-3
+
+
+def test_popularity_counts_steps(report: Report) -> None:
+    part = page_data(report.path.read_text())["part2"]
+    chart = next(one for one in part["charts"] if one["name"] == "popularity")
+    shown = [row for row in rows(chart) if row["cell"] == "Top-theta K=16" and row["layer"] == 1]
+    folder = Path(str(report.of_task("openai_humaneval")["Top-theta K=16"].folder))
+    groups = read_popularities(folder, 1, "generative_decoding")
+    assert groups is not None and {row["group"] for row in shown} == {*groups, ALL_GROUPS}
+    for row in [row for row in shown if row["group"] == 0][::7]:
+        shares = []
+        for position in range(row["first"], row["end"]):
+            kept = seen = 0
+            for i, step in enumerate(groups[0]):
+                if i and len(step) != len(groups[0][i - 1]) + 1:
+                    break  # the next text
+                if position < len(step):
+                    seen += 1
+                    kept += step[position] > 0
+            shares.append(100 * kept / seen)
+        assert row["share"] == pytest.approx(sum(shares) / len(shares), abs=0.06)
+
+
+def test_nothing_that_a_model_writes_becomes_markup(here: Path) -> None:
+    evil = "</script><script>alert(1)</script><!--"
+    for name, answer in (("dense", evil), ("Top-k K=8", evil + "x")):
+        folder = here / "run" / name.replace(" ", "")
+        result = CellResult(
+            name, "<b>Tiny", "code", dense=name == "dense", metrics={"acc": Metric(0.5, 0.1, 1)}
+        )
+        write_json(folder / "results.json", result.to_json())
+        write_answers(folder, [Answer("a", "1", answer, {"acc": 1.0}, question=evil)])
+    html = render(load(here / "run"))
+    assert "<script>alert" not in html and "<b>Tiny" not in html
+    (question,) = page_data(html)["part0"]["samples"]
+    assert question["question"] == evil and question["answers"][1]["at"] == len(evil)
+
+
+def test_the_command(here: Path) -> None:
+    make_cell(here / "a" / "mode3", "dense", [1, 0, 1])
+    make_cell(here / "a" / "mode1_k8", "Top-k K=8", [1, 1, 1])
+    make_cell(here / "b", "dense", [1, 0, 1], "bfloat16")
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        full = [sys.executable, "-m", "toptheta.report", *arguments]
+        return subprocess.run(
+            full, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT)}
+        )
+
+    done = command("a")
+    assert done.returncode == 0 and done.stdout == "Report: a/report.html\n", done.stderr
+    assert command("a", "b", "--output", "both.html").returncode == 0
+    assert "dense, bfloat16" in Path("both.html").read_text()
+    assert_refused(command("nowhere"), "nowhere holds no finished cell")
+    assert_refused(command("--wrong"), "--help")
+    assert not list(here.glob(".*.html*"))

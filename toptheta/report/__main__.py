@@ -1,0 +1,61 @@
+"""`python -m toptheta.report DIR [DIR...]`: runs as one HTML file."""
+
+import argparse
+import sys
+import webbrowser
+from pathlib import Path
+from typing import NoReturn
+
+from toptheta.util.errors import UsageError
+from toptheta.util.files import timestamp
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
+
+
+def main() -> int:
+    parser = Parser(
+        prog="python -m toptheta.report",
+        description="Write runs as one HTML file: tables, pictures, answers side by side.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="DIR",
+        help="a run, products/<timestamp>; one of its tasks or cells; a table",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the file (default: report.html in the run's folder; of several runs products/reports/)",
+    )
+    parser.add_argument("--open", action="store_true", help="show it in a browser")
+    try:
+        arguments = parser.parse_args()
+        if arguments.output:
+            path = Path(arguments.output)
+        elif len(arguments.runs) == 1:
+            path = Path(arguments.runs[0]) / "report.html"
+        else:
+            path = Path("products") / "reports" / f"{timestamp()}.html"
+        from toptheta.report.page.build import write_report  # here: --help needs no second of imports
+
+        run = write_report(arguments.runs, path)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in run.notes:
+        print(note, file=sys.stderr)
+    print(f"Report: {path}")
+    if arguments.open:
+        webbrowser.open(path.resolve().as_uri())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Any run as pandas tables: `toptheta.report.load`."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from toptheta.report.compare import distinct_labels
+from toptheta.report.paired import paired_with_dense
+from toptheta.report.plots.read import (
+    named_layers,
+    read_config,
+    read_effective_k,
+    read_kept,
+    read_results,
+    read_results_by_task,
+    read_thresholds,
+)
+from toptheta.report.results import ANSWERS, PHASES, CellResult, read_answers
+from toptheta.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What one or several runs left. results: of every cell, dense ones of a task first, compared with dense
+    where there is such a cell; labels: of each result, no two of a task alike.
+
+    The tables are read when they are first asked for. Each has the columns `task` and `cell` (the label).
+    Tables of files that no cell has are empty.
+    """
+
+    folders: tuple[Path, ...]
+    results: tuple[CellResult, ...]
+    labels: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """A row for each cell: what it is (method, name, k, dense, folder), each metric and its standard
+        error (`acc`, `acc_stderr`), shares kept by phase (`kept_prefill`, `vrows_prefill`), KV bytes read as
+        a share of dense attention's (`kv_bytes_prefill`), and seconds."""
+        rows = []
+        for label, result in zip(self.labels, self.results):
+            row: dict[str, Any] = {"task": result.task, "cell": label, "model": result.model}
+            row |= {name: getattr(result, name) for name in ("method", "name", "k", "dense", "folder")}
+            for name, metric in result.metrics.items():
+                row |= {name: metric.value, f"{name}_stderr": metric.stderr}
+            for phase in PHASES:
+                row[f"kept_{phase}"] = result.kept_share(phase, "attn")
+                row[f"vrows_{phase}"] = result.kept_share(phase, "vrow")
+                row[f"kv_bytes_{phase}"] = (result.kv_bytes or {}).get(phase)
+            rows.append(row | {f"{name}_s": value for name, value in result.seconds.items()})
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def kept(self) -> pd.DataFrame:
+        """Attention elements: layer, phase, head, n (row length of a decode step, prompt length in prefill;
+        tokens), kept, full."""
+        return self._joined(lambda folder: _kept(folder, "attn"))
+
+    @cached_property
+    def vrows(self) -> pd.DataFrame:
+        """V rows: layer, phase, group (of query heads that share a KV head), n, kept, full."""
+        return self._joined(lambda folder: _kept(folder, "vrow"))
+
+    @cached_property
+    def thresholds(self) -> pd.DataFrame:
+        """layer, head, n (row length, tokens), theta (score or weight), samples, k."""
+        return self._joined(lambda folder: _present(read_thresholds(folder)))
+
+    @cached_property
+    def effective_k(self) -> pd.DataFrame:
+        """What single rows keep, of cells run with --effective_k: the columns of effective_k.csv."""
+        return self._joined(lambda folder: _present(read_effective_k(folder)))
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """A row for each question: key, hash, answer, target, each score, and tokens (`prompt_tokens`,
+        `reply_tokens`)."""
+        return self._joined(_answers)
+
+    def config(self, label: str, task: str | None = None) -> dict[str, Any]:
+        """config.json of the cell with this label. Raises UsageError where there is none."""
+        for one, result in zip(self.labels, self.results):
+            if one == label and task in (None, result.task) and result.folder:
+                return read_config(Path(result.folder))
+        raise UsageError(f"there is no cell {label!r}: choose from {', '.join(self.labels)}.")
+
+    def _joined(self, read: Callable[[Path], Iterator[pd.DataFrame]]) -> pd.DataFrame:
+        parts = []
+        for label, result in zip(self.labels, self.results):
+            if result.folder and Path(result.folder).is_dir():
+                for frame in read(Path(result.folder)):
+                    frame.insert(0, "task", result.task)
+                    frame.insert(1, "cell", label)
+                    parts.append(frame)
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def load(*folders: Path | str) -> LoadedRun:
+    """Read runs: products/<timestamp>, one of its tasks or cells, or the folder of a table. Cells of one task
+    are compared with its first dense one. Raises UsageError where a folder holds no finished cell, or a file
+    is damaged."""
+    results = [result for folder in folders for result in _results(Path(folder))]
+    unique = {(one.folder or str(i)): one for i, one in enumerate(results)}
+    by_task: dict[tuple[str, str], list[CellResult]] = {}
+    for result in unique.values():
+        by_task.setdefault((result.model, result.task), []).append(result)
+    compared, labels, notes = [], [], list[str]()
+    for of_task in by_task.values():
+        of_task.sort(key=lambda result: not result.dense)
+        labels += distinct_labels(of_task)
+        of_task, more = paired_with_dense(of_task)
+        compared += of_task
+        notes += more
+    return LoadedRun(tuple(map(Path, folders)), tuple(compared), tuple(labels), tuple(notes))
+
+
+def _results(folder: Path) -> list[CellResult]:
+    """Of every finished cell in `folder`; of a table or an example, which has no cells, those in its file."""
+    if (folder / "results.json").is_file() and isinstance(_json(folder / "results.json"), dict):
+        cells = [folder]
+    else:
+        cells = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/results.json"))
+    found = [(cell, read_results(cell)) for cell in cells]
+    results = [replace(result, folder=str(cell)) for cell, result in found if result is not None]
+    for name in ("results.json", "summary.json"):
+        if not results and (folder / name).is_file():
+            results = [one for of_task in read_results_by_task(folder / name).values() for one in of_task]
+    if not results:
+        raise UsageError(
+            f"{folder} holds no finished cell: name the folder of a run, products/<timestamp>, of one of its "
+            "tasks or cells, or of a table."
+        )
+    return results
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{path} is damaged: run the cell again.") from None
+
+
+def _kept(folder: Path, kind: str) -> Iterator[pd.DataFrame]:
+    for layer in named_layers(folder):
+        for phase in PHASES:
+            frame = read_kept(folder, layer, kind, phase)
+            if frame is not None:
+                frame.insert(1, "phase", phase)
+                yield frame
+
+
+def _present(frame: pd.DataFrame | None) -> Iterator[pd.DataFrame]:
+    if frame is not None:
+        yield frame
+
+
+def _answers(folder: Path) -> Iterator[pd.DataFrame]:
+    if (folder / ANSWERS).is_file():
+        yield pd.DataFrame(
+            {"key": one.key, "hash": one.hash, "answer": one.answer, "target": one.target}
+            | one.score
+            | {f"{name}_tokens": count for name, count in one.tokens.items()}
+            for one in read_answers(folder)
+        )

@@ -1,0 +1,152 @@
+"""From folders of runs to one HTML file."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from markupsafe import Markup
+
+from toptheta.report import tables
+from toptheta.report.frames import LoadedRun, load
+from toptheta.report.page.charts import Chart, charts
+from toptheta.report.page.samples import samples
+from toptheta.report.results import CellResult
+from toptheta.util.environment import cache_folder
+from toptheta.util.files import write_text
+
+HERE = Path(__file__).resolve().parent
+REPORT = "report.html"
+VEGA_LITE = "6.4"  # of those that vl-convert bundles
+
+
+def write_report(folders: Sequence[Path | str], path: Path | str) -> LoadedRun:
+    """Write the report on runs, one HTML file that needs no network; returns what was read. Raises UsageError
+    as `load` does."""
+    run = load(*folders)
+    write_text(path, render(run))
+    return run
+
+
+def render(run: LoadedRun) -> str:
+    """The page's HTML."""
+    parts = [_part(i, part) for i, part in enumerate(_by_task(run))]
+    page_data = {part["id"]: part.pop("data") for part in parts}
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        title=" · ".join(dict.fromkeys(part["title"] for part in parts)),
+        parts=parts,
+        runs=[_about(folder) for folder in run.folders],
+        notes=run.notes,
+        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        data=_script_json(page_data),
+        css=Markup((HERE / "page.css").read_text()),
+        script=Markup((HERE / "page.js").read_text()),
+        vega=Markup(_vega()),
+    )
+
+
+def _by_task(run: LoadedRun) -> list[LoadedRun]:
+    """A part for each model and task."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, result in enumerate(run.results):
+        groups.setdefault((result.model, result.task), []).append(i)
+    return [
+        LoadedRun(run.folders, tuple(run.results[i] for i in places), tuple(run.labels[i] for i in places))
+        for places in groups.values()
+    ]
+
+
+def _part(number: int, run: LoadedRun) -> dict[str, Any]:
+    """What the template shows of a task, and the data of its charts and samples."""
+    shown = list(charts(run))
+    questions = samples(run)
+    first = run.results[0]
+    return {
+        "id": f"part{number}",
+        "title": ", ".join(filter(None, (first.model, first.task))),
+        "baseline": next((label for label, one in zip(run.labels, run.results) if one.dense), None),
+        "header": [column.header for column in _columns(run.results)],
+        "rows": _table(run),
+        "charts": [{"name": chart.name, "title": chart.title, "note": chart.note} for chart in shown],
+        "questions": len(questions),
+        "data": {"charts": [_chart_data(chart) for chart in shown], "samples": questions},
+    }
+
+
+def _columns(results: Sequence[CellResult]) -> list[tables.Column]:
+    columns = tables.metric_columns(results) + tables.paired_columns(results) + tables.kept_columns(results)
+    return columns + [tables.Column("minutes", lambda one: f"{sum(one.seconds.values()) / 60:.1f}")]
+
+
+def _table(run: LoadedRun) -> list[dict[str, Any]]:
+    columns = _columns(run.results)
+    return [
+        {"label": label, "dense": result.dense, "cells": [column.text(result) for column in columns]}
+        for label, result in zip(run.labels, run.results)
+    ]
+
+
+def _chart_data(chart: Chart) -> dict[str, Any]:
+    choices = [
+        {"name": one.name, "options": [{"text": o.text, "values": o.values} for o in one.options]}
+        for one in chart.choices
+    ]
+    return {
+        "name": chart.name,
+        "spec": chart.spec,
+        "choices": choices,
+        "click": chart.click,
+        "rows": {name: _column(chart.rows[name]) for name in chart.rows.columns},
+    }
+
+
+def _column(column: pd.Series) -> Any:
+    """A column as JSON: numbers as they are (null where there is none), words as places in their list."""
+    if pd.api.types.is_numeric_dtype(column):
+        return [None if pd.isna(value) else value for value in column.tolist()]
+    codes, words = pd.factorize(column)
+    return {"words": [str(word) for word in words], "codes": codes.tolist()}
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """How a run was made, from its run.json, or that of the run that a task or cell is of."""
+    for place in (folder, *folder.resolve().parents[:2]):
+        if (place / "run.json").is_file():
+            saved = json.loads((place / "run.json").read_text())
+            environment = saved.get("environment") or {}
+            return {
+                "folder": str(folder),
+                "command": saved.get("command"),
+                "environment": {name: value for name, value in environment.items() if value is not None},
+                "settings": saved.get("settings") or {},
+            }
+    return {"folder": str(folder), "command": None, "environment": {}, "settings": {}}
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that may stand in a script element: it holds no tag, whatever a model wrote."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, bundled once for each version of vl-convert."""
+    import vl_convert
+
+    kept = cache_folder() / f"vega-{version('vl-convert-python')}-{VEGA_LITE}.js"
+    if not kept.is_file():
+        bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+        write_text(kept, bundle.replace("</script", "<\\/script"))
+    return kept.read_text()
