@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from toptheta.attention import effective_k as effective
-from toptheta.models.recorder import DECODE, PREFILL, LayerRecord
+from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, count_steps
 from toptheta.report.results import Answer, CellResult, Kept, write_answers
 from toptheta.util.files import atomic_path, write_json, write_text
 
@@ -88,7 +87,7 @@ class Cell:
             for step, record in enumerate(steps):
                 self._take(layer, DECODE, record, live[step])
             if self.effective_k:
-                self._count_steps(layer, steps, n, live)
+                self._count_steps(layer, steps, live)
         if time.monotonic() - self._since > CHECKPOINT_SECONDS:
             self.checkpoint()
 
@@ -125,15 +124,12 @@ class Cell:
         if popularity:
             self.add_lines(f"layer{layer}_kept_vrow_popularities_{phase}.txt.gz", popularity)
 
-    def _count_steps(self, layer: int, steps: list[LayerRecord], n: np.ndarray, live: np.ndarray) -> None:
+    def _count_steps(self, layer: int, steps: list[LayerRecord], live: np.ndarray) -> None:
         """Add decode rows to the histogram of a layer, unless it is left dense."""
         assert self.ratio_to_k is not None
         k = self.ratio_to_k[layer]
         if k > 0:
-            histogram = effective.empty_histogram()
-            kept = torch.from_numpy(np.stack([record.attn for record in steps])).transpose(1, 2)
-            effective.count_rows(histogram, kept, torch.from_numpy(n), torch.from_numpy(live & (n > k)))
-            _add_histograms(self._new_histograms, {f"{DECODE}/{layer}": histogram.numpy()})
+            _add_histograms(self._new_histograms, {f"{DECODE}/{layer}": count_steps(steps, k, live)})
 
     def checkpoint(self) -> None:
         """Write what came since the last checkpoint as one more partial folder, whole or not at all."""

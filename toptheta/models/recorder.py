@@ -56,6 +56,17 @@ class _Open:
     kv_dense: Tensor
 
 
+def count_steps(steps: list[LayerRecord], k: int, live: np.ndarray | None = None) -> np.ndarray:
+    """The histogram (effective_k.py) of a layer's decode steps, rows longer than its K. live: `[steps, B]`
+    those that count; None: all."""
+    n = np.stack([record.n for record in steps])
+    used = n > k if live is None else live & (n > k)
+    kept = torch.from_numpy(np.stack([record.attn for record in steps])).transpose(1, 2)
+    histogram = empty_histogram()
+    count_rows(histogram, kept, torch.from_numpy(n), torch.from_numpy(used))
+    return histogram.numpy()
+
+
 class Recorder:
     """Collects counts while a model runs. One request is one prefill and its decode steps; `drain` ends it.
 

@@ -29,7 +29,7 @@ from toptheta.models.control import (
 from toptheta.models.divergence import against_dense
 from toptheta.models.loading import hub_reachable
 from toptheta.models.patch import model_device, model_state
-from toptheta.models.recorder import PREFILL, Recorder
+from toptheta.models.recorder import DECODE, Recorder, count_steps
 from toptheta.util.errors import UsageError
 
 SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # how tables were made
@@ -205,12 +205,14 @@ def versions() -> dict[str, str]:
 def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
     """How far the method in use is from dense attention, and its effective K, on texts `[1, L]` of token ids.
 
-    The first half of each text is left dense, as a prompt is; the other half counts. Returns kl (mean and
-    standard error between texts, nats a token; the share of the same most likely token) and effective_k (of
-    `effective_k.overall`, over all layers). Raises UsageError for a text that is too short.
+    The first half of each text is left dense, as a prompt is; the others are decode steps, which count.
+    Returns kl (mean and standard error between texts, nats a token; the share of the same most likely token)
+    and effective_k (of `effective_k.overall`, over all layers). Raises UsageError for a text that is too
+    short.
     """
     sizes, before = _sizes(model), recorder_of(model)
-    recorder = Recorder(sizes["num_heads"], effective_k=True)
+    recorder = Recorder(sizes["num_heads"])
+    ks = get_params(model).k_per_layer(sizes["num_layers"])
     histograms, kl, same = dict[int, np.ndarray](), list[Tensor](), list[Tensor]()
     record_statistics(model, recorder)
     try:
@@ -223,14 +225,13 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
             found = against_dense(model, ids.to(model_device(model)), ids.shape[1] // 2, None)
             kl.append(found.kl.double())
             same.append(found.same_top.double())
-            for layer, record in recorder.drain()[0].items():
-                if record.histogram is not None:
-                    histograms[layer] = histograms.get(layer, 0) + record.histogram
+            for layer, steps in recorder.drain()[1].items():
+                if ks[layer] > 0:
+                    histograms[layer] = histograms.get(layer, 0) + count_steps(steps, ks[layer])
     finally:
         record_statistics(model, before)
     means = torch.stack([one.mean() for one in kl])
-    ks = get_params(model).k_per_layer(sizes["num_layers"])
-    by_k = effective_k.overall(histograms, PREFILL, ks)
+    by_k = effective_k.overall(histograms, DECODE, ks)
     return {
         "kl": {
             "mean": float(torch.cat(kl, dim=1).mean()),

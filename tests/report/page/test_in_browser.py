@@ -96,7 +96,7 @@ def test_hovering_shows_the_cell(page: Any, report: Report) -> None:
     part = part_of(page, "perplexity")
     chart = part.locator("[id$=-tradeoff]")
     chart.locator("select[name=score]").select_option("KL to dense")
-    chart.locator("select[name=against]").select_option("elements kept in prefill")
+    chart.locator("select[name=against]").select_option("elements kept in decode")
     results = report.of_task("perplexity")
     points, seen = chart.locator(".mark-symbol.layer_2_marks path"), set()
     for i in range(points.count()):
@@ -105,9 +105,9 @@ def test_hovering_shows_the_cell(page: Any, report: Report) -> None:
         one = results[values["cell"]]
         seen.add(one.method)
         assert float(values["KL to dense"]) == pytest.approx(one.metrics["kl"].value, rel=1e-3)
-        share = one.kept_share("prefill", "attn")
+        share = one.kept_share("generative_decoding", "attn")
         assert share is not None
-        x = float(values["elements kept in prefill (% of dense)"])
+        x = float(values["elements kept in decode (% of dense)"])
         assert x == pytest.approx(100 * share, abs=6e-4)
     assert len(seen) >= 4
 
