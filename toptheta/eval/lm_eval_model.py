@@ -10,13 +10,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from toptheta.eval.cell import Cell
 from toptheta.models.control import reading_prompt
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
+from toptheta.util.progress import Bar
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
@@ -61,10 +61,9 @@ class TopThetaLM(HFLM):
             if key not in answers and key not in (self.done or ()):
                 context, continuation = self._fit(context, continuation)
                 todo.setdefault(tuple(context), {})[key] = tuple(continuation)
-        bar = tqdm(
-            total=len(requests), desc=self.description, disable=disable_tqdm or self.rank != 0, unit="answer"
-        )
-        bar.update(len(requests) - sum(len(group) for group in todo.values()))
+        left = sum(len(group) for group in todo.values())
+        shown = not disable_tqdm and self.rank == 0
+        bar = Bar(len(requests), len(requests) - left, "answer", self.description, shown)
         for batch in self._batches(todo):
             with reading_prompt(self.model):
                 found = self._score(batch)
@@ -76,7 +75,9 @@ class TopThetaLM(HFLM):
             if self.done is not None:
                 self.done.update(found)
             self.after_batch()
-            bar.update(len(found))
+            bar.update(
+                len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
+            )
         bar.close()
         results = [tuple(answers.get(key, (0.0, False))) for key in keys]
         for (request, _, _), result in zip(requests, results):
@@ -167,10 +168,9 @@ class TopThetaLM(HFLM):
         }
         order = sorted(todo, key=lambda key: (-len(todo[key].args[0]), key))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
-        bar = tqdm(
-            total=len(requests), desc=self.description, disable=disable_tqdm or self.rank != 0, unit="text"
-        )
-        bar.update(len(requests) - len(todo))
+        shown = not disable_tqdm and self.rank == 0
+        bar = Bar(len(requests), len(requests) - len(todo), "text", self.description, shown)
+        sizes = dict(zip(keys, map(len, prompts)))
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             self._generated_lengths = []
@@ -184,7 +184,7 @@ class TopThetaLM(HFLM):
             if self.done is not None:
                 self.done.update(found)
             self.after_batch()
-            bar.update(len(found))
+            bar.update(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
         bar.close()
         replies = [answers.get(key, "") for key in keys]
         for ids, request, text in zip(prompts, requests, replies):

@@ -1,12 +1,15 @@
 """The one loop over cells, for all data sets of both scripts: calibrate, evaluate, save, report, resume."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import prepare
-from toptheta.eval.run import Run, cells, interrupted, open_run, task_parts, write_config
+from toptheta.eval.run import Run, cells, interrupted, open_run, product_folder, task_parts, write_config
 from toptheta.eval.settings import (
     HUMANEVAL,
     LONGBENCH,
@@ -36,6 +39,7 @@ from toptheta.report.tables import settings_line
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import append_result, write_text
+from toptheta.util.progress import CALIBRATING, EVALUATING, RunProgress, Stage, begin
 
 SCRIPTS: dict[type[Settings], str] = {QASettings: "test_llama.py", GenSettings: "gen_llama.py"}
 DATA_SETS: dict[str, type[ItemJob]] = {
@@ -65,6 +69,7 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
     say(f"Run folder: {run.folder}")
     parts, results = task_parts(run), []
     engine: Engine | None = None
+    progress = RunProgress(_stages(parts, jobs))
     for part, job in zip(parts, jobs):
         of_task = []
         try:
@@ -72,8 +77,9 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
                 if product.finished:
                     of_task.append(product.result())
                     continue
-                engine = engine or job.load(source)
-                result = _run_cell(part, cell, product, engine, job, source.name)
+                engine = engine or _load(job, source)
+                with progress.shown():
+                    result = _run_cell(part, cell, product, engine, job, source.name)
                 if result is not None:
                     of_task.append(result)
         except KeyboardInterrupt:
@@ -90,6 +96,28 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
     if results:
         write_page(run.folder)
     return results
+
+
+def _load(job: Job, source: ModelSource) -> Engine:
+    if not sys.stderr.isatty():  # a bar for each weight has no place in a log
+        transformers_logging.disable_progress_bar()
+    return job.load(source)
+
+
+def _stages(parts: list[Run], jobs: list[Job]) -> list[Stage]:
+    """What is left to do, in the order in which it is done."""
+    stages = []
+    for part, job in zip(parts, jobs):
+        settings, (calibration, evaluation) = job.settings, job.question_counts()
+        for cell in settings.cells():
+            folder = product_folder(part, cell)
+            if (folder / "results.json").is_file():
+                continue
+            if cell.needs_calibration and not settings.calib_load_path:
+                stages.append(Stage(cell.label, CALIBRATING, calibration))
+            if not settings.calibrate_only:
+                stages.append(Stage(cell.label, EVALUATING, evaluation))
+    return stages
 
 
 def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
@@ -128,6 +156,7 @@ def _run_cell(
         job.calibrate(engine, f"Calibrating {cell.label}", after_batch, done)
 
     record_statistics(model, None)
+    begin(cell.label, CALIBRATING)
     calibration_seconds = prepare(run, cell, product, model, calibrate)
     if settings.calibrate_only:
         say(f"Tables of {cell.label}: {product.path}")
@@ -138,6 +167,7 @@ def _run_cell(
         recorder = Recorder(heads, settings.vrow_popularity, product.effective_k)
     record_statistics(model, recorder)
     product.start_clock()
+    begin(cell.label, EVALUATING)
     try:
         outcome = job.evaluate(engine, product, recorder, f"Evaluating {cell.label}")
     finally:

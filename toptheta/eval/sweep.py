@@ -311,7 +311,7 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
     waiting, failed = list(commands), 0
     running: dict[subprocess.Popen, tuple[int, Path]] = {}
     slots = list(range(min(jobs, len(commands))))
-    bar = tqdm(total=len(commands), desc="Runs", unit="run")
+    bar = tqdm(total=len(commands), desc="Runs", unit="run", disable=None)
     try:
         while waiting or running:
             while waiting and slots:

@@ -39,7 +39,9 @@ def measure(
     values = [getattr(state.calibration, "values", None) for state in states]
     damage = np.zeros((len(layers), len(log_thetas)))
     device = model_device(model)
-    bar = tqdm(total=damage.size * len(prompts), desc=f"Sensitivity of layers, K={k}", unit="forward")
+    bar = tqdm(
+        total=damage.size * len(prompts), desc=f"Sensitivity of layers, K={k}", unit="forward", disable=None
+    )
     with bar, dense_for(model):
         for ids in prompts:
             ids = ids.to(device)

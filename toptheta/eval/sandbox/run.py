@@ -88,7 +88,13 @@ def run_programs(
     with ThreadPoolExecutor(workers or _cpus()) as pool:
         futures = [pool.submit(_run, source, limits, isolation, stop) for source in sources]
         try:
-            bar = tqdm(as_completed(futures), total=len(futures), desc="Running programs", unit="program")
+            bar = tqdm(
+                as_completed(futures),
+                total=len(futures),
+                desc="Running programs",
+                unit="program",
+                disable=None,
+            )
             for future in bar:
                 future.result()
         except BaseException:  # Ctrl-C above all: the pool would otherwise run all that is left

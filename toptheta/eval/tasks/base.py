@@ -48,6 +48,10 @@ class Job(ABC):
         self.notices: list[str] = []
 
     @abstractmethod
+    def question_counts(self) -> tuple[float, float]:
+        """How many questions calibrate, and how many are evaluated, in each cell: for the time left."""
+
+    @abstractmethod
     def load(self, source: ModelSource) -> Engine:
         """The model, once for all cells and jobs of a run."""
 

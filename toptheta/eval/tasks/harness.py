@@ -7,9 +7,11 @@ lm_eval is imported where it is used: it takes seconds.
 import hashlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from toptheta.eval.settings import Settings
 from toptheta.eval.tasks.base import passage_id
@@ -69,21 +71,40 @@ def run_tasks(
 
     tasks, chosen = load_tasks(configs, settings, shots), {}
     docs = {task.config.task: len(task.eval_docs) for task in tasks}
-    for name, share in _shares(docs, size).items():
+    for name, share in chosen_docs(tasks, size).items():
         chosen[name] = sorted(random.Random(settings.seed).sample(range(docs[name]), share))
-    return simple_evaluate(
-        model=lm,
-        tasks=[task for task in tasks if chosen[task.config.task]],
-        samples={name: indices for name, indices in chosen.items() if indices},
-        apply_chat_template=settings.apply_chat_template,
-        bootstrap_iters=1000,
-        log_samples=log_samples,
-        task_manager=TaskManager(include_defaults=False),
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-    )
+    with _silenced():
+        return simple_evaluate(
+            model=lm,
+            tasks=[task for task in tasks if chosen[task.config.task]],
+            samples={name: indices for name, indices in chosen.items() if indices},
+            apply_chat_template=settings.apply_chat_template,
+            bootstrap_iters=1000,
+            log_samples=log_samples,
+            task_manager=TaskManager(include_defaults=False),
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without lm-eval's own progress bars, of seconds each, which would break the run's one line, and without
+    git's complaint where a run starts outside a repository: config.json has our commit."""
+    from lm_eval import evaluator
+    from lm_eval.api import model, task
+
+    def plain(items: Iterable[Any], **options: Any) -> Iterable[Any]:
+        return items
+
+    with (
+        patch.object(task, "tqdm", plain),
+        patch.object(model, "tqdm", plain),
+        patch.object(evaluator, "get_git_commit_hash", lambda: None),
+    ):
+        yield
 
 
 def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | None) -> list[Any]:
@@ -110,8 +131,9 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
     return tasks
 
 
-def _shares(docs: dict[str, int], size: float | None) -> dict[str, int]:
+def chosen_docs(tasks: list[Any], size: float | None) -> dict[str, int]:
     """Documents to take of each sub-task: all, a share of each, or a count spread over them."""
+    docs = {task.config.task: len(task.eval_docs) for task in tasks}
     if size is None:
         return docs
     if size < 1:

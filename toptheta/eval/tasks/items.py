@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from toptheta.eval.cell import Cell
 from toptheta.eval.settings import GenSettings
@@ -23,6 +22,7 @@ from toptheta.models.recorder import Recorder
 from toptheta.report.results import Answer, Metric
 from toptheta.report.tables import table
 from toptheta.util.errors import UsageError
+from toptheta.util.progress import Bar
 
 CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 
@@ -79,6 +79,12 @@ class ItemJob(Job):
         """Lines that an answer adds to product files, by file name."""
         return {}
 
+    def question_counts(self) -> tuple[float, float]:
+        task, size = self.settings.calib_task, self.settings.calib_samples
+        return max(1.0, size or task_defaults(task).calib_samples) if task else len(self.calibration), len(
+            self.items
+        )
+
     def load(self, source: ModelSource) -> Engine:
         settings = self.settings
         several = settings.device == "cuda" and torch.cuda.device_count() > 1
@@ -98,15 +104,19 @@ class ItemJob(Job):
             harness.calibrate_on_task(lm, plain, task, shots, description, after_batch, done)
             return
         todo = [item for item in self.calibration if item.key not in done]
-        for batch in tqdm(_batches(todo, settings.batch_size), desc=description, unit="batch"):
+        total = len(self.calibration)
+        bar = Bar(total, total - len(todo), self.unit, description)
+        for batch in _batches(todo, settings.batch_size):
             self.calibrate_on(engine.model, batch)
             done.update(item.key for item in batch)
             after_batch()
+            bar.update(len(batch), sum(len(item.ids) for item in batch))
+        bar.close()
 
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
         todo = [item for item in self.items if item.key not in product.answers]
         finished = len(self.items) - len(todo)
-        bar = tqdm(total=len(self.items), desc=description, unit=self.unit, initial=finished)
+        bar = Bar(len(self.items), finished, self.unit, description)
         try:
             for batch in _batches(todo, self.settings.batch_size):
                 answers = self.run(engine.model, batch)
@@ -116,7 +126,7 @@ class ItemJob(Job):
                         product.add_lines(file, [line])
                 by_key = {item.key: answer for item, answer in zip(batch, answers)}
                 product.add(by_key, prefill, decode, self.decode_steps(answers))
-                bar.update(len(batch))
+                bar.update(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
         finally:
             bar.close()
             product.checkpoint()  # here: scoring is not part of the evaluation's time
@@ -199,6 +209,10 @@ def reply(
         counts = {"prompt_tokens": len(item.ids), "reply_tokens": length}
         answers.append({"key": item.key, "reply": text, **counts, "reply_ids": row[:length]})
     return answers
+
+
+def _reply_tokens(answers: list[dict[str, Any]]) -> int:
+    return sum(answer.get("reply_tokens", 0) for answer in answers)
 
 
 def _without_ids(answer: dict[str, Any]) -> dict[str, Any]:

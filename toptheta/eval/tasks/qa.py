@@ -27,13 +27,19 @@ class QAJob(Job):
         self.calib_num_fewshot = (
             self.num_fewshot if own else task_defaults(settings.calibration_task).num_fewshot
         )
+        self.num_questions = 0
+
+    def question_counts(self) -> tuple[float, float]:
+        default = task_defaults(self.settings.calibration_task).calib_samples
+        return max(1.0, self.settings.calib_samples or default), self.num_questions
 
     def check_data(self) -> None:
         """Raise UsageError, before the model is loaded, where data cannot be had."""
         settings = self.settings
         calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
         if not settings.calibrate_only:
-            harness.load_tasks(task_configs(self.task, settings.data_dir, False), settings, None)
+            tasks = harness.load_tasks(task_configs(self.task, settings.data_dir, False), settings, None)
+            self.num_questions = sum(harness.chosen_docs(tasks, settings.num_samples).values())
         if calibrates and not settings.calib_task:
             harness.load_tasks(task_configs(self.task, settings.data_dir, True), settings, None)
 
