@@ -1,12 +1,14 @@
 """Settings of the jobs on the small folder model, as flags and as values."""
 
 import argparse
+import signal
 from pathlib import Path
 
 import pytest
 
 from toptheta.eval.cli import parse_settings, settings_flags
 from toptheta.eval.settings import GenSettings, QASettings, Settings
+from toptheta.util.interrupts import on_signal
 
 QA = {
     "k": (16,),
@@ -54,8 +56,9 @@ def only_run(root: Path) -> Path:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool = False) -> list[int]:
-    """Ctrl-C in a Q&A run at the batch of this number, counted from 1: before it is computed, or after.
-    Returns how many prompts each batch had, as they come."""
+    """Ctrl-C in a Q&A run at the batch of this number, counted from 1: before it is computed, or after. An
+    evaluation stops there, a calibration when the batch is through. Returns how many prompts each batch had,
+    as they come."""
     from toptheta.eval.lm_eval_model import TopThetaLM
 
     batches: list[int] = []
@@ -67,7 +70,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool = Fal
             return score(lm, batch)
         if after:
             score(lm, batch)
-        raise KeyboardInterrupt
+        on_signal(signal.SIGINT, None)
+        return score(lm, batch)
 
     monkeypatch.setattr(TopThetaLM, "_score", scoring)
     return batches

@@ -81,8 +81,9 @@ def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in the middle of a batch's model calls and resumed, with a partial folder for each batch."""
+    """Stopped in the middle of a batch's model calls and resumed, with a chunk for each batch."""
     from toptheta.eval import cell as products
+    from toptheta.eval import partial
     from toptheta.eval.runner import evaluate
 
     def settings(output: str) -> QASettings:
@@ -108,7 +109,8 @@ def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings("stopped"))
     stopped = next(tmp_path.joinpath("stopped").iterdir())
-    assert len(list(stopped.glob("partial/*/effective_k.npz"))) == 2
+    chunks = partial.chunks(stopped / "partial")
+    assert len(chunks) == 2 and all("effective_k.npz" in partial.names(chunk) for chunk in chunks)
     resumed = evaluate(settings("stopped"), resume=str(stopped))
     one = next(tmp_path.joinpath("straight").iterdir())
     assert (one / "effective_k.csv").read_text() == (stopped / "effective_k.csv").read_text()

@@ -11,6 +11,7 @@ from tests.helpers.models import SPARSE, steer, tokens
 from topk_llama import TopThetaCache, set_params
 from toptheta.attention.call import AttentionCall
 from toptheta.kernels import registry as kernels
+from toptheta.models.cache import TopThetaLayer
 from toptheta.util.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -139,6 +140,24 @@ def test_generates(beams: int, tiny_model: LlamaForCausalLM, sums: list[bool]) -
     cache = TopThetaCache(tiny_model.config, LENGTH)
     got = tiny_model.generate(ids, past_key_values=cache, disable_compile=True, **options)
     assert torch.equal(got, expected)
+
+
+def test_prompt_lookup(
+    tiny_model: LlamaForCausalLM, sums: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guessed tokens that turn out wrong are taken off the cache; the sum is found again at single rows."""
+    steer(tiny_model, SPARSE["Top-theta"])
+    ids = tokens(length=20).repeat(1, 2)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = tiny_model.generate(ids, **options)
+    removed, crop = [], TopThetaLayer.crop
+    monkeypatch.setattr(
+        TopThetaLayer, "crop", lambda layer, tokens: removed.append(tokens) or crop(layer, tokens)
+    )
+    sums.clear()
+    cache = TopThetaCache(tiny_model.config, 80)
+    got = tiny_model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(got, expected) and min(removed) < 0 and all(sums)
 
 
 def test_two_tiers_need_a_gpu(tiny_model: LlamaForCausalLM) -> None:

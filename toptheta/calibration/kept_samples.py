@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from toptheta.util.errors import UsageError
-from toptheta.util.files import atomic_path
+from toptheta.util.files import write_bytes
 
 SAMPLES_NAME = "calib_samples.safetensors"
 Samples = dict[int, tuple[np.ndarray, np.ndarray]]  # by layer: row lengths int32 [S], values float32 [S, H]
@@ -19,8 +19,7 @@ def write_calibration_samples(folder: Path | str, samples: Samples) -> None:
     for layer, (n, values) in samples.items():
         arrays[f"{layer}.n"] = np.ascontiguousarray(n, dtype=np.int32)
         arrays[f"{layer}.values"] = np.ascontiguousarray(values, dtype=np.float32)
-    with atomic_path(Path(folder) / SAMPLES_NAME) as temporary:
-        save_file(arrays, temporary)
+    write_bytes(Path(folder) / SAMPLES_NAME, save(arrays))
 
 
 def read_calibration_samples(folder: Path | str) -> Samples:

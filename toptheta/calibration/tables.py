@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from toptheta.util.errors import UsageError
-from toptheta.util.files import atomic_path, find_file, open_text, write_text
+from toptheta.util.files import find_file, open_text, write_bytes, write_text
 
 BINARY_NAME = "calibration.safetensors"
 
@@ -91,8 +91,7 @@ def save_binary(tables: CalibrationTables, folder: Path | str) -> None:
         "k": json.dumps(tables.k),
         "meta": json.dumps(tables.meta),
     }
-    with atomic_path(Path(folder) / BINARY_NAME) as temporary:
-        save_file(arrays, temporary, metadata=header)
+    write_bytes(Path(folder) / BINARY_NAME, save(arrays, metadata=header))
 
 
 def read_tables(folder: Path | str, name: str = "calib_load_path") -> CalibrationTables:

@@ -1,17 +1,16 @@
 """Products of a run: folders, the published project's files, answers that survive a crash (DESIGN section 5).
 
 A run's folder is `products/<timestamp>`. A run of several settings keeps one sub-folder per cell in it. While
-a cell is under way, what is finished lies in `partial/NNNNN/` folders, each written whole; `finish` joins
-them. A cell without `results.json` is unfinished.
+a cell is under way, what is finished lies in chunks (partial.py); `finish` joins them. A cell without
+`results.json` is unfinished.
 """
 
 import csv
-import gzip
 import io
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from toptheta.attention import effective_k as effective
+from toptheta.eval import partial
 from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, count_steps
 from toptheta.report.results import Answer, CellResult, Kept, write_answers
-from toptheta.util.files import atomic_path, write_json, write_text
+from toptheta.util.files import atomic_path, packed, write_json, write_text
+from toptheta.util.interrupts import uninterrupted
 
 CHECKPOINT_SECONDS = 20.0
-HISTOGRAMS = "effective_k.npz"  # of a partial folder: arrays {phase}/{layer}
+ANSWERS = "answers.json"  # of a chunk
+HISTOGRAMS = "effective_k.npz"  # of a chunk: arrays {phase}/{layer}
 EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0, "kv_read": 0, "kv_dense": 0}
 
 
@@ -45,8 +47,12 @@ class Cell:
         self._new_kept: dict[str, dict[str, int]] = {}
         self._new_histograms: dict[str, np.ndarray] = {}
         self._since = time.monotonic()
-        for chunk in self._chunks():
-            saved = json.loads((chunk / "answers.json").read_text())
+        self._partial = path / "partial"
+        if self.finished:
+            shutil.rmtree(self._partial, ignore_errors=True)  # it was killed before it came to this
+        partial.remove_damaged(self._partial)
+        for chunk in partial.chunks(self._partial):
+            saved = json.loads(partial.read(chunk, ANSWERS))
             self.answers.update(saved["answers"])
             self.seconds += saved["seconds"]
             _add_kept(self.kept, saved["kept"])
@@ -68,9 +74,25 @@ class Cell:
         prefill: dict[int, LayerRecord],
         decode: dict[int, list[LayerRecord]],
         decode_steps: np.ndarray | None = None,
+        lines: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """Take a finished request's answers and counts; decode_steps `[B]`: how many steps of each sequence
-        count."""
+        """Take a finished request's answers and counts, all or none of them. decode_steps `[B]`: how many
+        steps of each sequence count; lines: of product files, by file name."""
+        with uninterrupted():
+            for of_answer in lines:
+                for name, line in of_answer.items():
+                    self._add_lines(name, [line])
+            self._take_all(answers, prefill, decode, decode_steps)
+            if time.monotonic() - self._since > CHECKPOINT_SECONDS:
+                self.checkpoint()
+
+    def _take_all(
+        self,
+        answers: dict[str, Any],
+        prefill: dict[int, LayerRecord],
+        decode: dict[int, list[LayerRecord]],
+        decode_steps: np.ndarray | None,
+    ) -> None:
         self.answers.update(answers)
         self._new_answers.update(answers)
         for layer, record in prefill.items():
@@ -78,7 +100,7 @@ class Cell:
             if self.effective_k and record.histogram is not None:
                 _add_histograms(self._new_histograms, {f"{PREFILL}/{layer}": record.histogram})
             if layer == min(prefill):
-                self.add_lines("sequence_lengths_per_example.csv", [f"{n}\n" for n in record.n if n > 0])
+                self._add_lines("sequence_lengths_per_example.csv", [f"{n}\n" for n in record.n if n > 0])
         for layer, steps in decode.items():
             n = np.stack([record.n for record in steps])  # [steps, B]
             live = n > 0
@@ -88,10 +110,8 @@ class Cell:
                 self._take(layer, DECODE, record, live[step])
             if self.effective_k:
                 self._count_steps(layer, steps, live)
-        if time.monotonic() - self._since > CHECKPOINT_SECONDS:
-            self.checkpoint()
 
-    def add_lines(self, name: str, lines: list[str]) -> None:
+    def _add_lines(self, name: str, lines: list[str]) -> None:
         """Append lines to a product file (a name ending in .gz is compressed)."""
         self._lines.setdefault(name, []).extend(lines)
 
@@ -117,12 +137,12 @@ class Cell:
             if record.kv_read is not None and record.kv_dense is not None:
                 totals["kv_read"] += int(record.kv_read[b].sum())
                 totals["kv_dense"] += int(record.kv_dense[b]) * record.kv_read.shape[1]
-        self.add_lines(f"layer{layer}_kept_attn_{phase}.csv.gz", attn)
-        self.add_lines(f"layer{layer}_kept_vrow_{phase}.csv.gz", vrow)
+        self._add_lines(f"layer{layer}_kept_attn_{phase}.csv.gz", attn)
+        self._add_lines(f"layer{layer}_kept_vrow_{phase}.csv.gz", vrow)
         if ratio:
-            self.add_lines(f"layer{layer}.txt.gz", ratio)
+            self._add_lines(f"layer{layer}.txt.gz", ratio)
         if popularity:
-            self.add_lines(f"layer{layer}_kept_vrow_popularities_{phase}.txt.gz", popularity)
+            self._add_lines(f"layer{layer}_kept_vrow_popularities_{phase}.txt.gz", popularity)
 
     def _count_steps(self, layer: int, steps: list[LayerRecord], live: np.ndarray) -> None:
         """Add decode rows to the histogram of a layer, unless it is left dense."""
@@ -132,60 +152,51 @@ class Cell:
             _add_histograms(self._new_histograms, {f"{DECODE}/{layer}": count_steps(steps, k, live)})
 
     def checkpoint(self) -> None:
-        """Write what came since the last checkpoint as one more partial folder, whole or not at all."""
+        """Write what came since the last checkpoint as one more chunk."""
         now = time.monotonic()
-        if self._new_answers:
-            partial = self.path / "partial"
-            partial.mkdir(parents=True, exist_ok=True)
-            number = len(self._chunks())
-            temporary = partial / f".{number:05d}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            for name, lines in self._lines.items():
-                data = "".join(lines).encode()
-                (temporary / name).write_bytes(
-                    gzip.compress(data, 3, mtime=0) if name.endswith(".gz") else data
-                )
-            if self._new_histograms:
-                np.savez_compressed(temporary / HISTOGRAMS, **self._new_histograms)  # type: ignore[arg-type]
-            saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": now - self._since}
-            (temporary / "answers.json").write_text(json.dumps(saved))
-            temporary.rename(partial / f"{number:05d}")
-            self.seconds += now - self._since
-            _add_kept(self.kept, self._new_kept)
-            self._lines, self._new_answers, self._new_kept, self._new_histograms = {}, {}, {}, {}
-        self._since = now
+        with uninterrupted():
+            if self._new_answers:
+                saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": now - self._since}
+                files = {name: packed(name, "".join(lines), 3) for name, lines in self._lines.items()}
+                files[ANSWERS] = json.dumps(saved).encode()
+                if self._new_histograms:
+                    arrays = io.BytesIO()
+                    np.savez_compressed(arrays, **self._new_histograms)  # type: ignore[arg-type]
+                    files[HISTOGRAMS] = arrays.getvalue()
+                partial.write(self._partial, files)
+                self.seconds += now - self._since
+                _add_kept(self.kept, self._new_kept)
+                self._lines, self._new_answers, self._new_kept, self._new_histograms = {}, {}, {}, {}
+            self._since = now
 
     def finish(self, result: CellResult, answers: Sequence[Answer]) -> CellResult:
-        """Join the partial folders into the product files, write answers.jsonl and, last, results.json.
+        """Join the chunks into the product files, write answers.jsonl and, last, results.json.
 
         Returns the result, which gets effective_k, if that is counted: what effective.overall says of each
         phase.
         """
         self.checkpoint()
-        chunks = self._chunks()
-        names = sorted(
-            {file.name for chunk in chunks for file in chunk.iterdir()} - {"answers.json", HISTOGRAMS}
-        )
-        for name in names:
+        chunks = partial.chunks(self._partial)
+        for name in sorted(
+            {name for chunk in chunks for name in partial.names(chunk)} - {ANSWERS, HISTOGRAMS}
+        ):
             with atomic_path(self.path / name) as temporary, open(temporary, "wb") as joined:
                 for chunk in chunks:
-                    if (chunk / name).is_file():  # gzip members may simply follow each other
-                        joined.write((chunk / name).read_bytes())
+                    joined.write(partial.read(chunk, name))  # gzip members may simply follow each other
         if self.effective_k:
             result = replace(result, effective_k=self._write_effective_k(chunks))
         write_answers(self.path, answers)
         write_json(self.path / "results.json", result.to_json())
-        shutil.rmtree(self.path / "partial", ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
         return result
 
     def _write_effective_k(self, chunks: list[Path]) -> list[dict[str, Any]]:
-        """Write effective_k.csv from the histograms of all partial folders; returns it over all lengths."""
+        """Write effective_k.csv from the histograms of all chunks; returns it over all lengths."""
         assert self.ratio_to_k is not None
         ks, totals = self.ratio_to_k, dict[str, np.ndarray]()
         for chunk in chunks:
-            if (chunk / HISTOGRAMS).is_file():
-                with np.load(chunk / HISTOGRAMS) as saved:
+            if data := partial.read(chunk, HISTOGRAMS):
+                with np.load(io.BytesIO(data)) as saved:
                     _add_histograms(totals, dict(saved))
         rows, total = list[dict[str, Any]](), list[dict[str, Any]]()
         for phase in (PREFILL, DECODE):
@@ -218,10 +229,6 @@ class Cell:
         """KV bytes read as a share of those of dense attention, by phase, as `kept_shares`."""
         totals = {phase: self.kept.get(phase, EMPTY_KEPT) for phase in (PREFILL, DECODE)}
         return {p: t["kv_read"] / t["kv_dense"] if t["kv_dense"] else None for p, t in totals.items()}
-
-    def _chunks(self) -> list[Path]:
-        partial = self.path / "partial"
-        return sorted(p for p in partial.iterdir() if p.name.isdigit()) if partial.is_dir() else []
 
 
 def _add_kept(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:

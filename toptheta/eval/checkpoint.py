@@ -1,14 +1,15 @@
 """A calibration and its state: run where a cell needs it, kept in a file, continued by a later start."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from toptheta.calibration.kept_samples import write_calibration_samples
 from toptheta.calibration.tables import BINARY_NAME, save_tables
@@ -25,7 +26,8 @@ from toptheta.models.control import (
     use_tables,
 )
 from toptheta.util.errors import UsageError
-from toptheta.util.files import atomic_path
+from toptheta.util.files import write_bytes
+from toptheta.util.interrupts import stop_requested, uninterrupted
 
 
 def prepare(
@@ -33,13 +35,13 @@ def prepare(
     cell: AttentionParams,
     product: Cell,
     model: Any,
-    calibrate: Callable[[Callable[[], None], set[str]], None],
+    calibrate: Callable[["Checkpoint"], None],
 ) -> float:
     """Bring the model into a cell's state, calibrating first where that is needed; returns seconds of
     calibration.
 
-    calibrate(after_batch, done) runs the calibration prompts, calls after_batch after each and skips what is
-    in `done`.
+    calibrate(checkpoint) runs the calibration prompts within the checkpoint's `counting`, but for those that
+    it has done.
     """
     settings = run.settings
     num_layers = model.config.num_hidden_layers
@@ -52,7 +54,9 @@ def prepare(
     if settings.calib_load_path:
         use_params(model, replace(params, calib_load_path=settings.calib_load_path))
         return 0.0
+    checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
     if (product.path / BINARY_NAME).is_file():  # an earlier start got this far
+        checkpoint.path.unlink(missing_ok=True)
         use_params(model, replace(params, calib_load_path=str(product.path)))
         loaded = tables_of(model)
         return float(loaded.meta.get("seconds", 0.0)) if loaded is not None else 0.0
@@ -62,25 +66,21 @@ def prepare(
     other_ks = [settings.layer_ks(other, num_layers) for other in others]
     dump = settings.calib_dump_samples and cell.needs_thresholds
     begin_calibration(model, params, other_ks, seed=settings.seed, keep_samples=dump)
-    checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
-    done = checkpoint.load()
+    checkpoint.load()
     started -= checkpoint.seconds
     own_ks = settings.layer_ks(cell, num_layers)
     targets = [(product_folder(run, other), ks) for other, ks in zip(others, other_ks)]
-    try:
-        calibrate(checkpoint.maybe_save, done)
-        for folder, ks in [*targets, (product.path, own_ks)]:
-            folder.mkdir(parents=True, exist_ok=True)
-            tables = calibrated_tables(model, ks)
-            tables.meta["task"] = settings.calibration_task
-            if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
-                tables.meta["seconds"] = f"{time.monotonic() - started:.1f}"
-            if dump:  # before the tables: where these are, a later start takes the calibration for done
-                write_calibration_samples(folder, calibration_samples(model, ks))
-            save_tables(tables, folder)
-    except KeyboardInterrupt:
-        checkpoint.save()
-        raise
+    calibrate(checkpoint)
+    checkpoint.save()  # tables may take long, too
+    for folder, ks in [*targets, (product.path, own_ks)]:
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = calibrated_tables(model, ks)
+        tables.meta["task"] = settings.calibration_task
+        if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
+            tables.meta["seconds"] = f"{time.monotonic() - started:.1f}"
+        if dump:  # before the tables: where these are, a later start takes the calibration for done
+            write_calibration_samples(folder, calibration_samples(model, ks))
+        save_tables(tables, folder)
     checkpoint.path.unlink(missing_ok=True)
     use_tables(model, tables)
     use_params(model, params)
@@ -104,42 +104,47 @@ def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
 
 
 class Checkpoint:
-    """The state of a calibration under way, kept in one file."""
+    """The state of a calibration under way, kept in one file. done: keys of the prompts that it has seen."""
 
     def __init__(self, path: Path, model: torch.nn.Module):
-        self.path, self.calibrations = path, calibrations(model)
+        self.path, self.model = path, model
         self.done: set[str] = set()
         self.seconds = 0.0  # that earlier starts spent
         self._started = self._last = time.monotonic()
 
-    def load(self) -> set[str]:
-        """Take up the saved state, if any; returns the keys of the requests it has seen (shared, to be added
-        to)."""
-        if self.path.is_file():
-            try:
-                state = load_file(self.path)
-            except (SafetensorError, OSError) as error:
-                raise UsageError(
-                    f"{self.path} is damaged ({error}): remove it to calibrate from the start."
-                ) from None
+    def load(self) -> None:
+        """Take up the saved state, if any. Raises UsageError when the file is damaged."""
+        if not self.path.is_file():
+            return
+        try:
+            state = load_file(self.path)
             self.done.update(bytes(state.pop("done").tolist()).decode().split())
-            self.seconds = float(state.pop("seconds", torch.zeros(())))
-            for layer, calibration in self.calibrations.items():
+            self.seconds = float(state.pop("seconds"))
+            for layer, calibration in calibrations(self.model).items():
                 prefix = f"{layer}/"
                 own = {key: value for key, value in state.items() if key.startswith(prefix)}
                 calibration.load_state({key.removeprefix(prefix): value for key, value in own.items()})
-        return self.done
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise UsageError(
+                f"{self.path} is damaged ({error}): remove it to calibrate from the start."
+            ) from None
 
-    def maybe_save(self) -> None:
-        if time.monotonic() - self._last > CHECKPOINT_SECONDS:
-            self.save()
+    @contextmanager
+    def counting(self, keys: Iterable[str]) -> Iterator[None]:
+        """The model reads the prompts of these keys within the block. They count whole or not at all: a first
+        signal waits for the end, and then what was sampled is saved; a second one ends the block at once, and
+        what was saved last is what a later start finds."""
+        with uninterrupted(until_second=True):
+            yield
+            self.done.update(keys)
+            if stop_requested() or time.monotonic() - self._last > CHECKPOINT_SECONDS:
+                self.save()
 
     def save(self) -> None:
         state = {"done": torch.tensor(list(" ".join(sorted(self.done)).encode()), dtype=torch.uint8)}
         state["seconds"] = torch.tensor(self.seconds + time.monotonic() - self._started)
-        for layer, calibration in self.calibrations.items():
+        for layer, calibration in calibrations(self.model).items():
             for key, value in calibration.state().items():
                 state[f"{layer}/{key}"] = value.cpu().contiguous()
-        with atomic_path(self.path) as temporary:
-            save_file(state, temporary)
+        write_bytes(self.path, save(state))
         self._last = time.monotonic()

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import RUN, AnySettings, Settings
+from toptheta.util import interrupts
 from toptheta.util.errors import UsageError
 from toptheta.util.options import add_flags, from_flags, from_json
 
@@ -63,13 +63,8 @@ def command(script: str) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: exit code 2 with one sentence for UsageError, 130 for Ctrl-C or SIGTERM (which a
-    cluster sends before it kills: what is finished gets saved)."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    """Run a script's main: exit code 2 with one sentence for UsageError, 130 for Ctrl-C or SIGTERM."""
+    interrupts.install()
     try:
         code = main() or 0
     except UsageError as error:

@@ -2,7 +2,8 @@
 done."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from toptheta.eval.cell import Cell
+from toptheta.eval.checkpoint import Checkpoint
 from toptheta.models.control import reading_prompt
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
@@ -30,8 +32,7 @@ class TopThetaLM(HFLM):
         self.cell: Cell | None = None
         self.recorder: Recorder | None = None
         self.description = "Evaluating"
-        self.done: set[str] | None = None  # while calibrating: the requests that it has seen
-        self.after_batch = lambda: None
+        self.progress: Checkpoint | None = None  # of a calibration under way
         self.tokens: dict[str, dict[str, int]] = {}
         self.reply_ids: dict[str, list[int]] = {}
         self._generated_lengths: list[int] = []
@@ -54,27 +55,21 @@ class TopThetaLM(HFLM):
         if self.cell is not None:
             answers = self.cell.answers
             self.cell.start_clock()
+        seen = () if self.progress is None else self.progress.done
         todo: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
         for key, (texts, context, continuation) in zip(keys, requests):
             if texts is not None:  # None: a text that is read in windows
                 self.tokens[texts[0]] = {"prompt": len(context)}
-            if key not in answers and key not in (self.done or ()):
+            if key not in answers and key not in seen:
                 context, continuation = self._fit(context, continuation)
                 todo.setdefault(tuple(context), {})[key] = tuple(continuation)
         left = sum(len(group) for group in todo.values())
         shown = not disable_tqdm and self.rank == 0
         bar = Bar(len(requests), len(requests) - left, "answer", self.description, shown)
         for batch in self._batches(todo):
-            with reading_prompt(self.model):
+            with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
                 found = self._score(batch)
-            if self.cell is not None:
-                prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
-                self.cell.add(found, prefill, decode)
-            else:
-                answers.update(found)
-            if self.done is not None:
-                self.done.update(found)
-            self.after_batch()
+            self._take(found, answers)
             bar.update(
                 len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
             )
@@ -84,6 +79,21 @@ class TopThetaLM(HFLM):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, result)
         return results
+
+    def _counting(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """What the model computes for these requests within the block counts for the calibration under way,
+        if there is one."""
+        return nullcontext() if self.progress is None else self.progress.counting(keys)
+
+    def _take(
+        self, found: dict[str, Any], answers: dict[str, Any], decode_steps: np.ndarray | None = None
+    ) -> None:
+        """Hand a batch's answers to the cell, whose answers `answers` are; without one, to `answers`."""
+        if self.cell is None:
+            answers.update(found)
+            return
+        prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
+        self.cell.add(found, prefill, decode, decode_steps)
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Cut the prompt from the left where prompt and answer are longer than the model reads."""
@@ -163,9 +173,8 @@ class TopThetaLM(HFLM):
         if self.cell is not None:
             answers = self.cell.answers
             self.cell.start_clock()
-        todo = {
-            key: r for key, r in zip(keys, requests) if key not in answers and key not in (self.done or ())
-        }
+        seen = () if self.progress is None else self.progress.done
+        todo = {key: r for key, r in zip(keys, requests) if key not in answers and key not in seen}
         order = sorted(todo, key=lambda key: (-len(todo[key].args[0]), key))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
         shown = not disable_tqdm and self.rank == 0
@@ -174,16 +183,10 @@ class TopThetaLM(HFLM):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             self._generated_lengths = []
-            texts = super().generate_until([todo[key] for key in batch], disable_tqdm=True)
+            with self._counting(batch):
+                texts = super().generate_until([todo[key] for key in batch], disable_tqdm=True)
             found = dict(zip(batch, texts))
-            if self.cell is not None:
-                prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
-                self.cell.add(found, prefill, decode, np.array(self._generated_lengths) - 1)
-            else:
-                answers.update(found)
-            if self.done is not None:
-                self.done.update(found)
-            self.after_batch()
+            self._take(found, answers, np.array(self._generated_lengths) - 1)
             bar.update(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
         bar.close()
         replies = [answers.get(key, "") for key in keys]

@@ -1,5 +1,6 @@
 """A run: its folder, settings and lock; what its cells are, and how it is resumed."""
 
+import errno
 import fcntl
 import json
 import shlex
@@ -15,8 +16,10 @@ from toptheta.methods.params import AttentionParams
 from toptheta.util.console import say
 from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
-from toptheta.util.files import log_line, timestamp, write_json
+from toptheta.util.files import log_line, remove_unfinished, timestamp, write_json
 from toptheta.util.options import to_flags
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass
@@ -46,11 +49,19 @@ def open_run(settings: Settings, script: str, resume: str | None) -> Run:
     """A new run folder, or the one to resume. Raises UsageError when another process works on that."""
     folder = Path(resume) if resume else Path(settings.output_dir) / timestamp()
     if not resume:
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(
+                f"--output_dir {settings.output_dir}: the folder {folder} cannot be made ({error.strerror}); "
+                "name another one."
+            ) from None
     lock = _lock(folder)
     if lock is None:
         raise UsageError(f"--resume {folder}: another process works on that run; wait for it or stop it.")
-    if not resume:
+    if resume:
+        remove_unfinished(folder)
+    else:
         saved = {
             "script": script,
             "command": shlex.join(["python", script, *to_flags(settings)]),
@@ -163,5 +174,16 @@ def write_config(
 
 def interrupted(run: Run) -> None:
     """Say what an interrupted run kept and how it goes on."""
-    run.log("interrupted")
     say(f"\nInterrupted. What was finished is kept in {run.top}; go on with:\n  {run.resume_command}")
+    run.log("interrupted")
+
+
+def disk_error(run: Run, error: OSError) -> Exception:
+    """What to raise for an error of the system: where a file could not be written, how the run goes on."""
+    if error.errno not in DISK_ERRORS:
+        return error
+    where = error.filename or run.top
+    return UsageError(
+        f"{where} cannot be written ({error.strerror}). What was finished is kept; make room, then go on "
+        f"with: {run.resume_command}"
+    )

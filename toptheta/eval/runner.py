@@ -8,8 +8,17 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from toptheta.eval.cell import Cell
-from toptheta.eval.checkpoint import prepare
-from toptheta.eval.run import Run, cells, interrupted, open_run, product_folder, task_parts, write_config
+from toptheta.eval.checkpoint import Checkpoint, prepare
+from toptheta.eval.run import (
+    Run,
+    cells,
+    disk_error,
+    interrupted,
+    open_run,
+    product_folder,
+    task_parts,
+    write_config,
+)
 from toptheta.eval.settings import (
     HUMANEVAL,
     LONGBENCH,
@@ -85,6 +94,8 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
         except KeyboardInterrupt:
             interrupted(part)
             raise
+        except OSError as error:
+            raise disk_error(part, error) from None
         if of_task:
             of_task = report_run(part.folder, of_task, job.title(source.name))
             hint = job.hint(str(part.folder))
@@ -150,10 +161,10 @@ def _run_cell(
     product.path.mkdir(parents=True, exist_ok=True)
     write_config(run, cell, product, model, model_name, job.facts(cell))
 
-    def calibrate(after_batch, done: set[str]) -> None:
+    def calibrate(checkpoint: Checkpoint) -> None:
         if job.calibration_note:
             say(job.calibration_note)
-        job.calibrate(engine, f"Calibrating {cell.label}", after_batch, done)
+        job.calibrate(engine, f"Calibrating {cell.label}", checkpoint)
 
     record_statistics(model, None)
     begin(cell.label, CALIBRATING)
@@ -192,9 +203,8 @@ def _run_cell(
     for name, text in outcome.files.items():
         write_text(product.path / name, text)
     draw_cell(result, product.path)
-    result = product.finish(result, outcome.answers)
-    _append(run, cell, product, result, outcome)
-    return result
+    _append(run, cell, product, result, outcome)  # once it is finished, nothing is done again
+    return product.finish(result, outcome.answers)
 
 
 def _append(run: Run, cell: AttentionParams, product: Cell, result: CellResult, outcome: Outcome) -> None:

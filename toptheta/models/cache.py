@@ -88,6 +88,13 @@ class TopThetaLayer(StaticLayer):
             self._known = True
         return self._sum.float() if q_len == 1 else None
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last keys, `-tokens_to_remove` of them: what stays in their place is never seen, and the
+        next ones overwrite it."""
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.cumulative_length.add_(tokens_to_remove)
+            self._known = False
+
     def reset(self) -> None:
         super().reset()
         self._known, self._new = True, None

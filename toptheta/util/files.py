@@ -12,32 +12,60 @@ from typing import Any
 
 from toptheta.util.errors import UsageError
 
+UNFINISHED = ".unfinished-"  # how the names of files begin that are being written
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path in the folder of `path`, to write to. It replaces `path` when the block ends without
-    an error."""
+    an error, and has reached the disk by then."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    prefix = f"{UNFINISHED}{path.name}."
+    handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(temporary)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
+def flush(path: Path | str) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk: a file that is renamed before
+    may be empty after a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed left half written in `folder`, which nobody else writes to."""
+    for path in folder.rglob(f"{UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file, gzipped if its name ends in .gz."""
-    with atomic_path(path) as temporary:
-        data = text.encode()
-        # mtime 0: the same content gives the same file
-        temporary.write_bytes(gzip.compress(data, 6, mtime=0) if str(path).endswith(".gz") else data)
+    write_bytes(path, packed(str(path), text))
+
+
+def packed(name: str, text: str, level: int = 6) -> bytes:
+    """The bytes of a text file, gzipped if its name ends in .gz; the same text gives the same bytes."""
+    return gzip.compress(text.encode(), level, mtime=0) if name.endswith(".gz") else text.encode()
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -70,14 +98,15 @@ def find_file(folder: Path | str, name: str) -> Path | None:
     return None
 
 
-def append_result(results_dir: Path, name: str, text: str) -> Path:
-    """Append a human-readable result to `results_dir/name`, as the published project does; returns the
-    file."""
+def append_result(results_dir: Path, name: str, text: str) -> None:
+    """Append a human-readable result to `results_dir/name`, as the published project does, unless it is there
+    already: a run that was killed right after it says the same when it is resumed."""
     results_dir.mkdir(parents=True, exist_ok=True)
     path = results_dir / name
+    if path.is_file() and text.encode() in path.read_bytes():
+        return
     with open(path, "a") as file:  # one write call: runs in parallel do not mix their lines
         file.write(text)
-    return path
 
 
 def log_line(path: Path, text: str) -> None:

@@ -74,7 +74,8 @@ def test_qa_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPat
     run = next(here.joinpath("stopped").iterdir())
     assert not (run / "mode0_k16" / "results.json").exists()
     resumed = evaluate(qa_settings(folder_model, mode=(0, 3), output_dir="stopped"), resume=str(run))
-    assert len(batches) == 1 + 3 + 5 + 5  # every batch once, but for the one that was cut off
+    cut_off = stop_after > 3  # a prompt that calibrates counts whole, one that is evaluated is done again
+    assert len(batches) == cut_off + 3 + 5 + 5
     for a, b in zip(straight, resumed):
         assert a.metrics == b.metrics and a.kept == b.kept
     assert resumed[0].seconds["calibration"] > 0  # what the first start took counts

@@ -2,11 +2,11 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from toptheta.eval.cell import Cell
+from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import Settings
 from toptheta.methods.params import AttentionParams
 from toptheta.models.loading import ModelSource
@@ -56,11 +56,9 @@ class Job(ABC):
         """The model, once for all cells and jobs of a run."""
 
     @abstractmethod
-    def calibrate(
-        self, engine: Engine, description: str, after_batch: Callable[[], None], done: set[str]
-    ) -> None:
-        """Run the calibration prompts through the model, but for those in `done`; after each batch add its
-        keys to that and call after_batch. description: of the progress bar."""
+    def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
+        """Run the calibration prompts through the model, but for those that `progress` has done, each batch
+        within its `counting`. description: of the progress bar."""
 
     @abstractmethod
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:

@@ -7,12 +7,13 @@ lm_eval is imported where it is used: it takes seconds.
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import Settings
 from toptheta.eval.tasks.base import passage_id
 from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults
@@ -44,16 +45,16 @@ def calibrate_on_task(
     task: str,
     shots: int | None,
     description: str,
-    after_batch: Callable[[], None],
-    done: set[str],
+    progress: Checkpoint,
 ) -> None:
-    """Run the prompts of a task's calibration twin through a model, but for those in `done`."""
+    """Run the prompts of a task's calibration twin through a model, but for those that `progress` has
+    done."""
     size = settings.calib_samples or task_defaults(task).calib_samples
-    lm.done, lm.after_batch, lm.description = done, after_batch, description
+    lm.progress, lm.description = progress, description
     try:
         run_tasks(lm, settings, task_configs(task, settings.data_dir, True), shots, size)
     finally:
-        lm.done, lm.after_batch = None, lambda: None
+        lm.progress = None
 
 
 def run_tasks(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from toptheta.eval.cell import Cell
+from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
@@ -91,9 +92,7 @@ class ItemJob(Job):
         model = load_model(source, settings.dtype, "auto" if several else settings.device)
         return Engine(update_model(model))
 
-    def calibrate(
-        self, engine: Engine, description: str, after_batch: Callable[[], None], done: set[str]
-    ) -> None:
+    def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
         settings, task = self.settings, self.settings.calib_task
         if task is not None:
             lm = harness.model_class()(
@@ -101,15 +100,14 @@ class ItemJob(Job):
             )
             plain = replace(settings, apply_chat_template=False)  # the task has its own format
             shots = task_defaults(task).num_fewshot
-            harness.calibrate_on_task(lm, plain, task, shots, description, after_batch, done)
+            harness.calibrate_on_task(lm, plain, task, shots, description, progress)
             return
-        todo = [item for item in self.calibration if item.key not in done]
+        todo = [item for item in self.calibration if item.key not in progress.done]
         total = len(self.calibration)
         bar = Bar(total, total - len(todo), self.unit, description)
         for batch in _batches(todo, settings.batch_size):
-            self.calibrate_on(engine.model, batch)
-            done.update(item.key for item in batch)
-            after_batch()
+            with progress.counting(item.key for item in batch):
+                self.calibrate_on(engine.model, batch)
             bar.update(len(batch), sum(len(item.ids) for item in batch))
         bar.close()
 
@@ -121,11 +119,9 @@ class ItemJob(Job):
             for batch in _batches(todo, self.settings.batch_size):
                 answers = self.run(engine.model, batch)
                 prefill, decode = recorder.drain() if recorder is not None else ({}, {})
-                for answer in answers:
-                    for file, line in self.lines(answer).items():
-                        product.add_lines(file, [line])
                 by_key = {item.key: answer for item, answer in zip(batch, answers)}
-                product.add(by_key, prefill, decode, self.decode_steps(answers))
+                lines = [self.lines(answer) for answer in answers]
+                product.add(by_key, prefill, decode, self.decode_steps(answers), lines)
                 bar.update(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
         finally:
             bar.close()

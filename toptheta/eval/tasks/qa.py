@@ -1,10 +1,10 @@
 """Q&A: a task of lm-eval, calibrated on another split of the same task or on --calib_task."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from toptheta.eval.cell import Cell
+from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import QASettings
 from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
@@ -62,11 +62,9 @@ class QAJob(Job):
         facts = super().facts(cell) | {"num_fewshot": self.num_fewshot}
         return facts | ({"calib_num_fewshot": self.calib_num_fewshot} if "calib_task" in facts else {})
 
-    def calibrate(
-        self, engine: Engine, description: str, after_batch: Callable[[], None], done: set[str]
-    ) -> None:
+    def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
         task, shots = self.settings.calibration_task, self.calib_num_fewshot
-        harness.calibrate_on_task(engine.lm, self.settings, task, shots, description, after_batch, done)
+        harness.calibrate_on_task(engine.lm, self.settings, task, shots, description, progress)
 
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
         from lm_eval.utils import make_table

@@ -1,0 +1,50 @@
+"""Chunks of a cell's products that survive a crash: `partial/NNNNN.zip`, each written whole or not at all.
+
+The format keeps a checksum of every file. A chunk that fails it was damaged by a disk or a person, and what
+it held is computed again.
+"""
+
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from toptheta.util.console import say
+from toptheta.util.files import atomic_path
+
+
+def write(partial: Path, files: Mapping[str, bytes]) -> None:
+    """Add a chunk with these files to the folder `partial`."""
+    number = max((int(path.stem) for path in chunks(partial)), default=-1) + 1
+    with atomic_path(partial / f"{number:05d}.zip") as temporary, zipfile.ZipFile(temporary, "w") as chunk:
+        for name, data in files.items():
+            chunk.writestr(name, data)
+
+
+def chunks(partial: Path) -> list[Path]:
+    """The chunks in `partial`, in their order."""
+    return sorted(path for path in partial.glob("*.zip") if path.stem.isdigit())
+
+
+def names(chunk: Path) -> list[str]:
+    """Of the files in a chunk."""
+    with zipfile.ZipFile(chunk) as opened:
+        return opened.namelist()
+
+
+def read(chunk: Path, name: str) -> bytes:
+    """One file of a chunk; empty if it has none of this name."""
+    with zipfile.ZipFile(chunk) as opened:
+        return opened.read(name) if name in opened.NameToInfo else b""
+
+
+def remove_damaged(partial: Path) -> None:
+    """Remove from `partial` what is no whole chunk, and say so."""
+    for path in partial.glob("*"):
+        try:
+            if path.suffix == ".zip" and zipfile.ZipFile(path).testzip() is None:
+                continue
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+            pass
+        say(f"{path} is damaged or of an earlier version: what it holds is computed again.")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
