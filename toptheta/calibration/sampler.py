@@ -5,15 +5,16 @@ Sums stay on the device (statistics.py). Files and whole models are the business
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from toptheta.attention.call import AttentionCall
+from toptheta.calibration.draw import draw_rows
+from toptheta.calibration.plan import RowPlan
 from toptheta.calibration.statistics import RunningSums
-from toptheta.methods.base import NEG_INF, Block, Method, RowTables
+from toptheta.methods.base import Block, Method, RowTables
 
 
 class KeptSamples:
@@ -40,7 +41,8 @@ class RowSampler:
     """Chooses the rows of one layer that are sampled while prompts run through it.
 
     ks: the K that the pass serves: rows longer than the smallest are eligible. sample_frac: share of a
-    prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`.
+    prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`. plan: what is drawn of
+    prompts that were announced, shared by all layers; the rows of other calls are drawn call by call.
     """
 
     apart = False  # whether samples are taken from the call itself, by `sample`, apart from the attention
@@ -50,6 +52,7 @@ class RowSampler:
         self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
         self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
+        self.plan: RowPlan | None = None
         self.chosen: Tensor | None = None  # `[B, Q]` bool, the rows of this call that are sampled
 
     def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
@@ -63,6 +66,10 @@ class RowSampler:
             eligible = eligible & real
         if self.sample_frac >= 1.0:
             self.chosen = eligible
+            return
+        planned = None if self.plan is None else self.plan.rows(min(self.ks), n)
+        if planned is not None:
+            self.chosen = eligible & planned
             return
         if n.shape[1] == 1:  # decode: each row with probability f
             draw = torch.rand(n.shape, generator=self.generator, device=self.device)
@@ -199,24 +206,3 @@ class LayerCalibration(RowSampler):
                 sums.load_state({name: state[f"{kind}.{k}.{name}"] for name in ("count", "total", "squares")})
         for k, kept in self.kept.items():
             kept.load_state({name: state[f"kept.{k}.{name}"] for name in ("n", "values")})
-
-
-def draw_rows(eligible: Tensor, seen: Tensor, frac: float, generator: torch.Generator) -> Tensor:
-    """Draw ceil(frac * eligible) rows of each sequence without replacement, `[B, Q]` bool.
-
-    A row's weight is 1 + (most seen - seen) of its length, so that lengths sampled least so far come first.
-    Weighted drawing without replacement is the top of log(weight) + Gumbel noise (Efraimidis and Spirakis
-    2006); nothing here waits for the device.
-    """
-    weight = 1.0 + (seen.amax(dim=-1, keepdim=True) - seen).double()
-    uniform = torch.rand(seen.shape, generator=generator, device=seen.device, dtype=torch.float64)
-    key = weight.log() - torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-    key = key.masked_fill(~eligible, NEG_INF)
-    wanted = torch.ceil(frac * eligible.sum(dim=-1, keepdim=True).double() - 1e-9).long()
-    rank = key.argsort(dim=-1, descending=True).argsort(dim=-1)
-    return eligible & (rank < wanted)
-
-
-def sample_count(eligible: int, frac: float) -> int:
-    """How many of `eligible` rows `draw_rows` samples."""
-    return ceil(frac * eligible - 1e-9)

@@ -2,7 +2,7 @@
 done."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,12 +15,13 @@ from transformers import DynamicCache
 
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
-from toptheta.models.control import reading_prompt
+from toptheta.models.control import announce_prompts, begin_prompts, reading_prompt
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
 from toptheta.util.progress import Bar
 
 Request = tuple[tuple[str, str], list[int], list[int]]
+Groups = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # by prompt its answers, by the request's key
 
 
 class TopThetaLM(HFLM):
@@ -56,16 +57,21 @@ class TopThetaLM(HFLM):
             answers = self.cell.answers
             self.cell.start_clock()
         seen = () if self.progress is None else self.progress.done
-        todo: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
+        groups: Groups = {}
         for key, (texts, context, continuation) in zip(keys, requests):
             if texts is not None:  # None: a text that is read in windows
                 self.tokens[texts[0]] = {"prompt": len(context)}
-            if key not in answers and key not in seen:
-                context, continuation = self._fit(context, continuation)
-                todo.setdefault(tuple(context), {})[key] = tuple(continuation)
-        left = sum(len(group) for group in todo.values())
+            context, continuation = self._fit(context, continuation)
+            groups.setdefault(tuple(context), {})[key] = tuple(continuation)
+        self._announce(groups)
+        todo: Groups = {}
+        for prompt, group in groups.items():
+            left = {key: answer for key, answer in group.items() if key not in answers and key not in seen}
+            if left:
+                todo[prompt] = left
+        finished = len(requests) - sum(len(group) for group in todo.values())
         shown = not disable_tqdm and self.rank == 0
-        bar = Bar(len(requests), len(requests) - left, "answer", self.description, shown)
+        bar = Bar(len(requests), finished, "answer", self.description, shown)
         for batch in self._batches(todo):
             with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
                 found = self._score(batch)
@@ -85,6 +91,20 @@ class TopThetaLM(HFLM):
         if there is one."""
         return nullcontext() if self.progress is None else self.progress.counting(keys)
 
+    def _announce(self, groups: Groups) -> None:
+        """Say which prompts calibrate, and which answers behind them, if a calibration is under way."""
+        if self.progress is not None:
+            spans = {_key(prompt): (0, len(prompt)) for prompt in groups}
+            for prompt, group in groups.items():
+                for key, answer in group.items():
+                    spans[key] = (len(prompt), len(prompt) + len(answer) - 1)
+            announce_prompts(self.model, spans)
+
+    def _begin(self, keys: Iterable[str]) -> None:
+        """The sequences that the model is shown from here on, as `_announce` names them."""
+        if self.progress is not None:
+            begin_prompts(self.model, list(keys))
+
     def _take(
         self, found: dict[str, Any], answers: dict[str, Any], decode_steps: np.ndarray | None = None
     ) -> None:
@@ -100,7 +120,7 @@ class TopThetaLM(HFLM):
         excess = len(context) + len(continuation) - (self.max_length + 1)
         return (context[excess:] if excess > 0 else context), continuation
 
-    def _batches(self, todo: dict) -> Iterator[list[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]]:
+    def _batches(self, todo: Groups) -> Iterator[list[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]]:
         """Prompts of like length together, longest first: then memory runs out at once or not at all."""
         groups = sorted(todo.items(), key=lambda item: (-len(item[0]), item[0]))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
@@ -117,6 +137,7 @@ class TopThetaLM(HFLM):
         tokens, mask = self._padded(prompts)
         lengths = mask.sum(dim=1)
         cache = DynamicCache(config=self.config)
+        self._begin(_key(prompt) for prompt, _ in batch)
         hidden = self.model.model(
             tokens, attention_mask=_unless_full(mask), past_key_values=cache, use_cache=True
         )
@@ -131,6 +152,7 @@ class TopThetaLM(HFLM):
             cache.batch_select_indices(index)
             if self.recorder is not None:
                 self.recorder.repeat(index)
+            self._begin(key for key, _ in answers)
             inputs, own_mask = self._padded([list(answer[:-1]) for _, answer in answers])
             position_ids = lengths[index][:, None] + torch.arange(inputs.shape[1], device=self.device)
             full_mask = torch.cat([mask[index], own_mask], dim=1)
@@ -175,6 +197,9 @@ class TopThetaLM(HFLM):
             self.cell.start_clock()
         seen = () if self.progress is None else self.progress.done
         todo = {key: r for key, r in zip(keys, requests) if key not in answers and key not in seen}
+        if self.progress is not None:
+            spans = {_key(options=r.args[0]): (0, len(ids)) for ids, r in zip(prompts, requests)}
+            announce_prompts(self.model, spans)
         order = sorted(todo, key=lambda key: (-len(todo[key].args[0]), key))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
         shown = not disable_tqdm and self.rank == 0
@@ -195,6 +220,11 @@ class TopThetaLM(HFLM):
             self.tokens[request.args[0]] = {"prompt": len(ids), "reply": len(reply)}
             self.reply_ids[request.args[0]] = list(reply)
         return replies
+
+    def tok_batch_encode(self, strings: list[str], *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The texts that are generated from next, in the order of the batch."""
+        self._begin(_key(options=text) for text in strings)
+        return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs
@@ -221,7 +251,7 @@ def _unless_full(mask: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _key(context: list[int], continuation: list[int], options: str = "") -> str:
+def _key(context: Sequence[int] = (), continuation: Sequence[int] = (), options: str = "") -> str:
     """Names a request within one setting: what was asked, token by token."""
     digest = hashlib.sha256(options.encode())
     for part in (context, continuation):

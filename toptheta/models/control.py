@@ -1,6 +1,6 @@
 """Steering a patched model: parameters, calibration, look-up tables, statistics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from toptheta.calibration.budget import BudgetCalibration, budget_tables
 from toptheta.calibration.interpolation import lookup_table
+from toptheta.calibration.plan import RowPlan
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.calibration.tables import (
     CalibrationTables,
@@ -78,6 +79,25 @@ def calibrations(model: nn.Module) -> dict[int, RowSampler]:
     """The calibrations under way, by layer."""
     states = [layer.toptheta for layer in patched_layers(model)]
     return {i: state.calibration for i, state in enumerate(states) if state.calibration is not None}
+
+
+def announce_prompts(model: nn.Module, spans: Mapping[str, tuple[int, int]]) -> None:
+    """Say, before the first is computed, which prompts calibrate: by key (start, stop) where their rows have
+    lengths start + 1 to stop. Rows are then drawn whatever order, chunks or batches they come in."""
+    plan = _plan(model)
+    if plan is not None:
+        plan.announce(spans)
+
+
+def begin_prompts(model: nn.Module, keys: Sequence[str]) -> None:
+    """The sequences that the model is shown from here on are those of these keys, in this order."""
+    plan = _plan(model)
+    if plan is not None:
+        plan.begin(keys)
+
+
+def _plan(model: nn.Module) -> RowPlan | None:
+    return next((one.plan for one in calibrations(model).values()), None)
 
 
 def set_params(model: nn.Module, **params) -> None:
@@ -216,6 +236,9 @@ def begin_calibration(
         raise UsageError("calib_to budget keeps histograms, no single samples: leave calib_dump_samples out.")
     sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
     computes = params.method.while_calibrating(params.calib_tac)
+    plan = None
+    if params.calib_sample_frac < 1.0:
+        plan = RowPlan(params.calib_sample_frac, seed, layers[0].config.max_position_embeddings)
     for i, layer in enumerate(layers):
         state = layer.toptheta
         state.theta = state.sdc_table = state.calibration = None
@@ -231,6 +254,7 @@ def begin_calibration(
         if params.calib_to == "budget" and params.needs_thresholds:
             gram = value_gram(layer) if params.method.needs_values else None
             state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device, gram)
+            state.calibration.plan = plan
             continue
         state.calibration = LayerCalibration(
             ks=ks,
@@ -244,6 +268,7 @@ def begin_calibration(
             device=device,
             keep_samples=keep_samples,
         )
+        state.calibration.plan = plan
     shared = model_state(model)
     _end_prompt_hook(shared)  # of a calibration before
     found = next(iter(calibrations(model).values()), None)

@@ -17,6 +17,7 @@ from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
 from toptheta.eval.tasks.lm_eval_tasks import task_defaults
 from toptheta.models import generation as chunked
+from toptheta.models.control import announce_prompts, begin_prompts
 from toptheta.models.loading import ModelSource, load_model
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.recorder import Recorder
@@ -102,11 +103,14 @@ class ItemJob(Job):
             shots = task_defaults(task).num_fewshot
             harness.calibrate_on_task(lm, plain, task, shots, description, progress)
             return
+        announce_prompts(engine.model, {item.key: (0, len(item.ids)) for item in self.calibration})
         todo = [item for item in self.calibration if item.key not in progress.done]
         total = len(self.calibration)
         bar = Bar(total, total - len(todo), self.unit, description)
         for batch in _batches(todo, settings.batch_size):
-            with progress.counting(item.key for item in batch):
+            keys = [item.key for item in batch]
+            with progress.counting(keys):
+                begin_prompts(engine.model, keys)
                 self.calibrate_on(engine.model, batch)
             bar.update(len(batch), sum(len(item.ids) for item in batch))
         bar.close()
