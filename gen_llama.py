@@ -4,7 +4,7 @@
 are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, parse_settings, run_main, settings_flags, settings_from_json
+from toptheta.eval.cli import Parser, parse_settings, resumed_settings, run_main, settings_flags
 from toptheta.eval.settings import GENERATION, GenSettings
 from toptheta.util.errors import UsageError
 
@@ -30,7 +30,7 @@ def main() -> None:
     if arguments.resume:
         from toptheta.eval.run import check_resume
 
-        settings = settings_from_json(GenSettings, check_resume(arguments.resume, "gen_llama.py"))
+        settings = resumed_settings(GenSettings, check_resume(arguments.resume, "gen_llama.py"), arguments)
     else:
         settings = parse_settings(GenSettings, arguments)
     from toptheta.eval.runner import evaluate

@@ -4,7 +4,7 @@ Without arguments: the small model, dense, on the bundled task. Results: a table
 results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, parse_settings, run_main, settings_flags, settings_from_json
+from toptheta.eval.cli import Parser, parse_settings, resumed_settings, run_main, settings_flags
 from toptheta.eval.settings import QASettings
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     if arguments.resume:
         from toptheta.eval.run import check_resume
 
-        settings = settings_from_json(QASettings, check_resume(arguments.resume, "test_llama.py"))
+        settings = resumed_settings(QASettings, check_resume(arguments.resume, "test_llama.py"), arguments)
     else:
         settings = parse_settings(QASettings, arguments)
     from toptheta.eval.runner import evaluate

@@ -3,13 +3,15 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.eval.helpers import parse
 from tests.helpers.paths import ROOT
-from toptheta.eval.cli import parse_settings, settings_flags
-from toptheta.eval.settings import Settings
+from toptheta.eval.cli import parse_settings, resumed_settings, settings_flags, settings_from_json
+from toptheta.eval.run import check_resume
+from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.util.errors import UsageError
 from toptheta.util.options import to_flags
 
@@ -64,11 +66,68 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--batch_size many", "--batch_size is 'many'"),
         ("--sdc_scale x", "--sdc_scale is 'x': give a number"),
         ("--vrow_popularity --no_statistics", "needs statistics"),
+        ("--mode 0 --calib_add_sigma nan", "--calib_add_sigma is nan: give a number that is finite"),
+        ("--mode 1 --sdc exact --sdc_scale inf", "--sdc_scale is inf: give a number that is finite"),
+        ("--mode 0 --calib_samples nan", "--calib_samples is nan: give a number that is finite"),
+        ("--seed -1", "--seed is -1: give at least 0"),
+        ("--seed 4294967296", "--seed is 4294967296: give a number that is finite and below"),
+        ("--mode 1 --k 99999999999999999999", "--k is 99999999999999999999"),
+        ("--mode 1 --layerk 0:4,0:9", "--layerk is '0:4,0:9', which names 0 twice"),
+        (f"--output_dir {__file__}", "is no folder; name another one"),
+        (f"--output_dir {__file__}/below/it", "is no folder; name another one"),
     ],
 )
 def test_flags_that_make_no_sense(flags: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(flags)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e400", "-1", "0", "1.5"])
+def test_numbers_of_samples(number: str) -> None:
+    from test_llama import make_parser
+
+    with pytest.raises(UsageError, match="--num_samples is"):
+        parse_settings(QASettings, make_parser().parse_args(["--num_samples", number]))
+
+
+@pytest.mark.parametrize("flags", ["--k 8", "--no_statistics", "--allow_code_execution", "--seed 42"])
+def test_flags_that_resuming_ignores(flags: str) -> None:
+    from gen_llama import make_parser
+
+    arguments = make_parser().parse_args(["--resume", "x", "--timestamps", *flags.split()])
+    with pytest.raises(UsageError, match=f"leave out {flags.split()[0]}"):
+        resumed_settings(GenSettings, GenSettings().to_json(), arguments)
+    alone = make_parser().parse_args(["--resume", "x", "--timestamps"])
+    assert resumed_settings(GenSettings, GenSettings().to_json(), alone) == GenSettings()
+
+
+def test_bytes_that_are_no_text() -> None:
+    from gen_llama import make_parser
+
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
+        make_parser().parse_args(["--text", b"M\xfcller".decode("utf-8", "surrogateescape")])
+    make_parser().parse_args(["--prompt_prefix", "Ünïcode 漢字\n"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "Expected object, got array"),
+        (b"", "Expecting value, line 1"),
+        (b'{"script": "test_llama.py"}', "missing required field settings"),
+        (b'{"script": 3, "settings": {}}', "Expected str, got int - at $.script"),
+        (b'{"script": "test_llama.py", "settings": []}', "Expected object, got array - at $.settings"),
+        (b'{"script": "gen_llama.py", "settings": {}}', "a run of gen_llama.py, not of test_llama.py"),
+        (b'{"script": "test_llama.py", "settings": {"seed": "seven"}}', "its seed is 'seven'"),
+        (b'{"script": "test_llama.py", "settings": {"sdc_scale": NaN}}', "NaN is no finite number"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_a_damaged_run(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UsageError) as found:
+        settings_from_json(QASettings, check_resume(str(tmp_path), "test_llama.py"))
+    assert reason in str(found.value) and "--resume" in str(found.value)
 
 
 def test_sigterm_is_an_interrupt() -> None:

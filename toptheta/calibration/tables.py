@@ -5,21 +5,25 @@ what they were calibrated for, and loads in no time. A table that does not fit t
 refused.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
-import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from toptheta.calibration.interpolation import MAX_FIT_LENGTH
 from toptheta.util.errors import UsageError
-from toptheta.util.files import find_file, open_text, write_bytes, write_text
+from toptheta.util.files import find_file, write_bytes, write_text
+from toptheta.util.line_files import SDC, THRESHOLDS, LineFormat, read_lines
+from toptheta.util.schema import Count, parse_json, typed
 
 BINARY_NAME = "calibration.safetensors"
+_TABLE = ("n", "values", "samples")
+PARTS = {"theta": _TABLE, "sdc": _TABLE, "value": ("mean", "scale")}  # of a layer, in the binary table
 
 
 @dataclass
@@ -98,45 +102,42 @@ def read_tables(folder: Path | str, name: str = "calib_load_path") -> Calibratio
     """Read the tables in `folder`, the binary one if it is there. Those of th.txt and sdc.txt are of as many
     layers and heads as their lines name. Raises UsageError when there are none, or they are damaged; `name`
     is what the user calls the folder."""
-    folder = Path(folder)
+    return _read_tables(Path(folder), name, _Sizes())
+
+
+def load_tables(
+    folder: Path | str,
+    num_layers: int,
+    num_heads: int,
+    name: str = "calib_load_path",
+    max_length: int = MAX_FIT_LENGTH,
+) -> CalibrationTables:
+    """`read_tables` for a model of these sizes, with rows up to `max_length`. Raises UsageError also when
+    they are another model's."""
+    what = f"{name}: the tables in {str(folder)!r}"
+    tables = _read_tables(Path(folder), name, _Sizes(max_length, (num_layers, num_heads), what))
+    tables.num_layers = num_layers
+    return tables
+
+
+def _read_tables(folder: Path, name: str, sizes: "_Sizes") -> CalibrationTables:
     if not folder.is_dir():
         raise UsageError(
             f"{name} is {str(folder)!r}, which is no folder: name one that holds th.txt or sdc.txt."
         )
     if (folder / BINARY_NAME).is_file():
-        return _read_binary(folder / BINARY_NAME)
+        return _read_binary(folder / BINARY_NAME, sizes)
     theta_path, sdc_path = find_file(folder, "th.txt"), find_file(folder, "sdc.txt")
     if theta_path is None and sdc_path is None:
         raise UsageError(
             f"{name} is {str(folder)!r}, which holds neither th.txt nor sdc.txt: calibrate first."
         )
     tables = CalibrationTables(0, 0)
-    for path, has_k in ((theta_path, True), (sdc_path, False)):
-        if path is not None:
-            layers, ks, sizes = _read_lines(path, has_k)
-            tables.num_layers = max(tables.num_layers, sizes[0])
-            tables.num_heads = max(tables.num_heads, sizes[1])
-            if has_k:
-                tables.theta, tables.k = layers, ks
-            else:
-                tables.sdc = layers
-    return tables
-
-
-def load_tables(
-    folder: Path | str, num_layers: int, num_heads: int, name: str = "calib_load_path"
-) -> CalibrationTables:
-    """`read_tables` for a model of these sizes. Raises UsageError also when they are another model's."""
-    tables = read_tables(folder, name)
-    found = (tables.num_layers, tables.num_heads)
-    knows_all = (Path(folder) / BINARY_NAME).is_file()  # the last layers of a text may be dense
-    if found[1] != num_heads or (found[0] != num_layers if knows_all else found[0] > num_layers):
-        raise UsageError(
-            f"{name}: the tables in {str(folder)!r} are of a model with {found[0]} layers and "
-            f"{found[1]} heads, but this "
-            f"model has {num_layers} and {num_heads}: load tables that were calibrated on this model."
-        )
-    tables.num_layers = num_layers
+    if theta_path is not None:
+        tables.theta, tables.k = _read_lines(theta_path, THRESHOLDS, sizes)
+    if sdc_path is not None:
+        tables.sdc, _ = _read_lines(sdc_path, SDC, sizes)
+    tables.num_layers, tables.num_heads = sizes.num_layers, sizes.num_heads
     return tables
 
 
@@ -214,73 +215,117 @@ def _lines(layers: dict[int, LayerTable], k: dict[int, int] | None) -> Iterator[
                 yield f"L{layer}_H{head}:{n} {value!r} {table.samples[head, n]}{suffix}\n"
 
 
-def _read_lines(path: Path, has_k: bool) -> tuple[dict[int, LayerTable], dict[int, int], tuple[int, int]]:
-    """Parse th.txt or sdc.txt: tables and K by layer, and (layers, heads) as the highest ids tell."""
-    with open_text(path) as file:
-        text = file.read()
-    columns = ["layer", "head", "n", "value", "samples"] + (["k"] if has_k else [])
-    plain = text.replace("_H", " ").replace("L", " ").replace(":", " ")
-    try:
-        frame = pd.read_csv(io.StringIO(plain), sep=r"\s+", header=None, names=columns)
-        for column in columns:
-            frame[column] = frame[column].astype(np.float64 if column == "value" else np.int64)
-        if frame.empty:
-            raise ValueError("it is empty")
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UsageError(
-            f"{path} is not a table of lines like 'L0_H0:65 0.25 8{' 64' if has_k else ''}' "
-            f"({error}): make it anew."
-        ) from None
-    num_heads, length = int(frame["head"].max()) + 1, int(frame["n"].max()) + 1
+@dataclass
+class _Sizes:
+    """Of tables as they are read. max_length: of a row; expected: layers and heads of the model that they are
+    for; what: the tables, for the error that they do not fit. num_layers, num_heads: of what was read."""
+
+    max_length: int = MAX_FIT_LENGTH
+    expected: tuple[int, int] | None = None
+    what: str = ""
+    num_layers: int = 0
+    num_heads: int = 0
+
+    def found(self, num_layers: int, num_heads: int, exactly: bool) -> None:
+        """Take the sizes of a file, whose last layers may lack unless `exactly`. Raises UsageError where they
+        are not those expected."""
+        self.num_layers = max(self.num_layers, num_layers)
+        self.num_heads = num_heads
+        layers, heads = self.expected or (num_layers, num_heads)
+        if num_heads != heads or (num_layers != layers if exactly else num_layers > layers):
+            raise UsageError(
+                f"{self.what} are of a model with {num_layers} layers and {num_heads} heads, but this model "
+                f"has {layers} and {heads}: load tables that were calibrated on this model."
+            )
+
+    def table(self, n: np.ndarray, heads: np.ndarray, values: np.ndarray, samples: np.ndarray) -> LayerTable:
+        """A layer's table out of entries `[E]`, each of a head and a row length. Raises ValueError."""
+        wrong = n[(n < 1) | (n > self.max_length)]
+        if wrong.size:
+            raise ValueError(f"it has row length {wrong[0]}, but only 1 to {self.max_length} make sense")
+        if np.isinf(values).any() or (samples < 1).any():  # NaN is `check_fit`'s to explain
+            raise ValueError("it has a value that is infinite, or of no sample")
+        present = np.unique(heads)
+        if len(present) < self.num_heads:
+            missing = np.append(present != np.arange(len(present)), True).argmax()
+            raise ValueError(f"it lacks head {missing}")
+        table = LayerTable(
+            np.full((self.num_heads, int(n.max()) + 1), np.nan),
+            np.zeros((self.num_heads, int(n.max()) + 1), dtype=np.int64),
+        )
+        table.values[heads, n], table.samples[heads, n] = values, samples
+        # The published project appends to th.txt when it copies one: the same may come twice, but no two.
+        same = np.array_equal(table.values[heads, n], values, equal_nan=True)
+        if not same or (table.samples[heads, n] != samples).any():
+            raise ValueError("a head and row length come twice, with different values")
+        return table
+
+
+def _read_lines(path: Path, form: LineFormat, sizes: _Sizes) -> tuple[dict[int, LayerTable], dict[int, int]]:
+    """th.txt or sdc.txt: tables by layer, and K by layer where the file tells. Raises UsageError."""
+    frame = read_lines(path, form)
+    if frame is None:
+        raise UsageError(f"{path} is empty: make it anew.")
+    sizes.found(int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1, exactly=False)
     layers, ks = {}, {}
-    for layer in sorted(set(frame["layer"].tolist())):
-        rows = frame[frame["layer"] == layer]
-        values = np.full((num_heads, length), np.nan)
-        samples = np.zeros((num_heads, length), dtype=np.int64)
-        where = (rows["head"].to_numpy(), rows["n"].to_numpy())
-        values[where] = rows["value"]
-        samples[where] = rows["samples"]
-        layers[layer] = LayerTable(values, samples)
-        if has_k:
-            if rows["k"].nunique() != 1:
-                raise UsageError(
-                    f"{path} mixes several K in layer {layer}: keep the lines of one K per layer."
-                )
-            ks[layer] = int(rows["k"].iloc[0])
-    return layers, ks, (int(frame["layer"].max()) + 1, num_heads)
+    for _, rows in frame.groupby("layer"):
+        layer = int(rows["layer"].iloc[0])
+        entries = (rows[name].to_numpy() for name in ("n", "head", list(form.columns)[3], "samples"))
+        try:
+            layers[layer] = sizes.table(*entries)
+            if "k" in form.columns:
+                (k,) = rows["k"].unique() if rows["k"].nunique() == 1 else (np.nan,)
+                if k % 1 != 0:
+                    raise ValueError("it mixes several K")
+                ks[layer] = int(k)
+        except ValueError as error:
+            raise UsageError(
+                f"{path}, layer {layer}: {error}; correct the lines L{layer}_..., or make the file anew."
+            ) from None
+    return layers, ks
 
 
-def _read_binary(path: Path) -> CalibrationTables:
+class _Header(TypedDict):
+    """What the binary table says of itself."""
+
+    k: dict[int, Count]
+    meta: dict[str, str]
+
+
+def _read_binary(path: Path, sizes: _Sizes) -> CalibrationTables:
+    """The binary table. Raises UsageError."""
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             if header.get("format") != "toptheta-calibration-1":
-                raise UsageError(
-                    f"{path} is not a calibration table of this program: remove it, or calibrate anew."
-                )
-            tables = CalibrationTables(
-                num_layers=int(header["num_layers"]),
-                num_heads=int(header["num_heads"]),
-                k={int(layer): k for layer, k in json.loads(header["k"]).items()},
-                meta=json.loads(header["meta"]),
-            )
+                raise ValueError("it is no calibration table of this program")
+            sizes.found(int(header["num_layers"]), int(header["num_heads"]), exactly=True)
+            told = typed({name: parse_json(header[name]) for name in ("k", "meta")}, _Header)
+            tables = CalibrationTables(sizes.num_layers, sizes.num_heads, told["k"], meta=told["meta"])
             for key in file.keys():
                 kind, layer, what = key.split(".")
-                if kind == "value" and what == "mean":
-                    scale = file.get_tensor(f"value.{layer}.scale")
-                    tables.values[int(layer)] = LayerValues(file.get_tensor(key), scale)
-                if kind == "value" or what != "values":
-                    continue
-                n = file.get_tensor(f"{kind}.{layer}.n")
-                values = np.full((tables.num_heads, int(n.max()) + 1), np.nan)
-                samples = np.zeros(values.shape, dtype=np.int64)
-                values[:, n] = file.get_tensor(key)
-                samples[:, n] = file.get_tensor(f"{kind}.{layer}.samples")
-                getattr(tables, kind)[int(layer)] = LayerTable(values, samples)
+                if not 0 <= int(layer) < sizes.num_layers or kind not in ("theta", "sdc", "value"):
+                    raise ValueError(f"it has {key}, which this model has not")
+                part = {name: file.get_tensor(f"{kind}.{layer}.{name}") for name in PARTS[kind]}
+                if what == "values":
+                    getattr(tables, kind)[int(layer)] = _binary_table(sizes, **part)
+                elif what == "mean":
+                    tables.values[int(layer)] = LayerValues(**part)
+                    if not all(np.isfinite(one).all() for one in part.values()):
+                        raise ValueError(f"{key} is not finite")
             return tables
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(
             f"{path} cannot be read ({error}): remove it to use th.txt, or calibrate anew."
         ) from None
+
+
+def _binary_table(sizes: _Sizes, n: np.ndarray, values: np.ndarray, samples: np.ndarray) -> LayerTable:
+    if n.dtype.kind != "i" or n.ndim != 1 or len(n) == 0 or samples.dtype.kind != "i":
+        raise ValueError("a list of row lengths or samples is damaged")
+    if not values.shape == samples.shape == (sizes.num_heads, len(n)) or (np.diff(n) <= 0).any():
+        raise ValueError("row lengths, values and samples do not fit")
+    heads, at = samples.nonzero()  # a head may have none of a length
+    return sizes.table(n[at], heads, values[heads, at], samples[heads, at])

@@ -20,7 +20,7 @@ import numpy as np
 from toptheta.attention import effective_k as effective
 from toptheta.eval import partial
 from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, count_steps
-from toptheta.report.results import Answer, CellResult, Kept, write_answers
+from toptheta.report.results import Answer, CellResult, Kept, read_result, write_answers
 from toptheta.util.files import atomic_path, packed, write_json, write_text
 from toptheta.util.interrupts import uninterrupted
 
@@ -62,7 +62,7 @@ class Cell:
         return (self.path / "results.json").is_file()
 
     def result(self) -> CellResult:
-        return CellResult.from_json(json.loads((self.path / "results.json").read_text()))
+        return read_result(self.path / "results.json")
 
     def start_clock(self) -> None:
         """Time from here on counts as this cell's evaluation."""

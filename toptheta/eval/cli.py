@@ -14,6 +14,7 @@ from toptheta.util.errors import UsageError
 from toptheta.util.options import add_flags, from_flags, from_json
 
 COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
+RESUMING = ("resume", "timestamps")  # flags that go together
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +22,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**options, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for text in sys.argv[1:] if args is None else args:
+            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UsageError(f"{text!r} is not UTF-8 text: correct it.")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
@@ -45,6 +52,17 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
     if namespace.mode is not None and namespace.method is not None:
         raise UsageError("--method and --mode both name the method: give one of them.")
     return check_settings(from_flags(kind, namespace))
+
+
+def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Namespace) -> AnySettings:
+    """The settings of the run to resume, and no others. Raises UsageError."""
+    for name, value in vars(namespace).items():
+        if value is not None and name not in RESUMING:
+            given = f"--no_{name}" if value is False else f"--{name}"
+            raise UsageError(
+                f"--resume takes all settings from its folder: leave out {given}, or start a new run."
+            )
+    return settings_from_json(kind, saved)
 
 
 def settings_from_json(kind: type[AnySettings], saved: Any) -> AnySettings:

@@ -3,7 +3,7 @@ with it, in settings.py."""
 
 from pathlib import Path
 
-from toptheta.eval.settings import PERPLEXITY, AnySettings, GenSettings, Settings
+from toptheta.eval.settings import BUNDLED_TASK, PERPLEXITY, AnySettings, GenSettings, Settings
 from toptheta.methods.params import AttentionParams, check
 from toptheta.util.errors import UsageError
 from toptheta.util.options import check_options, options_of
@@ -22,9 +22,20 @@ def check_settings(settings: AnySettings) -> AnySettings:
     needing = [cell for cell in cells if cell.needs_calibration]
     _check_calibration(settings, needing)
     _check_statistics(settings, cells)
+    _check_folders(settings)
     if isinstance(settings, GenSettings):
         _check_generation(settings)
     return settings
+
+
+def _check_folders(settings: Settings) -> None:
+    data_dir = getattr(settings, "data_dir", None)
+    if data_dir and not Path(data_dir).is_dir():
+        raise UsageError(f"--data_dir {data_dir}: there is no such folder.")
+    folder = Path(settings.output_dir)
+    nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not nearest.is_dir():
+        raise UsageError(f"--output_dir {folder}: {nearest} is no folder; name another one.")
 
 
 def _check_methods(settings: Settings) -> None:
@@ -106,7 +117,7 @@ def _check_statistics(settings: Settings, cells: list[AttentionParams]) -> None:
 
 def _check_generation(settings: GenSettings) -> None:
     for name, facts, default in options_of(settings):
-        if name == "data_dir" and settings.calib_task:
+        if name == "data_dir" and settings.calib_task not in (None, BUNDLED_TASK):
             continue  # the rows of that task
         if facts.serves and settings.dataset not in facts.serves and getattr(settings, name) != default:
             raise UsageError(
@@ -120,8 +131,6 @@ def _check_generation(settings: GenSettings) -> None:
     for name in ("text", "calib_text"):
         if getattr(settings, name) and not Path(getattr(settings, name)).is_file():
             raise UsageError(f"--{name} {getattr(settings, name)}: there is no such file.")
-    if settings.data_dir and not Path(settings.data_dir).is_dir():
-        raise UsageError(f"--data_dir {settings.data_dir}: there is no such folder.")
     if any(not 0 <= depth <= 100 for depth in settings.needle_depths):
         raise UsageError("--needle_depths are percents: give numbers from 0 to 100.")
     for length in settings.needle_lengths:

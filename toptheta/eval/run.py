@@ -2,12 +2,11 @@
 
 import errno
 import fcntl
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from toptheta.eval.cell import Cell
 from toptheta.eval.cli import command, settings_from_json
@@ -18,6 +17,7 @@ from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
 from toptheta.util.files import log_line, remove_unfinished, timestamp, write_json
 from toptheta.util.options import to_flags
+from toptheta.util.schema import read_json
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -91,12 +91,19 @@ def is_under_way(folder: Path) -> bool:
     return lock is None
 
 
+class Saved(TypedDict):
+    """run.json, without its environment."""
+
+    script: str
+    settings: dict[str, Any]
+
+
 def saved_run(folder: Path, kinds: dict[str, type[Settings]]) -> tuple[str, Settings] | None:
     """Script and settings of the run in `folder`; None when it is damaged, or of no script in `kinds`."""
     try:
-        saved = json.loads((folder / "run.json").read_text())
+        saved = read_json(folder / "run.json", Saved, "")
         return saved["script"], settings_from_json(kinds[saved["script"]], saved["settings"])
-    except (OSError, ValueError, KeyError, UsageError):
+    except (OSError, KeyError, UsageError):
         return None
 
 
@@ -116,12 +123,9 @@ def check_resume(resume: str, script: str) -> dict[str, Any]:
     path = Path(resume) / "run.json"
     if not path.is_file():
         raise UsageError(f"--resume {resume}: the folder holds no run.json, so it is no run of {script}.")
-    try:
-        saved = json.loads(path.read_text())
-    except ValueError:
-        raise UsageError(f"--resume {resume}: run.json there is damaged; start the run anew.") from None
-    if saved.get("script") != script:
-        raise UsageError(f"--resume {resume}: that is a run of {saved.get('script')}, not of {script}.")
+    saved = read_json(path, Saved, f"start the run of --resume {resume} anew")
+    if saved["script"] != script:
+        raise UsageError(f"--resume {resume}: that is a run of {saved['script']}, not of {script}.")
     return saved["settings"]
 
 

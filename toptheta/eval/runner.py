@@ -1,6 +1,7 @@
 """The one loop over cells, for all data sets of both scripts: calibrate, evaluate, save, report, resume."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
         tokenizer.pad_token = tokenizer.eos_token
     check_calib_task(settings)
     kind = DATA_SETS[settings.dataset]
-    if kind is not HumanEvalJob and settings.max_seq_len > config.max_position_embeddings:
+    if settings.max_seq_len > config.max_position_embeddings:
         raise UsageError(
             f"--max_seq_len {settings.max_seq_len} is more than the {config.max_position_embeddings} tokens "
             "that the model reads: lower it."
@@ -184,6 +185,12 @@ def _run_cell(
     finally:
         record_statistics(model, None)
         product.checkpoint()
+    wrong = {name: one.value for name, one in outcome.metrics.items() if not math.isfinite(one.value)}
+    for name, value in wrong.items():
+        raise UsageError(
+            f"{cell.label}: {name} is {value}, because the model computed numbers that are not finite: try "
+            "--dtype float32."
+        )
     result = CellResult(
         method=cell.label,
         model=model_name,

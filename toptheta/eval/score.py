@@ -1,18 +1,18 @@
 """Scoring the saved completions of HumanEval, apart from generating them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.tasks.humaneval import scoring
 from toptheta.report.paired import paired_with_dense
-from toptheta.report.results import ANSWERS, CellResult, read_answers, write_answers
+from toptheta.report.results import ANSWERS, CellResult, read_answers, read_result, write_answers
 from toptheta.report.tables import results_table
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json, write_text
+from toptheta.util.schema import parse_json, typed
 
 
 def score_folder(folder: str) -> None:
@@ -35,23 +35,31 @@ def score_folder(folder: str) -> None:
         write_text(path / scoring.RESULTS, scoring.result_lines(rows))
         _score_answers(path, rows)
         results_file = path / "results.json"
-        if results_file.is_file():
-            result = CellResult.from_json(json.loads(results_file.read_text()))
-        else:
-            result = CellResult(path.name)
+        result = read_result(results_file) if results_file.is_file() else CellResult(path.name)
         result = replace(result, metrics=metrics)
         write_json(results_file, result.to_json())
         results.append(replace(result, folder=str(path)))
     print("\n" + results_table(paired_with_dense(results)[0]))
 
 
+class Sample(TypedDict):
+    task_id: str
+    completion: str
+
+
 def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The samples of a file, and how many there are of each task."""
-    try:
-        samples = [json.loads(line) for line in path.read_text().splitlines() if line]
-        return samples, len(samples) // max(1, len({sample["task_id"] for sample in samples}))
-    except (ValueError, KeyError):
-        raise UsageError(f"{path} is damaged: lines of JSON with a task_id are needed.") from None
+    """The samples of a file, and how many there are of each task. Raises UsageError."""
+    samples = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line.strip():
+                samples.append(parse_json(line))
+                typed(samples[-1], Sample)
+        except ValueError as error:
+            raise UsageError(
+                f"{path}, line {number} is damaged ({error}): a line is JSON with a task_id and a completion."
+            ) from None
+    return samples, len(samples) // max(1, len({sample["task_id"] for sample in samples}))
 
 
 def _score_answers(folder: Path, rows: list[dict[str, Any]]) -> None:

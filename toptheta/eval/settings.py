@@ -125,7 +125,13 @@ class Settings(MethodOptions, CellOptions):
     batch_size: int = option(
         1, "prompts computed at once (default 1)", metavar="N", group=RUN, rule=at_least(1), answers=False
     )
-    seed: int = option(42, "seeds subsets, row sampling and generation (default 42)", metavar="N", group=RUN)
+    seed: int = option(
+        42,
+        "seeds subsets, row sampling and generation (default 42)",
+        metavar="N",
+        group=RUN,
+        rule=at_least(0),
+    )
     apply_chat_template: bool = option(
         False, "put prompts into the model's chat template", group=RUN, serves=TEXT_JOBS
     )

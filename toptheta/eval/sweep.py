@@ -26,7 +26,7 @@ from toptheta.eval.run import Run, is_under_way, product_folder, saved_run, task
 from toptheta.eval.settings import CellOptions, GenSettings, QASettings, Settings, cell_k, resolve_device
 from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import AttentionParams, MethodOptions
-from toptheta.report.results import CellResult
+from toptheta.report.results import CellResult, read_result
 from toptheta.report.summary import report_sweep
 from toptheta.report.tables import SweepRow
 from toptheta.util.console import say
@@ -269,7 +269,7 @@ def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
                 path = product_folder(part, cell)
                 key = answer_key(part.settings, cell)
                 try:
-                    result = CellResult.from_json(json.loads((path / "results.json").read_text()))
+                    result = read_result(path / "results.json")
                     config = json.loads((path / "config.json").read_text())
                 except (OSError, ValueError):
                     missing.add(key)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toptheta.calibration.budget import BudgetCalibration, budget_tables
-from toptheta.calibration.interpolation import lookup_table
+from toptheta.calibration.interpolation import MAX_FIT_LENGTH, lookup_table
 from toptheta.calibration.plan import RowPlan
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.calibration.tables import (
@@ -133,8 +133,10 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
     if params.calibrate:
         begin_calibration(model, params)
     elif params.calib_load_path:
-        num_heads = layers[0].config.num_attention_heads
-        use_tables(model, load_tables(params.calib_load_path, len(layers), num_heads))
+        config = layers[0].config
+        sizes = len(layers), config.num_attention_heads
+        longest = max(config.max_position_embeddings, MAX_FIT_LENGTH)
+        use_tables(model, load_tables(params.calib_load_path, *sizes, max_length=longest))
     if not params.calibrate:
         _end_calibration(model)
         _install(layers, params, k_per_layer, shared.tables)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from toptheta.report.paired import Comparison, Difference, compare
-from toptheta.report.results import CellResult, Metric, read_answers
+from toptheta.report.results import CellResult, Metric, read_answers, read_result
 from toptheta.report.tables import Column, build, is_share, score, small
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp, write_json, write_text
+from toptheta.util.schema import read_json
 
 EXPLANATION = (
     "± is the standard error, of a difference the paired one; in brackets its 95% interval. Lost and gained: "
@@ -80,10 +80,9 @@ def cells_of(run: str) -> list[Path]:
 
 def _result(folder: Path) -> CellResult:
     try:
-        saved = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError):
-        raise UsageError(f"{folder / 'results.json'} is damaged: run the cell again.") from None
-    return replace(CellResult.from_json(saved), folder=str(folder))
+        return replace(read_result(folder / "results.json"), folder=str(folder))
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}): run the cell again.") from None
 
 
 def distinct_labels(results: Sequence[CellResult]) -> list[str]:
@@ -102,8 +101,8 @@ def distinct_labels(results: Sequence[CellResult]) -> list[str]:
 
 def _dtype(result: CellResult) -> str:
     try:
-        return str(json.loads((Path(str(result.folder)) / "config.json").read_text()).get("dtype", ""))
-    except (OSError, ValueError):
+        return str(read_json(Path(str(result.folder)) / "config.json", dict, "").get("dtype", ""))
+    except (OSError, UsageError):
         return ""
 
 

@@ -8,12 +8,14 @@ is no torch here: plots import this module.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite, isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_text
+from toptheta.util.schema import Count, Seconds, Share, parse_json, read_json, typed
 
 PHASES = PREFILL, DECODE = "prefill", "generative_decoding"
 ANSWERS = "answers.jsonl"
@@ -26,16 +28,42 @@ class Metric:
     """A mean over questions. stderr: its standard error, None where there is none (a single question)."""
 
     value: float
-    stderr: float | None = None
-    count: int | None = None
+    stderr: Share | None = None
+    count: Count | None = None
 
 
 @dataclass(frozen=True)
 class Kept:
     """What attention kept, as shares of what dense attention uses: elements, and V rows of a group."""
 
-    attn: float
-    vrow: float
+    attn: Share
+    vrow: Share
+
+
+class ByLength(TypedDict):
+    length: Count
+    tokens: Count
+    ppl: float
+
+
+class Point(TypedDict):
+    length: Count
+    depth: float
+    found: Count
+    count: Count
+
+
+class KeptByRow(TypedDict):
+    phase: str
+    k: Count
+
+
+class Extra(TypedDict, total=False):
+    """What is known of a result's `extra`."""
+
+    by_length: list[ByLength]
+    grid: list[Point]
+    paired: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,13 +84,13 @@ class CellResult:
     task: str = ""
     name: str | None = None
     mode: int | None = None
-    k: int | None = None
+    k: Count | None = None
     dense: bool = False
-    num_fewshot: int | None = None
+    num_fewshot: Count | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
     kept: dict[str, Kept | None] | None = None
-    kv_bytes: dict[str, float | None] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    kv_bytes: dict[str, Share | None] | None = None
+    seconds: dict[str, Seconds] = field(default_factory=dict)
     folder: str | None = None
     effective_k: list[dict[str, Any]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -108,31 +136,25 @@ class CellResult:
     def from_json(cls, value: Any) -> "CellResult":
         """Raises UsageError for what is no result. Without `dense`, what has no K is dense."""
         try:
-            rest = dict(value)
-            method, k = str(rest.pop("method")), rest.pop("k", None)
-            dense = bool(rest.pop("dense", k is None))
-            metrics = {name: _metric(metric) for name, metric in rest.pop("metrics", {}).items()}
-            kept = rest.pop("kept", None)
-            if kept is not None:
-                kept = {phase: _kept(shares) for phase, shares in kept.items()}
-            plain = ("model", "task", "name", "mode", "num_fewshot", "seconds", "folder", *OPTIONAL)
-            known = {name: rest.pop(name) for name in plain if name in rest}
-            return cls(method, k=k, dense=dense, metrics=metrics, kept=kept, extra=rest, **known)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"a result of a cell is damaged ({type(error).__name__}: {error}).") from None
+            rest = dict(typed(value, dict[str, Any]))
+            known = {f.name: rest.pop(f.name) for f in fields(cls) if f.name in rest and f.name != "extra"}
+            typed(rest, Extra)
+            typed(known.get("effective_k"), list[KeptByRow] | None)  # type: ignore[arg-type]
+            known["metrics"] = typed(known.get("metrics", {}), dict[str, dict[str, Any]])
+            for metric in known["metrics"].values():
+                if metric.get("stderr") == "N/A":  # the harness's, where there is none
+                    metric["stderr"] = None
+            return typed({"dense": known.get("k") is None} | known | {"extra": rest}, cls)
+        except ValueError as error:
+            raise UsageError(f"a result of a cell is damaged ({error}).") from None
 
 
-def _metric(value: dict[str, Any]) -> Metric:
-    stderr = value.get("stderr")  # the harness writes "N/A" where there is none
-    return Metric(float(value["value"]), stderr if _is_number(stderr) else None, value.get("count"))
-
-
-def _kept(value: dict[str, Any] | None) -> Kept | None:
-    return None if value is None else Kept(float(value["attn"]), float(value["vrow"]))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def read_result(path: Path) -> CellResult:
+    """The result in a results.json. Raises UsageError when it is damaged, and OSError."""
+    try:
+        return CellResult.from_json(read_json(path, dict, "remove it to have the cell finished anew"))
+    except UsageError as error:
+        raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -151,10 +173,10 @@ class Answer:
     hash: str
     answer: int | str | None
     score: dict[str, float]
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, Count] = field(default_factory=dict)
     loglikelihoods: list[float] | None = None
     target: Any = None
-    reply_ids: list[int] | None = None
+    reply_ids: list[Count] | None = None
     cluster: str | None = None
     question: str | None = None
     choices: list[str] | None = None
@@ -188,34 +210,16 @@ def read_answers(folder: Path | str) -> list[Answer]:
         if not line.strip():
             continue
         try:
-            answer = _answer(json.loads(line))
+            # A choice may well have no probability at all, and a likelihood of -Infinity.
+            answer = typed(parse_json(line, finite=False), Answer)
             if answer.key in answers:
                 raise ValueError(f"{answer.key} comes twice")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if not all(map(isfinite, answer.score.values())) or any(map(isnan, answer.loglikelihoods or ())):
+                raise ValueError("a score is not finite")
+        except ValueError as error:
             raise UsageError(
                 f"{path}, line {number} is damaged ({error}): a line is JSON with key, hash, answer and "
                 "score; run the cell again."
             ) from None
         answers[answer.key] = answer
     return list(answers.values())
-
-
-def _answer(value: dict[str, Any]) -> Answer:
-    key, question = value["key"], value["hash"]
-    if not isinstance(key, str) or not isinstance(question, str):
-        raise TypeError("key and hash are texts")
-    score = {name: float(number) for name, number in value["score"].items()}
-    likelihoods, reply_ids = value.get("loglikelihoods"), value.get("reply_ids")
-    return Answer(
-        key,
-        question,
-        value["answer"],
-        score,
-        dict(value.get("tokens", {})),
-        None if likelihoods is None else [float(number) for number in likelihoods],
-        value.get("target"),
-        None if reply_ids is None else [int(number) for number in reply_ids],
-        value.get("cluster"),
-        value.get("question"),
-        value.get("choices"),
-    )

@@ -85,11 +85,6 @@ def read_text(path: Path | str, flag: str) -> str:
     return text
 
 
-def open_text(path: Path | str) -> Any:
-    """Open a text file for reading, gzipped or not."""
-    return gzip.open(path, "rt") if str(path).endswith(".gz") else open(path)
-
-
 def find_file(folder: Path | str, name: str) -> Path | None:
     """`folder/name` or `folder/name.gz`, whichever is there."""
     for candidate in (Path(folder) / name, Path(folder) / f"{name}.gz"):

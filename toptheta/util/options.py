@@ -16,6 +16,7 @@ from toptheta.util.errors import UsageError
 
 AnyOptions = TypeVar("AnyOptions")
 WORDS = {int: "a whole number", float: "a number"}
+LIMIT = 1 << 32  # of every number: beyond, types of 64 bits and random generators have their own
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,23 @@ def check_options(values: Any, flag: Callable[[str], str] = str) -> None:
             near = get_close_matches(str(value), facts.choices, n=2, cutoff=0.4) if facts.hint else []
             hint = f" (near it: {', '.join(near)})" if near else ""
             raise UsageError(f"{flag(name)} is {value!r}: choose one of {', '.join(facts.choices)}{hint}.")
+        for number in _numbers(value):
+            if not abs(number) < LIMIT:
+                raise UsageError(f"{flag(name)} is {number}: give a number that is finite and below 2^32.")
         optional = default is None and value is None
         if facts.rule and not optional and not _passes(facts.rule[0], value):
             raise UsageError(f"{flag(name)} is {value!r}: {facts.rule[1]}.")
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """The numbers of a value."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    return [
+        one
+        for one in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(one, (int, float))
+    ]
 
 
 def _passes(test: Callable[[Any], bool], value: Any) -> bool:
@@ -166,7 +181,10 @@ def _read(flag: str, text: str, hint: Any) -> Any:
             key, colon, value = part.partition(":")
             if not colon:
                 raise UsageError(f"{flag} is {text!r}: give layer:K pairs, e.g. 0:512,1:512.")
-            pairs[_read(flag, key, get_args(hint)[0])] = _read(flag, value, get_args(hint)[1])
+            read = _read(flag, key, get_args(hint)[0])
+            if read in pairs:
+                raise UsageError(f"{flag} is {text!r}, which names {read} twice: give it once.")
+            pairs[read] = _read(flag, value, get_args(hint)[1])
         return pairs
     try:
         return hint(text)

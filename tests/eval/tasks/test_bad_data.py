@@ -25,7 +25,10 @@ def test_data_that_makes_no_sense(here_with_text: Path, folder_model: str) -> No
             {"dataset": "longbench_qmsum", "data_dir": ".", "max_seq_len": 900},
             "holds neither longbench_qmsum/test.jsonl",
         ),
-        ({"dataset": "longbench_qmsum", "data_dir": "bad", "max_seq_len": 900}, "line 1: .* lacks context"),
+        (
+            {"dataset": "longbench_qmsum", "data_dir": "bad", "max_seq_len": 900},
+            "test.jsonl, line 1: .* missing required field context",
+        ),
         ({"dataset": "longbench_qmsum", "data_dir": "bad"}, "leaves -312 tokens"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -128,8 +128,22 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
                 )
             ) from None
         task.set_fewshot_seed(settings.seed)
+        _check_shots(task)
         tasks.append(task)
     return tasks
+
+
+def _check_shots(task: Any) -> None:
+    """Raise UsageError where a task has fewer examples than its prompts are to show."""
+    shots, config = task.config.num_fewshot or 0, task.config
+    examples = task.fewshot_docs() if shots else None
+    if examples is None:
+        return
+    there = len(list(examples)) - (task.fewshot_cfg.split == config.test_split)  # but for the question itself
+    if shots > there:
+        raise UsageError(
+            f"--num_fewshot {shots}: task {config.task} has {there} examples to show; give at most that."
+        )
 
 
 def chosen_docs(tasks: list[Any], size: float | None) -> dict[str, int]:

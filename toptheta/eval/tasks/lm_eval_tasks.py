@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toptheta.eval.settings import BUNDLED_TASK
+from toptheta.eval.tasks.rows import check_file
 from toptheta.util.errors import UsageError
 
 SPLITS = ("train", "validation", "test", "dev")
@@ -151,6 +152,8 @@ def _with_local_data(
         for split in sorted(map(str, needed)):
             if split not in files:
                 raise UsageError(f"--data_dir: {folder} holds no {split}.jsonl, which {flag} {name} needs.")
+        for split, file in files.items():
+            check_file(Path(file), name, split in needed | {config.get("training_split")})
         local.append(
             config
             | {

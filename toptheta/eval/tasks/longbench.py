@@ -6,10 +6,8 @@ sees an evaluated row: it takes `train.jsonl` where the local folder has one, el
 then not evaluated.
 """
 
-import json
 import sys
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,11 @@ from toptheta.eval.tasks.items import (
     mean_and_stderr,
     split_off,
 )
+from toptheta.eval.tasks.rows import LongBench, read_rows
 from toptheta.models.loading import hub_reachable
 from toptheta.util.errors import UsageError
 
 HUB_ID, HUB_FILE = "THUDM/LongBench", "data.zip"
-FIELDS = ("input", "context", "answers")
 ROUGE_INSTALL = "pip install rouge==1.0.1"
 
 
@@ -172,13 +170,16 @@ def load_rows(dataset: str, data_dir: str | None) -> tuple[list[dict[str, Any]],
         if path.is_file():
             train = path.with_name("train.jsonl")
             is_split = path.name == "test.jsonl" and train.is_file()
-            return _parse(path.open(encoding="utf-8"), path), (
-                _parse(train.open(encoding="utf-8"), train) if is_split else None
-            )
+            return _rows_of(path), _rows_of(train) if is_split else None
     raise UsageError(
         f"--data_dir {data_dir} holds neither {dataset}/test.jsonl nor {name}.jsonl: name the folder that "
         "does, or leave the flag out to use the hub."
     )
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    with open(path, "rb") as lines:
+        return read_rows(lines, path, LongBench)
 
 
 def _hub_rows(name: str) -> list[dict[str, Any]]:
@@ -200,27 +201,6 @@ def _hub_rows(name: str) -> list[dict[str, Any]]:
         ) from None
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"data/{name}.jsonl") as file:
-            return _parse((line.decode("utf-8") for line in file), Path(path) / f"data/{name}.jsonl")
+            return read_rows(file, Path(path) / f"data/{name}.jsonl", LongBench)
     except (KeyError, zipfile.BadZipFile):
         raise UsageError(f"{path} holds no data/{name}.jsonl: remove it and run again to fetch it.") from None
-
-
-def _parse(lines: Iterable[str], path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            missing = [name for name in FIELDS if name not in row]
-        except (ValueError, TypeError):
-            missing = list(FIELDS)
-        if missing:
-            raise UsageError(
-                f"{path}, line {number}: no row of LongBench, it lacks {', '.join(missing)}; each line is "
-                "JSON with input, context and answers."
-            )
-        rows.append(row)
-    if not rows:
-        raise UsageError(f"{path} holds no rows.")
-    return rows

@@ -5,7 +5,7 @@ from typing import Any
 
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
-from toptheta.eval.settings import QASettings
+from toptheta.eval.settings import BUNDLED_TASK, QASettings
 from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
 from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults, task_names
@@ -38,10 +38,12 @@ class QAJob(Job):
         settings = self.settings
         calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
         if not settings.calibrate_only:
-            tasks = harness.load_tasks(task_configs(self.task, settings.data_dir, False), settings, None)
+            configs = task_configs(self.task, settings.data_dir, False)
+            tasks = harness.load_tasks(configs, settings, self.num_fewshot)
             self.num_questions = sum(harness.chosen_docs(tasks, settings.num_samples).values())
         if calibrates and not settings.calib_task:
-            harness.load_tasks(task_configs(self.task, settings.data_dir, True), settings, None)
+            configs = task_configs(self.task, settings.data_dir, True)
+            harness.load_tasks(configs, settings, self.calib_num_fewshot)
 
     def load(self, source: ModelSource) -> Engine:
         settings, local = self.settings, unpacked(source)
@@ -93,4 +95,8 @@ def qa_jobs(settings: QASettings) -> list[QAJob]:
     jobs = [QAJob(part) for part in parts]
     for job in jobs:
         job.check_data()
+    if settings.data_dir and {*(job.task for job in jobs), settings.calib_task or BUNDLED_TASK} == {
+        BUNDLED_TASK
+    }:
+        jobs[0].notices.append(f"--data_dir has no effect on {BUNDLED_TASK}, whose questions are bundled.")
     return jobs

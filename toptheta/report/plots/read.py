@@ -6,13 +6,8 @@ parsed in bulk, because a run of a large model leaves millions of lines; only th
 goes line by line.
 """
 
-import csv
-import gzip
-import io
 import json
 import re
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +17,24 @@ import pandas as pd
 from toptheta.report.results import PHASES, CellResult
 from toptheta.util.errors import UsageError
 from toptheta.util.files import find_file
-
-_INT = r"\d{1,18}"
-_SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?"
-
-
-@dataclass(frozen=True)
-class _Format:
-    """A line format. columns: name -> dtype; replace: bytes to turn into others, leaving one separator."""
-
-    columns: dict[str, str]
-    pattern: str
-    example: str
-    separator: str = r"\s+"
-    replace: tuple[tuple[bytes, bytes], ...] = ()
-
-
-_LAYER_HEAD = ((b"_H", b" "), (b"L", b""), (b":", b" "))
-_THRESHOLDS = _Format(
-    # K is a float because some published tables hold a mean there.
-    {"layer": "int64", "head": "int64", "n": "int64", "theta": "float64", "samples": "int64", "k": "float64"},
-    rf"L{_INT}_H{_INT}:{_INT} -?{_SIZE} {_INT} {_SIZE}",
-    "L0_H0:65 0.25 8 64",
-    replace=_LAYER_HEAD,
+from toptheta.util.line_files import (
+    INT,
+    LAYER_HEAD,
+    SIZE,
+    THRESHOLDS,
+    LineFormat,
+    damaged,
+    file_content,
+    read_lines,
 )
-_LENGTHS = _Format({"n": "int64"}, _INT, "128")
-_COMPLETIONS = _Format({"prompt": "int64", "completion": "int64"}, rf"{_INT} {_INT}", "131 74")
+
+_LENGTHS = LineFormat({"n": "int64"}, INT, "128")
+_COMPLETIONS = LineFormat({"prompt": "int64", "completion": "int64"}, rf"{INT} {INT}", "131 74")
 
 
 def read_thresholds(folder: Path) -> pd.DataFrame | None:
     """th.txt: layer, head, n (row length, tokens), theta (score or weight), samples (calibration rows), k."""
-    frame = _read(folder, "th.txt", _THRESHOLDS)
+    frame = _read(folder, "th.txt", THRESHOLDS)
     # The published project appends to th.txt when it copies one; the last line of a row length counts.
     if frame is None:
         return None
@@ -70,11 +52,12 @@ def read_sizes(folder: Path, layer: int) -> pd.DataFrame | None:
         "phase": "category",
         "ratio": "float64",
     }
-    form = _Format(
+    form = LineFormat(
         columns,
-        rf"L{layer}_H{_INT}:{_INT} {_INT} (?:{'|'.join(PHASES)}) {_SIZE}",
+        rf"L{layer}_H{INT}:{INT} {INT} (?:{'|'.join(PHASES)}) {SIZE}",
         f"L{layer}_H0:130 64 prefill 1.05",
-        replace=_LAYER_HEAD,
+        replace=LAYER_HEAD,
+        words=PHASES,
     )
     return _read(folder, f"layer{layer}.txt", form, layer)
 
@@ -84,8 +67,8 @@ def read_kept(folder: Path, layer: int, kind: str, phase: str) -> pd.DataFrame |
     kind 'vrow': layer, group, n, kept, full, counting V rows."""
     unit = {"attn": "head", "vrow": "group"}[kind]
     columns = {"layer": "int64", unit: "int64", "n": "int64", "kept": "float64", "full": "float64"}
-    pattern = rf"{layer},{_INT},{_INT},{_SIZE},{_SIZE}"
-    form = _Format(columns, pattern, f"{layer},0,130,64,130", separator=",")
+    pattern = rf"{layer},{INT},{INT},{SIZE},{SIZE}"
+    form = LineFormat(columns, pattern, f"{layer},0,130,64,130", separator=",")
     return _read(folder, f"layer{layer}_kept_{kind}_{phase}.csv", form, layer)
 
 
@@ -95,13 +78,14 @@ def read_effective_k(folder: Path) -> pd.DataFrame | None:
     columns = dict.fromkeys(("layer", "phase", "n_low", "n_high", "k", "rows"), "int64")
     columns |= {"phase": "category"} | dict.fromkeys(("mean", "p5", "p50", "p95"), "float64")
     header = ",".join(columns)
-    sizes = ",".join([_SIZE] * 4)
-    form = _Format(
+    sizes = ",".join([SIZE] * 4)
+    form = LineFormat(
         columns,
-        rf"{header}|{_INT},(?:{'|'.join(PHASES)}),{_INT},{_INT},{_INT},{_INT},{sizes}",
+        rf"{header}|{INT},(?:{'|'.join(PHASES)}),{INT},{INT},{INT},{INT},{sizes}",
         "3,prefill,91,107,64,1530,66.2,31.0,65.0,113.0",
         separator=",",
         replace=((header.encode(), b""),),
+        words=PHASES,
     )
     return _read(folder, "effective_k.csv", form)
 
@@ -113,16 +97,16 @@ def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np
     if path is None:
         return None
     groups: dict[int, list[np.ndarray]] = {}
-    for number, line in enumerate(_content(path).decode("latin-1").splitlines(), 1):
+    for number, line in enumerate(file_content(path).decode("latin-1").splitlines(), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(rf"{layer},({_INT}),({_INT}),\[([\d., ]*)\]", line.strip())
+        match = re.fullmatch(rf"{layer},({INT}),({INT}),\[([\d., ]*)\]", line.strip())
         try:
             counts = np.array(match[3].split(","), dtype=float) if match else np.empty(0)
         except ValueError:
             counts = np.empty(0)
         if match is None or len(counts) != int(match[2]):
-            raise _damaged(path, number, line, f"{layer},0,4,[3, 0, 1, 3]")
+            raise damaged(path, number, line, f"{layer},0,4,[3, 0, 1, 3]")
         groups.setdefault(int(match[1]), []).append(counts)
     return groups or None
 
@@ -144,7 +128,7 @@ def read_outcomes(folder: Path) -> pd.DataFrame | None:
     if path is None:
         return None
     rows = []
-    for number, line in enumerate(_content(path).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(file_content(path).decode("utf-8", "replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -160,7 +144,7 @@ def read_outcomes(folder: Path) -> pd.DataFrame | None:
             )
         except (json.JSONDecodeError, KeyError, TypeError):
             example = '{"task_id": "HumanEval/0", "passed": true, "result": "passed"}'
-            raise _damaged(path, number, line, example) from None
+            raise damaged(path, number, line, example) from None
     return pd.DataFrame(rows) if rows else None
 
 
@@ -216,71 +200,9 @@ def named_layers(folder: Path) -> list[int]:
     return sorted({int(match[1]) for match in found if match})
 
 
-def _read(folder: Path, name: str, form: _Format, layer: int | None = None) -> pd.DataFrame | None:
+def _read(folder: Path, name: str, form: LineFormat, layer: int | None = None) -> pd.DataFrame | None:
     path = find_file(folder, name)
-    if path is None:
-        return None
-    content = _content(path)
-    plain = content
-    for old, new in form.replace:
-        plain = plain.replace(old, new)
-    if not plain.strip():
-        return None
-    try:
-        # The extra column takes what a line has too much, so that pandas cannot turn a first field into an
-        # index.
-        frame = pd.read_csv(
-            io.BytesIO(plain),
-            sep=form.separator,
-            header=None,
-            names=[*form.columns, "extra"],
-            dtype={**form.columns, "extra": "object"},
-            encoding="latin-1",
-            quoting=csv.QUOTE_NONE,
-        )
-        extra = frame.pop("extra")
-        if not isinstance(frame.index, pd.RangeIndex) or extra.notna().any() or not _sound(frame, layer):
-            raise ValueError("a value out of its range")
-    except (ValueError, OverflowError) as error:
-        _find_damage(path, content, form)
-        raise UsageError(f"{path} cannot be read ({error}): make it anew.") from None
-    return frame
-
-
-def _sound(frame: pd.DataFrame, layer: int | None) -> bool:
-    for name, column in frame.items():
-        if name == "phase":
-            if column.isna().any() or not set(column.cat.categories) <= set(PHASES):
-                return False
-        elif not np.isfinite(column.to_numpy()).all() or (name != "theta" and (column < 0).any()):
-            return False
-    return layer is None or bool((frame["layer"] == layer).all())
-
-
-def _find_damage(path: Path, content: bytes, form: _Format) -> None:
-    pattern = re.compile(form.pattern)
-    for number, line in enumerate(content.decode("latin-1").split("\n"), 1):
-        if line.strip() and not pattern.fullmatch(re.sub(r"\s+", " ", line.strip())):
-            raise _damaged(path, number, line, form.example)
-
-
-def _damaged(path: Path, number: int, line: str, example: str) -> UsageError:
-    shown = line.strip() if len(line) <= 60 else line.strip()[:57] + "..."
-    return UsageError(
-        f"{path}, line {number}: {shown!r} is damaged, a line looks like {example!r}: correct or remove it."
-    )
-
-
-def _content(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{path} is not a whole gzip file ({error}): remove it, or make it anew.") from None
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read ({error.strerror}): allow reading it, or remove it."
-        ) from None
+    return None if path is None else read_lines(path, form, layer)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
@@ -297,7 +219,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_content(path).decode())
+        return json.loads(file_content(path).decode())
     except json.JSONDecodeError as error:
         raise UsageError(
             f"{path}, line {error.lineno}: {error.msg}: correct it, or remove the file."

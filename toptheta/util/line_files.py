@@ -1,0 +1,123 @@
+"""Files of lines of numbers, plain or gzipped, as pandas tables.
+
+They are parsed in bulk, because a run of a large model leaves millions of lines; only the search for a
+damaged line goes line by line.
+"""
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from toptheta.util.errors import UsageError
+
+INT = r"\d{1,18}"
+SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?"
+
+
+@dataclass(frozen=True)
+class LineFormat:
+    """A line format. columns: name -> dtype; replace: bytes to turn into others, leaving one separator;
+    words: what there may be in columns of type category."""
+
+    columns: dict[str, str]
+    pattern: str
+    example: str
+    separator: str = r"\s+"
+    replace: tuple[tuple[bytes, bytes], ...] = ()
+    words: tuple[str, ...] = ()
+
+
+LAYER_HEAD = ((b"_H", b" "), (b"L", b""), (b":", b" "))
+THRESHOLDS = LineFormat(
+    # K is a float because some published tables hold a mean there.
+    {"layer": "int64", "head": "int64", "n": "int64", "theta": "float64", "samples": "int64", "k": "float64"},
+    rf"L{INT}_H{INT}:{INT} -?{SIZE} {INT} {SIZE}",
+    "L0_H0:65 0.25 8 64",
+    replace=LAYER_HEAD,
+)
+SDC = LineFormat(
+    {"layer": "int64", "head": "int64", "n": "int64", "r": "float64", "samples": "int64"},
+    rf"L{INT}_H{INT}:{INT} {SIZE} {INT}",
+    "L0_H0:65 0.25 8",
+    replace=LAYER_HEAD,
+)
+
+
+def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.DataFrame | None:
+    """The lines of a file, None if it has none. layer: the only one that may be in it. Raises UsageError with
+    the number of a line that is damaged."""
+    content = file_content(path)
+    plain = content
+    for old, new in form.replace:
+        plain = plain.replace(old, new)
+    if not plain.strip():
+        return None
+    try:
+        # The extra column takes what a line has too much, so that pandas cannot turn a first field into an
+        # index.
+        frame = pd.read_csv(
+            io.BytesIO(plain),
+            sep=form.separator,
+            header=None,
+            names=[*form.columns, "extra"],
+            dtype={**form.columns, "extra": "object"},
+            encoding="latin-1",
+            quoting=csv.QUOTE_NONE,
+            float_precision="round_trip",
+        )
+        extra = frame.pop("extra")
+        if (
+            not isinstance(frame.index, pd.RangeIndex)
+            or extra.notna().any()
+            or not _sound(frame, layer, form.words)
+        ):
+            raise ValueError("a value out of its range")
+        if form.replace == LAYER_HEAD and any(content.count(mark) != len(frame) for mark, _ in LAYER_HEAD):
+            raise ValueError("a line without its layer, head and length")
+    except (ValueError, OverflowError) as error:
+        _find_damage(path, content, form)
+        raise UsageError(f"{path} cannot be read ({error}): make it anew.") from None
+    return frame
+
+
+def _sound(frame: pd.DataFrame, layer: int | None, words: tuple[str, ...]) -> bool:
+    for name, column in frame.items():
+        if column.dtype == "category":
+            if column.isna().any() or not set(column.cat.categories) <= set(words):
+                return False
+        elif not np.isfinite(column.to_numpy()).all() or (name != "theta" and (column < 0).any()):
+            return False
+    return layer is None or bool((frame["layer"] == layer).all())
+
+
+def _find_damage(path: Path, content: bytes, form: LineFormat) -> None:
+    pattern = re.compile(form.pattern)
+    for number, line in enumerate(content.decode("latin-1").split("\n"), 1):
+        if line.strip() and not pattern.fullmatch(re.sub(r"\s+", " ", line.strip())):
+            raise damaged(path, number, line, form.example)
+
+
+def damaged(path: Path, number: int, line: str, example: str) -> UsageError:
+    shown = line.strip() if len(line) <= 60 else line.strip()[:57] + "..."
+    return UsageError(
+        f"{path}, line {number}: {shown!r} is damaged, a line looks like {example!r}: correct or remove it."
+    )
+
+
+def file_content(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{path} is not a whole gzip file ({error}): remove it, or make it anew.") from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}): allow reading it, or remove it."
+        ) from None
