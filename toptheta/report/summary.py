@@ -9,7 +9,7 @@ from pathlib import Path
 
 from toptheta.report import tables
 from toptheta.report.paired import paired_with_dense
-from toptheta.report.results import CellResult
+from toptheta.report.results import DECODE, CellResult
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json, write_text
@@ -47,7 +47,7 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
 
         draw_perplexity(results, folder / "perplexity.png", title)
         print(f"Picture: {folder / 'perplexity.png'}")
-    if any("kl" in result.metrics and not result.dense for result in results):
+    if any(_is_compared(result) and not result.dense for result in results):
         from toptheta.report.plots.divergence import draw_divergence
 
         draw_divergence({title: results}, folder / "kl.png", "KL to dense attention by KV bytes read")
@@ -84,7 +84,7 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
         of_task = [row.result for row in rows if row.task == task and row.result is not None]
         named = [replace(result, folder=None) for result in of_task]
         results += named
-        if any("kl" in result.metrics for result in named):
+        if any(_is_compared(result) for result in named):
             texts[task] = named
         elif any(not result.dense and result.kept for result in named):
             from toptheta.report.plots.tradeoff import draw_tradeoff
@@ -104,6 +104,11 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
     write_json(folder / "results.json", [result.to_json() for result in results])
     print(text)
     say(f"Written: {', '.join(map(str, written))}")
+
+
+def _is_compared(result: CellResult) -> bool:
+    """Whether decode steps of a text were compared with dense attention: what kl.png shows."""
+    return "kl" in result.metrics and (result.kv_bytes or {}).get(DECODE) is not None
 
 
 def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
