@@ -6,15 +6,16 @@ import math
 import torch
 
 
-def attention_row(scores, values, n_visible, spec, theta=None, table=None):
+def attention_row(scores, values, n_visible, spec, theta=None, table=None, sink=-math.inf):
     """Output and kept positions of one row. scores: list of the visible keys' scores; values: `[n, D]` their
-    V rows."""
+    V rows; sink: a score that is in the denominator and no key's."""
     n = n_visible
     if n == 0:
         return torch.zeros(values.shape[-1], dtype=torch.float64), []
     top = max(scores)
     exps = [math.exp(s - top) for s in scores]
-    weights = [e / sum(exps) for e in exps]
+    sink = math.exp(sink - top)
+    weights = [e / (sum(exps) + sink) for e in exps]
     mode, capk = spec.method.mode, getattr(spec.method, "capk", False)
     sparse = spec.k > 0 and n > spec.k and mode in (0, 1) and spec.placement != "none"
     if not sparse:
@@ -39,18 +40,21 @@ def attention_row(scores, values, n_visible, spec, theta=None, table=None):
             "exp-threshold": None if theta is None else (n - len(kept)) * math.exp(theta - top),
             "offline-calibrated": table,
         }[spec.sdc]
-        final = {i: exps[i] / (denominator + spec.sdc_scale * missing) for i in kept}
+        without_sink = denominator + spec.sdc_scale * missing
+        final = {i: exps[i] / (without_sink + sink) for i in kept}
+        whole = without_sink / (without_sink + sink)
     else:
         final = {i: weights[i] for i in kept}
+        whole = sum(weights)
     out = sum(w * values[i] for i, w in final.items())
-    if spec.vmc:
-        out = out + (1.0 - sum(final.values())) * values.mean(dim=0)
+    if spec.vmc:  # what the sink takes was not lost
+        out = out + (whole - sum(final.values())) * values.mean(dim=0)
     return out, kept
 
 
-def attention(q, k, v, visible, spec, scale, theta=None, table=None):
+def attention(q, k, v, visible, spec, scale, theta=None, table=None, softcap=None, sinks=None):
     """q: `[B, H, Q, D]`, k and v: `[B, H_kv, N, D]`, visible: `[B, Q, N]` bool, theta and table: `[H, L]` by
-    row length.
+    row length, sinks: `[H]`.
 
     Returns out `[B, H, Q, D]` float64 and kept `[B, H, Q, N]` bool.
     """
@@ -65,9 +69,12 @@ def attention(q, k, v, visible, spec, scale, theta=None, table=None):
                 keys = visible[b, i].nonzero()[:, 0]
                 n = len(keys)
                 scores = [float(q[b, h, i] @ k[b, h // group, j]) * scale for j in keys]
+                if softcap is not None:
+                    scores = [softcap * math.tanh(score / softcap) for score in scores]
+                sink = -math.inf if sinks is None else float(sinks[h])
                 row_theta = None if theta is None else float(theta[h, min(n, theta.shape[1] - 1)])
                 row_table = None if table is None else float(table[h, min(n, table.shape[1] - 1)])
                 values = v[b, h // group, keys]
-                out[b, h, i], chosen = attention_row(scores, values, n, spec, row_theta, row_table)
+                out[b, h, i], chosen = attention_row(scores, values, n, spec, row_theta, row_table, sink)
                 kept[b, h, i, keys[chosen]] = True
     return out, kept

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import StaticSlidingWindowLayer
 
+from tests.helpers.families import make
 from tests.helpers.models import SPARSE, steer, tokens
 from topk_llama import TopThetaCache, set_params
 from toptheta.attention.call import AttentionCall
@@ -164,3 +166,16 @@ def test_two_tiers_need_a_gpu(tiny_model: LlamaForCausalLM) -> None:
     cache = TopThetaCache(tiny_model.config, LENGTH, two_tier=True)
     with pytest.raises(UsageError, match="two_tier=True needs a GPU and Triton"):
         tiny_model(tokens(), past_key_values=cache)
+
+
+def test_windows_stay_stock(sums: list[bool]) -> None:
+    """Layers with a sliding window keep no sum; the others do, as behind a dynamic cache."""
+    model = make("gemma3")
+    steer(model, SPARSE["Top-theta"])
+    ids, mask, sizes = tokens(length=24), torch.ones(1, 24, dtype=torch.long), [12, 6, 1, 1, 3, 1]
+    expected = read(model, DynamicCache(config=model.config), ids, mask, sizes)
+    sums.clear()
+    cache = TopThetaCache(model.config, LENGTH)
+    assert [type(layer) for layer in cache.layers] == [StaticSlidingWindowLayer, TopThetaLayer]
+    torch.testing.assert_close(read(model, cache, ids, mask, sizes), expected, **CLOSE)
+    assert sums == [False, True] * 3

@@ -47,8 +47,8 @@ def test_update_twice_and_restore(tiny_model: LlamaForCausalLM) -> None:
     assert torch.equal(tiny_model(tokens()).logits, stock)
 
 
-def test_no_llama_layer() -> None:
-    with pytest.raises(UsageError, match="no LlamaAttention"):
+def test_no_known_layer() -> None:
+    with pytest.raises(UsageError, match="has no attention layer of a family"):
         update_model(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)))
     with pytest.raises(UsageError, match="not patched"):
         set_params(LlamaForCausalLM(tiny_config()), mode=1)
@@ -167,7 +167,7 @@ def test_statistics_cost_nothing_when_off(tiny_model: LlamaForCausalLM) -> None:
     update_model(tiny_model)
     assert tiny_model.config._attn_implementation == "sdpa"  # dense: the stock function by its own name
     set_params(tiny_model, mode=1, K=4)
-    assert tiny_model.config._attn_implementation == "toptheta"
+    assert tiny_model.config._attn_implementation == "top_theta"
     assert all(state.spec == layer_spec(1, "pre-softmax", 4) for state in layer_states(tiny_model))
     set_params(tiny_model, mode=3)
     assert tiny_model.config._attn_implementation == "sdpa"

@@ -43,7 +43,9 @@ class AttentionCall:
     float32, the sum of V over the visible keys of the only query row, so that the kernels need not read all
     of V; int8, the copy of K, so that the Triton kernels need not read all of K; state, what the method
     remembers. values: how rows of V are weighed, for a method that does.
-    decode: the query rows are decode steps; else they belong to a prompt.
+    decode: the query rows are decode steps; else they belong to a prompt. softcap: scores are softcap *
+    tanh(scores / softcap) before all else; sinks: `[H]`, a score for each head that is in every row's
+    denominator and no key's.
     """
 
     q: Tensor
@@ -61,6 +63,8 @@ class AttentionCall:
     state: State | None = None
     values: ValueNorms | None = None
     decode: bool = False
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def count_steps(self) -> bool:
@@ -102,7 +106,23 @@ class AttentionCall:
 
     @property
     def needs_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+        tensors = (self.q, self.k, self.v) if self.sinks is None else (self.q, self.k, self.v, self.sinks)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+    @property
+    def reference_only(self) -> str | None:
+        """What no kernel knows of this call, None if there is nothing."""
+        if self.softcap is not None:
+            return "the kernels cap no scores (softcap)"
+        return "the kernels know no attention sinks" if self.sinks is not None else None
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scores after the cap, in place where no gradient is needed."""
+        if self.softcap is None:
+            return scores
+        if scores.requires_grad:
+            return (scores / self.softcap).tanh() * self.softcap
+        return scores.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 @dataclass

@@ -27,9 +27,11 @@ class KVBytes:
 
 
 def visible_keys(rows: Rows, batch: int, steps: bool = False) -> Tensor:
-    """`[B]` int64, keys that the longest real row of each sequence sees; steps: of each row, `[B * Q]`."""
+    """`[B]` int64, keys that any real row of each sequence sees; steps: that each row sees, `[B * Q]`."""
+    if not steps:
+        return rows.num_seen().expand(batch)
     n = rows.n if rows.real is None else rows.n * rows.real
-    return n.expand(batch, -1).flatten() if steps else n.amax(dim=-1).expand(batch)
+    return n.expand(batch, -1).flatten()
 
 
 def dense_bytes(rows: Rows, key: Tensor, steps: bool = False) -> KVBytes:

@@ -25,7 +25,8 @@ def sparse_attention(
     """Attention of `call.spec`, `[B, H, Q, D]` in q's type, and what it kept if `call.count`.
 
     calibrator: sees each block before selection. A row that sees no key gives zeros. Memory is that of a few
-    blocks of scores, never `[B, H, Q, N]`.
+    blocks of scores, never `[B, H, Q, N]`, unless a gradient is needed: then autograd keeps all blocks. What
+    is kept is taken as given, as a mask is: no gradient flows through the choice.
     """
     q, k, v, rows, spec = call.q, call.k, call.v, call.rows, call.spec
     batch, num_heads, q_len, head_dim = q.shape
@@ -52,7 +53,7 @@ def sparse_attention(
         stop = min(start + step, q_len)
         end = rows.end(stop, kv_len)
         q_block = q_grouped[:, :, :, start:stop].reshape(batch, num_kv_heads, -1, head_dim)
-        scores = (q_block @ k_t[..., :end]).view(batch, num_heads, stop - start, end)
+        scores = call.capped((q_block @ k_t[..., :end]).view(batch, num_heads, stop - start, end))
         visible = rows.visible(start, stop, kv_len)
         if visible is not None:
             scores.masked_fill_(~visible, NEG_INF)
@@ -73,15 +74,16 @@ def sparse_attention(
             v=v[:, :, :end],
             own=rows.first is not None,
             values=call.values,
+            sinks=call.sinks,
         )
         weights, keep = sparse_weights(block, spec, call.tables_of(n), calibrator)
         if spec.sparse:
-            spec.method.after(block, weights)
+            spec.method.after(block, weights.detach())
         grouped = weights.view(batch, num_kv_heads, -1, end)
         block_out = (grouped.to(v.dtype) @ v[:, :, :end]).view(batch, num_heads, stop - start, head_dim)
         if v_mean is not None:
             mean = v_mean[:, :, start:stop].repeat_interleave(group, dim=1)
-            block_out = add_mean(block_out, weights, mean, spec.may_drop(n))
+            block_out = add_mean(block_out, weights, mean, spec.may_drop(n), block.share)
         out[:, :, start:stop] = block_out
         if counts is not None:
             counts.add(keep, block.real, start)
@@ -93,40 +95,62 @@ def sparse_weights(
 ) -> tuple[Tensor, Tensor]:
     """Final attention weights and what was kept, both `[B, H, R, E]`, of one block of rows.
 
-    block: x holds the scores. Their memory becomes that of the weights: afterwards x is the final weights
-    with placement pre-softmax, and the weights before selection with post-softmax.
+    block: x holds the scores. Their memory becomes that of the weights, unless a gradient is needed:
+    afterwards x is the final weights with placement pre-softmax, and the weights before selection with
+    post-softmax.
     """
     scores = block.x
     finite_max = block.row_max.clamp_min(torch.finfo(scores.dtype).min)  # finite on fully masked rows
     block.row_max = finite_max
     if spec.placement != "post-softmax":
-        if calibrator is not None:
-            calibrator.observe(block)
-        keep = select(block, spec, tables)
-        exps = scores.sub_(finite_max).exp_()
+        keep = select(block, spec, tables, calibrator)
+        exps = _exps(scores, finite_max)
         denominator = exps.masked_fill(~keep, 0.0).sum(dim=-1, keepdim=True)
         if spec.sdc != "none":
             missing = missing_denominator(spec.sdc, exps, keep, finite_max, block.n, tables)
             denominator = denominator + spec.sdc_scale * missing
-        weights = exps.masked_fill_(~keep, 0.0)
-        return weights.div_(denominator.clamp_min(torch.finfo(weights.dtype).tiny)), keep
+        return _divided(_only(exps, keep), _whole(block, denominator)), keep
 
     visible = scores > NEG_INF
-    exps = scores.sub_(finite_max).exp_()
-    denominator = exps.sum(dim=-1, keepdim=True)
-    weights = exps.div_(denominator.clamp_min(torch.finfo(exps.dtype).tiny))
+    exps = _exps(scores, finite_max)
+    weights = _divided(exps, _whole(block, exps.sum(dim=-1, keepdim=True)))
     # Weights of keys that are not visible are 0, which must not pass a threshold of -inf or fill up the K
     # largest.
     block.x, block.are_weights = weights.masked_fill(~visible, NEG_INF), True
     block.row_max = block.x.amax(dim=-1, keepdim=True)
+    keep = select(block, spec, tables, calibrator)
+    return _only(weights, keep), keep
+
+
+def _exps(scores: Tensor, row_max: Tensor) -> Tensor:
+    return (scores - row_max).exp() if scores.requires_grad else scores.sub_(row_max).exp_()
+
+
+def _divided(weights: Tensor, denominator: Tensor) -> Tensor:
+    denominator = denominator.clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights / denominator if weights.requires_grad else weights.div_(denominator)
+
+
+def _only(weights: Tensor, keep: Tensor) -> Tensor:
+    """Weights of what is kept, 0 elsewhere."""
+    return weights.masked_fill(~keep, 0.0) if weights.requires_grad else weights.masked_fill_(~keep, 0.0)
+
+
+def _whole(block: Block, denominator: Tensor) -> Tensor:
+    """The denominator with the sink's part, whose share the block takes."""
+    if block.sinks is None:
+        return denominator
+    whole = block.with_sink(denominator)
+    block.share = denominator / whole
+    return whole
+
+
+@torch.no_grad()
+def select(block: Block, spec: LayerSpec, tables: RowTables, calibrator: Calibrator | None = None) -> Tensor:
+    """What `spec` keeps of the block, `[B, H, R, E]` bool: rows with n <= K are left dense. calibrator: sees
+    the block before."""
     if calibrator is not None:
         calibrator.observe(block)
-    keep = select(block, spec, tables)
-    return weights.masked_fill_(~keep, 0.0), keep
-
-
-def select(block: Block, spec: LayerSpec, tables: RowTables) -> Tensor:
-    """What `spec` keeps of the block, `[B, H, R, E]` bool: rows with n <= K are left dense."""
     if not spec.sparse:
         return block.visible
     keep = spec.method.keep(block, tables)

@@ -23,7 +23,8 @@ class Rows:
     a sequence rather than to padding (None: all). mask: `[B, 1, Q, KV]` bool, True = visible, or None for
     plain causal (row i sees keys 0..i; a single row sees every key). first: position of the first query among
     the keys if the pattern is causal plus padding, else None. key_real: `[B, KV]` bool, keys that are not
-    padding (None: all). causal: the pattern is known to be causal plus padding, even if first is not.
+    padding (None: all). causal: the pattern is known to be causal plus padding, even if first is not. offset:
+    position of the first key in its sequence: a sliding cache has forgotten those before.
     """
 
     n: Tensor
@@ -32,6 +33,7 @@ class Rows:
     first: int | None = None
     key_real: Tensor | None = None
     causal: bool = False
+    offset: int = 0
     # Of this mask, found once for all layers; no copy takes them along.
     _span: Tensor | None = field(default=None, init=False, repr=False)
     _continued: tuple[weakref.ref[Tensor], int, bool] | None = field(default=None, init=False, repr=False)
@@ -46,6 +48,24 @@ class Rows:
         stop = torch.where(seen, at + 1, 0).amax(dim=1)
         self._span = torch.stack([torch.where(seen, at, stop[:, None]).amin(dim=1), stop], dim=1)
         return self._span
+
+    def longest(self) -> Tensor:
+        """`[B or 1]` visible keys of the longest real row."""
+        return (self.n if self.real is None else self.n * self.real).amax(dim=-1)
+
+    def seen(self, kv_len: int) -> Tensor:
+        """`[B or 1, KV]` bool, the keys that any real row sees; of causal rows, as many as the longest
+        sees."""
+        if self.mask is None or self.causal:
+            return torch.arange(kv_len, device=self.n.device) < self.longest()[:, None]
+        visible = self.mask[:, 0]
+        return (visible if self.real is None else visible & self.real[:, :, None]).any(dim=1)
+
+    def num_seen(self) -> Tensor:
+        """`[B or 1]` how many keys any real row sees."""
+        if self.mask is None or self.causal:
+            return self.longest()
+        return self.seen(self.mask.shape[3]).sum(dim=-1)
 
     def continues(self, before: Tensor | None, end: int) -> bool:
         """Whether `key_real` goes on from `before`, the one of an earlier step, over its first `end` keys.

@@ -54,6 +54,7 @@ class BudgetCalibration(RowSampler):
         self.rows = {k: torch.zeros((), dtype=torch.int64, device=device) for k in self.ks}
         self.prompts: list[Tensor] = []
 
+    @torch.no_grad()
     def sample(self, call: AttentionCall) -> None:
         assert self.chosen is not None
         batch, num_heads, _, head_dim = call.q.shape
@@ -66,14 +67,17 @@ class BudgetCalibration(RowSampler):
         step = block_rows(batch * num_heads * kv_len, some.numel(), call.q.device.type)
         for at in some.split(step):
             q = (call.q[:, :, at].float() * call.scale).reshape(batch, num_kv_heads, -1, head_dim)
-            scores = (q @ keys).view(batch, num_heads, at.numel(), kv_len)
+            scores = call.capped((q @ keys).view(batch, num_heads, at.numel(), kv_len))
             n = call.rows.n.expand(batch, -1)[:, at]
             if call.rows.mask is not None:
                 visible = call.rows.mask[:, :, at]
             else:
                 visible = torch.arange(kv_len, device=n.device) < n[:, None, :, None]
             scores = scores.masked_fill(~visible, NEG_INF)
-            log_weights = scores - scores.logsumexp(dim=-1, keepdim=True)
+            log_sum = scores.logsumexp(dim=-1, keepdim=True)
+            if call.sinks is not None:
+                log_sum = log_sum.logaddexp(call.sinks.float()[:, None, None])
+            log_weights = scores - log_sum
             if factor is not None:
                 log_weights = log_weights + factor[:, :, None]
             self.add(log_weights, n, self.chosen[:, at])

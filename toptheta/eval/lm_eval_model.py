@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.models.control import announce_prompts, begin_prompts, reading_prompt
+from toptheta.models.families import head_logits
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
 from toptheta.util.progress import Bar
@@ -175,7 +176,7 @@ class TopThetaLM(HFLM):
         return found
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        return torch.log_softmax(self.model.lm_head(hidden), dim=-1, dtype=self.softmax_dtype)
+        return torch.log_softmax(head_logits(self.model, hidden), dim=-1, dtype=self.softmax_dtype)
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids right-padded to one length, and the mask that is 1 on real tokens; both `[B, L]`."""

@@ -86,7 +86,7 @@ def choose(call: AttentionCall) -> Backend | None:
     if FORCED is None:
         for backend in BACKENDS:
             if backend.device == call.q.device.type:
-                supported = backend.unsupported(call) is None and backend.ready() is None
+                supported = _unsupported(backend, call) is None and backend.ready() is None
                 return backend if supported else None
         return None
     if FORCED not in CHOICES:
@@ -96,9 +96,13 @@ def choose(call: AttentionCall) -> Backend | None:
     if FORCED == "reference":
         return None
     backend = next(backend for backend in BACKENDS if backend.name == FORCED)
-    why = backend.unsupported(call) or backend.ready()
+    why = _unsupported(backend, call) or backend.ready()
     if why is not None:
         raise UsageError(
             f"TOPTHETA_KERNEL={FORCED} cannot be obeyed, because {why}: unset it, or set it to reference."
         )
     return backend
+
+
+def _unsupported(backend: Backend, call: AttentionCall) -> str | None:
+    return call.reference_only or backend.unsupported(call)

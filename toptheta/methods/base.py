@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and flags need this file
 
 NEG_INF = float("-inf")
 TINY = 1e-30  # in place of a sum of 0, of a row that sees nothing
+LARGEST_EXPONENT = 80.0  # of a sink above a row's maximum: exp is finite in float32
 
 
 class Selection(IntEnum):
@@ -145,7 +146,9 @@ class Block:
     of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
     keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated.
     decode: the rows are decode steps; else they belong to a prompt. are_weights: x holds weights. longest:
-    `[B or 1]` visible keys of the longest row of the call.
+    `[B or 1]` visible keys of the longest row of the call. sinks: `[H]`, scores that are in the denominators
+    of all rows, or None. share: `[B, H, R, 1]`, what the sinks leave of a row's weights, known once they are
+    computed; None without sinks: all.
     """
 
     x: Tensor
@@ -164,6 +167,8 @@ class Block:
     decode: bool = False
     are_weights: bool = False
     longest: Tensor | None = None
+    sinks: Tensor | None = None
+    share: Tensor | None = None
 
     @property
     def visible(self) -> Tensor:
@@ -176,7 +181,14 @@ class Block:
         if self.are_weights:
             return self.x.clamp_min(0.0)
         exps = (self.x - self.row_max).exp()
-        return exps / exps.sum(dim=-1, keepdim=True).clamp_min(TINY)
+        return exps / self.with_sink(exps.sum(dim=-1, keepdim=True)).clamp_min(TINY)
+
+    def with_sink(self, denominator: Tensor) -> Tensor:
+        """A sum of exp(scores - row_max) `[B, H, R, 1]`, with that of the sink."""
+        if self.sinks is None:
+            return denominator
+        above = self.sinks.float()[:, None, None] - self.row_max
+        return denominator + above.clamp(max=LARGEST_EXPONENT).exp()
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,14 @@ def missing_denominator(
     raise ValueError(f"no such SDC: {sdc}")
 
 
-def add_mean(out: Tensor, weights: Tensor, v_mean: Tensor, sparse: Tensor) -> Tensor:
+def add_mean(
+    out: Tensor, weights: Tensor, v_mean: Tensor, sparse: Tensor, share: Tensor | None = None
+) -> Tensor:
     """V-mean compensation: `out` `[B, H, R, D]` plus the weight that a row lost times the mean of V over its
-    visible keys. weights: `[B, H, R, E]`; v_mean: `[B, H, R, D]`; sparse: `[B or 1, R]` bool."""
-    lost = (1.0 - weights.sum(dim=-1)) * sparse[:, None]
+    visible keys. weights: `[B, H, R, E]`; v_mean: `[B, H, R, D]`; sparse: `[B or 1, R]` bool; share: see
+    `Block`."""
+    whole = 1.0 if share is None else share[..., 0]
+    lost = (whole - weights.sum(dim=-1)) * sparse[:, None]
     return out.float() + lost.unsqueeze(-1) * v_mean
 
 

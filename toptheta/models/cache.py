@@ -112,7 +112,7 @@ class TopThetaLayer(StaticLayer):
 
 class TopThetaCache(StaticCache):
     """A StaticCache for `model(..., past_key_values=cache)` or `model.generate(..., past_key_values=cache)`:
-    decode steps with VMC read no V but what they keep.
+    decode steps with VMC read no V but what they keep. Layers with a sliding window stay as in a StaticCache.
 
     two_tier: also keep an int8 copy of K, which lets a decode step with thresholds on scores read K only
     where the copy leaves it open whether a key is kept; what is kept stays the same. It costs head_dim + 8
@@ -120,5 +120,11 @@ class TopThetaCache(StaticCache):
     """
 
     def __init__(self, config: PretrainedConfig, max_cache_len: int, two_tier: bool = False):
-        layers = [TopThetaLayer(max_cache_len, two_tier) for _ in range(config.num_hidden_layers)]
-        Cache.__init__(self, layers=layers)
+        stock: Any = StaticCache(config=config, max_cache_len=max_cache_len)
+        Cache.__init__(
+            self,
+            layers=[
+                TopThetaLayer(max_cache_len, two_tier) if type(layer) is StaticLayer else layer
+                for layer in stock.layers
+            ],
+        )

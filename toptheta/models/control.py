@@ -25,7 +25,7 @@ from toptheta.calibration.tables import (
 from toptheta.methods.base import NEG_INF, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.models.layer_state import ModelState
-from toptheta.models.patch import TopK_LLamaAttention, choose_implementation, model_state, patched_layers
+from toptheta.models.patch import choose_implementation, model_state, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import keep_prompts, measure
 from toptheta.util.errors import UsageError
@@ -153,7 +153,7 @@ def _sparse_layers(params: AttentionParams, k_per_layer: tuple[int, ...]) -> lis
 
 
 def _install(
-    layers: list[TopK_LLamaAttention],
+    layers: list[Any],
     params: AttentionParams,
     k_per_layer: tuple[int, ...],
     tables: CalibrationTables | None,
@@ -196,7 +196,7 @@ def _install(
 
 
 def _lookup(
-    layer: TopK_LLamaAttention,
+    layer: Any,
     table: LayerTable,
     params: AttentionParams,
     below: float,
@@ -377,7 +377,7 @@ def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:
     choose_implementation(patched_layers(model))
 
 
-def value_gram(layer: TopK_LLamaAttention) -> Tensor:
+def value_gram(layer: Any) -> Tensor:
     """`[H, D, D]` float32, W_o^T W_o of each head's part of a layer's output projection. Raises UsageError
     for weights that are offloaded."""
     weight = layer.o_proj.weight

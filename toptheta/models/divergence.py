@@ -19,6 +19,7 @@ from toptheta.models.control import (
     record_statistics,
     recorder_of,
 )
+from toptheta.models.families import head_logits
 from toptheta.models.generation import LOGIT_ROWS, hidden_states
 from toptheta.models.kl import kl_divergence
 from toptheta.models.patch import dense_for
@@ -136,7 +137,7 @@ def _read_prompt(model: Any, prompt: Tensor, prefill_chunk: int | None, dense: b
 
 def _log_probs(model: Any, hidden: Tensor) -> Tensor:
     """`[B, R, V]` float32."""
-    return model.lm_head(hidden).float().log_softmax(dim=-1)
+    return head_logits(model, hidden).float().log_softmax(dim=-1)
 
 
 def _prediction(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Prediction:

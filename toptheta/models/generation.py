@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from toptheta.models.control import end_prompt, reading_prompt
+from toptheta.models.families import head_logits
 
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
 
@@ -62,7 +63,7 @@ def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | 
         targets = input_ids[:, start + 1 : start + 1 + hidden.shape[1]]
         for i in range(0, targets.shape[1], LOGIT_ROWS):
             wanted = targets[:, i : i + LOGIT_ROWS]
-            logits = model.lm_head(hidden[:, i : i + wanted.shape[1]]).float()
+            logits = head_logits(model, hidden[:, i : i + wanted.shape[1]]).float()
             wanted = wanted.to(logits.device)
             chosen = logits.gather(-1, wanted[..., None])[..., 0]
             parts.append((logits.logsumexp(dim=-1) - chosen).cpu())

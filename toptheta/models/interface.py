@@ -1,19 +1,22 @@
-"""Our attention and mask functions, as transformers calls them. Registered under the name 'toptheta'."""
+"""Our attention and mask functions, as transformers calls them. Registered under the name 'top_theta'."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from toptheta.attention.call import AttentionCall
 from toptheta.attention.kv_bytes import dense_bytes, kv_bytes
 from toptheta.attention.rows import Rows, remember, rows_of
 from toptheta.kernels import registry
+from toptheta.models.families import check_arguments, eager_of
 from toptheta.models.layer_state import LayerState
+from toptheta.util.errors import UsageError
 
-IMPLEMENTATION = "toptheta"
+IMPLEMENTATION = "top_theta"
 
 
 def toptheta_attention_forward(
@@ -24,14 +27,21 @@ def toptheta_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function for transformers' AttentionInterface, of a module with a LayerState as `toptheta`.
+    """Attention function for transformers' AttentionInterface, of any family.
 
-    query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`. Returns `[B, Q, H, D]` and no weights (the dense
-    layers of an 'eager' model return theirs).
+    query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`; softcap, and s_aux, the sinks: see AttentionCall.
+    Returns `[B, Q, H, D]` and no weights (the dense layers of an 'eager' model return theirs). A module
+    without a LayerState is dense. Raises UsageError for what a sparse layer cannot compute.
     """
-    state: LayerState = module.toptheta  # type: ignore[assignment]
+    special: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
+    state: LayerState | None = getattr(module, "toptheta", None)
+    if state is None:
+        return _dense(module, "sdpa", query, key, value, attention_mask, scaling, dropout, special | kwargs)
+    state.now.due = False
     if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
         state.now.calls += 1
     batch, num_heads, q_len, _ = query.shape
@@ -43,13 +53,19 @@ def toptheta_attention_forward(
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
             recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key, decode))
-        if module.base_implementation == "eager":
-            mask = _additive(attention_mask, query, kv_len)
-            return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _dense(
+            module, state.base, query, key, value, attention_mask, scaling, dropout, special | kwargs
+        )
 
+    check_arguments(kwargs)
+    if dropout > 0.0:
+        raise UsageError(
+            f"attention_dropout is {dropout} while training, which sparse attention does not know: set "
+            "model.config.attention_dropout to 0 before the model is made, or call model.eval()."
+        )
     rows = rows_of(attention_mask, q_len, kv_len, query.device)
-    call = AttentionCall(query, key, value, rows, spec, module.scaling if scaling is None else scaling)  # type: ignore[arg-type]
+    scale = module.scaling if scaling is None else scaling
+    call = AttentionCall(query, key, value, rows, spec, scale, softcap=softcap, sinks=s_aux)  # type: ignore[arg-type]
     if state.calibration is not None:
         out = registry.calibrate(call, state.calibration)
         return out.transpose(1, 2).contiguous(), None
@@ -63,6 +79,25 @@ def toptheta_attention_forward(
         kv, k = kv_bytes(call, counts, registry.keys_read(call)), spec.k if spec.method.uses_k else 0
         recorder.add(state.layer_idx, rows, k, counts, shape, decode, kv)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _dense(
+    module: nn.Module,
+    base: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Stock attention: eager where the model asks for it, or has what sdpa lacks."""
+    arguments = {"scaling": scaling, "dropout": dropout} | arguments
+    if base == "eager" or any(arguments[name] is not None for name in ("softcap", "s_aux")):
+        mask = _additive(mask, query, key.shape[2])
+        return eager_of(module)(module, query, key, value, mask, **arguments)
+    return sdpa_attention_forward(module, query, key, value, mask, **arguments)
 
 
 def _additive(mask: Tensor | None, query: Tensor, kv_len: int) -> Tensor:
@@ -91,7 +126,8 @@ def toptheta_mask(
     """Mask function for transformers' AttentionMaskInterface: bool `[B, 1, Q, KV]`, True = attend, or None.
 
     None is returned only where `rows_of(None, ...)` means the same: stock `sdpa_mask` also skips the mask for
-    one query over a static cache, where the unused tail must stay hidden.
+    one query over a static cache, where the unused tail must stay hidden, and for rows that see everything,
+    later keys too.
     """
     if isinstance(q_offset, Tensor) and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
         q_offset = int(q_offset)  # a static cache's; on a GPU reading it would wait for the device
@@ -116,12 +152,13 @@ def toptheta_mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and same,
-        **kwargs,
+        **kwargs | {"allow_is_bidirectional_skip": False},
     )
-    if mask is None or mask_function is not causal_mask_function or torch.compiler.is_compiling():
+    if mask is None or torch.compiler.is_compiling():
         return mask
-    rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=True)
-    if isinstance(q_offset, int):
+    causal = mask_function is causal_mask_function
+    rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=causal, offset=kv_offset)
+    if causal and isinstance(q_offset, int):
         first = rows.first = q_offset - kv_offset
         if attention_mask is not None:
             key_real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()

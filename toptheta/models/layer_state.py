@@ -1,5 +1,7 @@
 """What a layer remembers: its spec, tables, calibration and statistics, as a child module of the attention
 layer, whatever the family. What all layers of a model share is a ModelState.
+
+The layer's own forward is left as it is: hooks of it look at the cache before it is updated (value_sum.py).
 """
 
 from typing import Any
@@ -18,6 +20,7 @@ from toptheta.models.cache import TopThetaLayer
 from toptheta.models.cache_state import state_of_layer
 from toptheta.models.recorder import Recorder
 from toptheta.models.value_sum import VSum
+from toptheta.util.errors import UsageError
 
 
 class ModelState:
@@ -45,20 +48,21 @@ class CallState:
 
     def __init__(self) -> None:
         self.calls = 0  # of our attention function, to prove that a patched model runs it
+        self.due = False  # between the layer's start and the call of our attention function
         self.cache: Cache | None = None
         self.extras: VSum | TopThetaLayer | None = None
 
 
 class LayerState(nn.Module):
-    """theta, sdc_table: non-persistent float32 buffers `[H, L]` by row length n, looked up at min(n, L -
-    1)."""
+    """theta, sdc_table: non-persistent float32 buffers `[H, L]` by row length n, looked up at min(n, L - 1).
+    base: the name of the attention implementation that computes the layer when it is plainly dense."""
 
     theta: Tensor | None
     sdc_table: Tensor | None
 
-    def __init__(self, layer_idx: int, shared: ModelState):
+    def __init__(self, layer_idx: int, shared: ModelState, base: str = "sdpa"):
         super().__init__()
-        self.layer_idx, self.shared = layer_idx, shared
+        self.layer_idx, self.shared, self.base = layer_idx, shared, base
         self.spec = LayerSpec()
         self.calibration: RowSampler | None = None
         self.values: ValueNorms | None = None  # for value-aware thresholds
@@ -79,7 +83,7 @@ class LayerState(nn.Module):
     def begin(self, cache: Cache | None) -> None:
         """Look at the cache before it is updated, and check that its sum of V still belongs to its values."""
         now = self.now
-        now.cache, now.extras = cache, None
+        now.cache, now.extras, now.due = cache, None, self.ours
         layers = getattr(cache, "layers", ())
         vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
         if self.layer_idx >= len(layers):
@@ -95,8 +99,29 @@ class LayerState(nn.Module):
             now.extras.check(layer.values)
 
     def end(self) -> None:
-        """Drop the references to the cache, which must not outlive its owner."""
+        """Drop the references to the cache, which must not outlive its owner. Raises UsageError when what the
+        layer was to compute was not."""
         self.now.cache = self.now.extras = None
+        if self.now.due:
+            self.now.due = False
+            raise UsageError(
+                f"layer {self.layer_idx} did not compute its attention by top_theta, although set_params "
+                "says so: call model.set_attn_implementation('top_theta'), or restore_model(model)."
+            )
+
+    def attach(self, layer: nn.Module) -> None:
+        """Become a part of an attention layer."""
+        layer.toptheta = self
+        self.hooks = (
+            layer.register_forward_pre_hook(_begin, with_kwargs=True),
+            layer.register_forward_hook(_end, always_call=True),
+        )
+
+    def detach(self, layer: nn.Module) -> None:
+        """The inverse of `attach`."""
+        for hook in self.hooks:
+            hook.remove()
+        del layer.toptheta
 
     def complete(self, call: AttentionCall) -> None:
         """Give a call the layer's tables, on its device, and what the cache holds in addition to K and V."""
@@ -134,3 +159,11 @@ class LayerState(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._sums = WeakKeyDictionary()
+
+
+def _begin(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    layer.toptheta.begin(kwargs.get("past_key_values"))  # type: ignore[operator, union-attr]
+
+
+def _end(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    layer.toptheta.end()  # type: ignore[operator, union-attr]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from toptheta.models.families import MODEL_TYPES
 from toptheta.util.environment import cache_folder
 from toptheta.util.errors import UsageError
 
@@ -117,7 +118,7 @@ def hub_reachable() -> bool:
 
 
 def load_config(source: ModelSource):
-    """The model's config. Raises UsageError if it cannot be had, or is not of the Llama family."""
+    """The model's config. Raises UsageError if it cannot be had, or is of no known family."""
     from transformers import AutoConfig
 
     source = unpacked(source)
@@ -125,11 +126,10 @@ def load_config(source: ModelSource):
         config = AutoConfig.from_pretrained(source.location, **source.kwargs())
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_why_not_loaded(source, error)) from None
-    if config.model_type != "llama":
+    if config.model_type not in MODEL_TYPES:
         raise UsageError(
-            f"{source.flag} {source.location} is a model of type {config.model_type!r}: use one of the "
-            "Llama family "
-            "(model type 'llama')."
+            f"{source.flag} {source.location} is a model of type {config.model_type!r}: use one of "
+            f"{', '.join(MODEL_TYPES)}."
         )
     return config
 

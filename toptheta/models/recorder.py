@@ -105,12 +105,12 @@ class Recorder:
         longest = n.amax(dim=-1)
         if counts is None:
             attn = full[:, None].expand(batch, num_heads)
-            # Only which V rows are used matters below; dense rows use all that the longest row sees.
-            vrow = (torch.arange(kv_len, device=n.device) < longest[:, None])[:, None].expand(
-                -1, num_kv_heads, -1
-            )
+            # Only which V rows are used matters below.
+            vrow = rows.seen(kv_len)[:, None].expand(batch, num_kv_heads, -1)
         else:
             attn, vrow = counts.attn, counts.vrow
+        if rows.offset:  # from here on by position, for a sliding cache has forgotten what was before
+            vrow, kv_len = torch.nn.functional.pad(vrow, (rows.offset, 0)), kv_len + rows.offset
         if kv is None:
             kv = KVBytes(full.new_zeros(batch, num_kv_heads), torch.zeros_like(full))
         if self.effective_k and counts is not None:
