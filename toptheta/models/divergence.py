@@ -57,15 +57,15 @@ class Prediction:
 def read_dense(model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None) -> DenseReading:
     """Read `input_ids` `[B, Q]` (no padding) dense: the first `decode_from` tokens, then the others.
     prefill_chunk: tokens at once; None: all."""
+    prompt, rest = input_ids[:, :decode_from], input_ids[:, decode_from:]
     with dense_for(model):
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=model.config) if decode_from or prefill_chunk is not None else None
         if decode_from:
-            for _ in hidden_states(model, input_ids[:, :decode_from], cache, prefill_chunk):
+            for _ in hidden_states(model, prompt, cache, prefill_chunk):
                 pass
-        rest = input_ids[:, decode_from:]
+        kept = copy.deepcopy(cache) if decode_from else None  # not every cache can be cropped
         hidden = torch.cat(list(hidden_states(model, rest, cache, prefill_chunk)), dim=1)
-        cache.crop(-rest.shape[1])
-    return DenseReading(cache if decode_from else None, hidden)
+    return DenseReading(kept, hidden)
 
 
 @torch.no_grad()
