@@ -1,0 +1,257 @@
+"""The processes of one run, started by torchrun, accelerate launch or Slurm: which of them this is, how work
+is shared out, and what they hand each other.
+
+A process on its own shares with nobody and waits for nobody, so callers need not ask how many there are.
+torch.distributed (gloo: what is handed over is small, and need not be on a GPU) does the transport. One
+process may take hours longer than another, so waiting has no deadline; instead each process shows every few
+seconds that it is alive, and when one is gone, the others stop.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from toptheta.util import console
+from toptheta.util.errors import UsageError
+
+T = TypeVar("T")
+BEAT_SECONDS = 2.0  # between two signs of life
+LOST_SECONDS = 30.0  # without one: the process is taken for lost
+JOIN_SECONDS = 600.0  # that processes get to find each other
+POLL_SECONDS = 0.05
+_starts = count()  # names in the store are not used twice
+
+
+@dataclass
+class _Group:
+    """store: what all processes can read and write, of torch.distributed; alone: more than 0 while only the
+    first process works; lost: why the others are not to be waited for."""
+
+    rank: int
+    size: int
+    store: Any
+    alone: int = 0
+    meetings: int = 0
+    bars: int = 0
+    lost: str = ""
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+_group: _Group | None = None
+
+
+def rank() -> int:
+    """Which process this is, from 0, over all nodes."""
+    return _group.rank if _group else 0
+
+
+def world_size() -> int:
+    """How many processes share the work; 1 within `from_first`."""
+    return _group.size if _group and not _group.alone else 1
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's part of work that all of them have the same list of."""
+    return list(items) if world_size() == 1 else list(items[rank() :: world_size()])
+
+
+def gather(value: T) -> list[T]:
+    """What each process gave, in order, in all of them. Waits for all."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    assert _group is not None
+    _meet(_group)
+    values: list[Any] = [None] * _group.size
+    with _connected(_group):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        assert _group is not None
+        _meet(_group)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returns in the first process, in all of them; the others wait meanwhile. A UsageError there
+    ends all."""
+    if world_size() == 1:
+        return work()
+    assert _group is not None
+    result, error = None, None
+    if _group.rank == 0:
+        _group.alone += 1
+        try:
+            result = work()
+        except UsageError as raised:
+            error = raised
+        finally:
+            _group.alone -= 1
+    result, error = gather((result, error))[0]
+    if error is not None:
+        raise error if _group.rank == 0 else SystemExit(2)  # said once
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def progress(
+    total: int, description: str, unit: str, done: int = 0, disable: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """One bar for what all processes do; gives what a process reports its part with. At the end each waits
+    for the others, unless it ends by an error."""
+    group = _group if world_size() > 1 else None
+    if group is not None:
+        group.bars += 1
+        key = f"bar/{group.bars}"
+
+    def advance(n: int) -> None:
+        if group is not None:
+            with _connected(group):
+                n = done + group.store.add(key, n) - bar.n
+        bar.update(n)
+
+    with tqdm(total=total, desc=description, unit=unit, initial=done, disable=disable or rank() != 0) as bar:
+        yield advance
+        if group is not None:
+            _meet(group, lambda: advance(0))
+
+
+def _meet(group: _Group, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait until all processes have come here as often as this one."""
+    group.meetings += 1
+    key = f"meeting/{group.meetings}"
+    with _connected(group):
+        here = group.store.add(key, 1)
+        while here < group.size:
+            meanwhile()
+            time.sleep(POLL_SECONDS)
+            here = group.store.add(key, 0)
+    meanwhile()
+
+
+@contextmanager
+def _connected(group: _Group) -> Iterator[None]:
+    """An error of the connection means that a process is lost: `_watch` finds out which, and stops this
+    one."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(2 * LOST_SECONDS)
+        raise
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Share a run with the processes that were started with this one, if any, until the block ends.
+
+    Raises UsageError when they do not find each other, and ends with exit code 1 when one of them is lost.
+    """
+    global _group
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or _group is not None:
+        yield
+        return
+    import torch.distributed as dist
+
+    own = int(os.environ.get("RANK", "0"))
+    limit = timedelta(seconds=JOIN_SECONDS)
+    try:
+        store, own, size = next(iter(dist.rendezvous("env://", timeout=limit)))
+        store = dist.PrefixStore(f"toptheta/{next(_starts)}", store)
+        store.set(f"beat/{own}", "0")
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("gloo", store), rank=own, world_size=size, timeout=limit
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"process {own} of {size} did not find the others ({reason}): start all of them, with the same "
+            "MASTER_ADDR and MASTER_PORT, as torchrun does."
+        ) from None
+    _group = group = _Group(own, size, store)
+    console.hush(own != 0)
+    clone: Any = store
+    watching = threading.Thread(target=_watch, args=(group, clone.clone()), daemon=True)
+    watching.start()
+    try:
+        yield
+        _part(group)
+    except BaseException as error:
+        group.ended.set()
+        if group.lost:  # what is raised now only follows from that
+            raise SystemExit(1) from None
+        _say_why(group, error)
+        raise
+    finally:
+        group.ended.set()
+        watching.join(BEAT_SECONDS)
+        console.hush(False)
+        _group = None
+        dist.destroy_process_group()
+
+
+def _part(group: _Group) -> None:
+    """The first process may hold the store, so it leaves last."""
+    _meet(group)
+    if group.rank:
+        group.store.add("parted", 1)
+    until = time.monotonic() + LOST_SECONDS
+    while not group.rank and group.store.add("parted", 0) < group.size - 1 and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+
+
+def _say_why(group: _Group, error: BaseException) -> None:
+    """Tell the others that this process leaves; the first one stays until they can have read it, because it
+    may hold the store."""
+    reason = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error or type(error)})"
+    try:
+        group.store.set(f"left/{group.rank}", reason)
+        time.sleep(0.0 if group.rank else 2 * BEAT_SECONDS)
+    except RuntimeError:  # the store is gone too
+        pass
+
+
+def _watch(group: _Group, store: Any) -> None:
+    """Show that this process is alive, and look after the others; on a thread, with a connection of its
+    own."""
+    others = [other for other in range(group.size) if other != group.rank]
+    last = {other: (b"0", time.monotonic()) for other in others}
+    beats = count(1)
+    while not group.ended.wait(BEAT_SECONDS) and not group.lost:
+        try:
+            store.set(f"beat/{group.rank}", str(next(beats)))
+            for other in others:
+                if store.check([f"left/{other}"]):
+                    _lose(group, other, store.get(f"left/{other}").decode())
+                found = store.get(f"beat/{other}")
+                if found != last[other][0]:
+                    last[other] = (found, time.monotonic())
+                elif time.monotonic() - last[other][1] > LOST_SECONDS:
+                    _lose(group, other, "shows no sign of life: killed, or its machine is gone")
+        except RuntimeError:
+            _lose(group, 0, "cannot be reached")  # it, or torchrun beside it, holds the store
+
+
+def _lose(group: _Group, other: int, why: str) -> None:
+    """Stop this process as Ctrl-C does, so that what is finished is kept."""
+    if group.ended.is_set():
+        return
+    group.lost = f"process {other} {why}"
+    print(f"\nProcess {group.rank} of {group.size} stops: {group.lost}.", file=sys.stderr, flush=True)
+    if other == 0:  # which speaks for all
+        console.hush(group.rank != 1)
+    os.kill(os.getpid(), signal.SIGTERM)
