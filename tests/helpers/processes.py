@@ -95,4 +95,7 @@ def _run(
     torch.set_num_threads(1)
     from toptheta.eval.cli import run_main
 
-    run_main(lambda: work(*arguments))
+    def main() -> None:
+        work(*arguments)
+
+    run_main(main)

@@ -54,6 +54,10 @@ class BudgetCalibration(RowSampler):
         self.rows = {k: torch.zeros((), dtype=torch.int64, device=device) for k in self.ks}
         self.prompts: list[Tensor] = []
 
+    @property
+    def in_order(self) -> bool:
+        return self.gram is not None  # the first prompt gives the scale
+
     @torch.no_grad()
     def sample(self, call: AttentionCall) -> None:
         assert self.chosen is not None
@@ -125,6 +129,12 @@ class BudgetCalibration(RowSampler):
             self.values, self.weighed = ValueNorms(self.gram, mean, scale), bool(scale.any())
         names = sorted((name for name in state if name.startswith("prompt.")), key=lambda x: int(x[7:]))
         self.prompts = [state[name] for name in names]
+
+    def add_state(self, state: dict[str, Tensor]) -> None:
+        super().add_state(state)
+        for k in self.ks:
+            self.counts[k] += state[f"counts.{k}"].to(self.device)
+            self.rows[k] += state[f"rows.{k}"].to(self.device)
 
 
 def _no_values(gram: Tensor) -> ValueNorms:

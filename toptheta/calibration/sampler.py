@@ -3,7 +3,7 @@
 Sums stay on the device (statistics.py). Files and whole models are the business of tables.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +36,11 @@ class KeptSamples:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.n, self.values = [state["n"]], [state["values"]]
 
+    def add_state(self, state: dict[str, Tensor]) -> None:
+        """Add what another process has kept."""
+        self.n.append(state["n"])
+        self.values.append(state["values"])
+
 
 class RowSampler:
     """Chooses the rows of one layer that are sampled while prompts run through it.
@@ -46,6 +51,11 @@ class RowSampler:
     """
 
     apart = False  # whether samples are taken from the call itself, by `sample`, apart from the attention
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a prompt's samples depend on the prompts before it, so that they cannot be shared out."""
+        return False
 
     def __init__(self, ks: Sequence[int], sample_frac: float, seed: int, device: torch.device | str):
         self.ks, self.sample_frac, self.device = tuple(ks), sample_frac, torch.device(device)
@@ -94,6 +104,14 @@ class RowSampler:
         self.seen, self.longest = state["seen"].to(self.device), int(state["longest"])
         self.generator.set_state(state["generator"].cpu())
 
+    def add_state(self, state: dict[str, Tensor]) -> None:
+        """Add to this state that of another process, which had other prompts."""
+        self.longest = max(self.longest, int(state["longest"]))
+        more = state["seen"].to(self.device)
+        length = max(len(self.seen), len(more))
+        self.seen, more = (torch.nn.functional.pad(x, (0, length - len(x))) for x in (self.seen, more))
+        self.seen = self.seen + more
+
 
 class LayerCalibration(RowSampler):
     """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them
@@ -124,6 +142,10 @@ class LayerCalibration(RowSampler):
         )
         self.missing = {k: RunningSums(num_heads, self.device) for k in self.ks} if with_sdc else {}
         self.kept = {k: KeptSamples(num_heads) for k in self.thresholds} if keep_samples else {}
+
+    @property
+    def in_order(self) -> bool:
+        return self.with_sdc and bool(self.thresholds)  # R of what the thresholds so far would drop
 
     def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
         for sums in (*self.thresholds.values(), *self.missing.values()):
@@ -201,8 +223,20 @@ class LayerCalibration(RowSampler):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
-        for kind, sums_by_k in (("theta", self.thresholds), ("sdc", self.missing)):
-            for k, sums in sums_by_k.items():
-                sums.load_state({name: state[f"{kind}.{k}.{name}"] for name in ("count", "total", "squares")})
-        for k, kept in self.kept.items():
-            kept.load_state({name: state[f"kept.{k}.{name}"] for name in ("n", "values")})
+        for part, own in self._parts(state):
+            part.load_state(own)
+
+    def add_state(self, state: dict[str, Tensor]) -> None:
+        super().add_state(state)
+        for part, own in self._parts(state):
+            part.add_state(own)
+
+    def _parts(
+        self, state: dict[str, Tensor]
+    ) -> Iterator[tuple[RunningSums | KeptSamples, dict[str, Tensor]]]:
+        """What holds samples, each with its part of a state."""
+        for kind, by_k in (("theta", self.thresholds), ("sdc", self.missing), ("kept", self.kept)):
+            for k, part in by_k.items():
+                prefix = f"{kind}.{k}."
+                own = {name: value for name, value in state.items() if name.startswith(prefix)}
+                yield part, {name.removeprefix(prefix): value for name, value in own.items()}

@@ -59,3 +59,10 @@ class RunningSums:
         self.count, self.total, self.squares = (
             state[key].to(device) for key in ("count", "total", "squares")
         )
+
+    def add_state(self, state: dict[str, Tensor]) -> None:
+        """Add what another process has summed."""
+        length = state["count"].shape[1]
+        self.reserve(length - 1)
+        for key, sums in self.state().items():
+            sums[:, :length] += state[key].to(sums.device)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from toptheta.attention import effective_k as effective
-from toptheta.eval import partial
+from toptheta.eval import partial, processes
 from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, count_steps
 from toptheta.report.results import Answer, CellResult, Kept, read_result, write_answers
 from toptheta.util.files import atomic_path, packed, write_json, write_text
@@ -48,18 +48,25 @@ class Cell:
         self._new_histograms: dict[str, np.ndarray] = {}
         self._since = time.monotonic()
         self._partial = path / "partial"
-        if self.finished:
+        self._written: list[str] = []  # chunks that this process has added
+        self.finished, self.answers, self.seconds, self.kept = processes.from_first(self._load)
+
+    def _load(self) -> tuple[bool, dict[str, Any], float, dict[str, dict[str, int]]]:
+        """Take up what earlier starts have left; returns whether that is all there is to do, answers, seconds
+        and totals."""
+        finished = (self.path / "results.json").is_file()
+        if finished:
             shutil.rmtree(self._partial, ignore_errors=True)  # it was killed before it came to this
         partial.remove_damaged(self._partial)
         for chunk in partial.chunks(self._partial):
-            saved = json.loads(partial.read(chunk, ANSWERS))
-            self.answers.update(saved["answers"])
-            self.seconds += saved["seconds"]
-            _add_kept(self.kept, saved["kept"])
+            self._take_chunk(chunk)
+        return finished, self.answers, self.seconds, self.kept
 
-    @property
-    def finished(self) -> bool:
-        return (self.path / "results.json").is_file()
+    def _take_chunk(self, chunk: Path) -> None:
+        saved = json.loads(partial.read(chunk, ANSWERS))
+        self.answers.update(saved["answers"])
+        self.seconds += saved["seconds"]
+        _add_kept(self.kept, saved["kept"])
 
     def result(self) -> CellResult:
         return read_result(self.path / "results.json")
@@ -156,18 +163,28 @@ class Cell:
         now = time.monotonic()
         with uninterrupted():
             if self._new_answers:
-                saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": now - self._since}
+                seconds = (now - self._since) / processes.world_size()  # they work at the same time
+                saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": seconds}
                 files = {name: packed(name, "".join(lines), 3) for name, lines in self._lines.items()}
                 files[ANSWERS] = json.dumps(saved).encode()
                 if self._new_histograms:
                     arrays = io.BytesIO()
                     np.savez_compressed(arrays, **self._new_histograms)  # type: ignore[arg-type]
                     files[HISTOGRAMS] = arrays.getvalue()
-                partial.write(self._partial, files)
-                self.seconds += now - self._since
+                self._written.append(partial.write(self._partial, files))
+                self.seconds += seconds
                 _add_kept(self.kept, self._new_kept)
                 self._lines, self._new_answers, self._new_kept, self._new_histograms = {}, {}, {}, {}
             self._since = now
+
+    def join(self) -> None:
+        """Have in the first process what all of them found. Raises UsageError when it cannot see it."""
+        self.checkpoint()
+        for others in processes.gather(self._written)[1:]:
+            for name in others:
+                processes.wait_for_file(self._partial / name)
+                self._take_chunk(self._partial / name)
+        self._written.clear()
 
     def finish(self, result: CellResult, answers: Sequence[Answer]) -> CellResult:
         """Join the chunks into the product files, write answers.jsonl and, last, results.json.

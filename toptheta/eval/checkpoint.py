@@ -12,22 +12,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from toptheta.calibration.kept_samples import write_calibration_samples
-from toptheta.calibration.tables import BINARY_NAME, save_tables
+from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tables, save_tables
+from toptheta.eval import processes
 from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
 from toptheta.eval.run import Run, product_folder
 from toptheta.methods.params import AttentionParams
 from toptheta.models.control import (
     begin_calibration,
     calibrated_tables,
+    calibrates_in_order,
     calibration_samples,
     calibrations,
-    tables_of,
     use_params,
     use_tables,
 )
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_bytes
 from toptheta.util.interrupts import stop_requested, uninterrupted
+
+STATE = "partial-calibration"  # how the names of files with a calibration's state begin
 
 
 def prepare(
@@ -54,39 +57,63 @@ def prepare(
     if settings.calib_load_path:
         use_params(model, replace(params, calib_load_path=settings.calib_load_path))
         return 0.0
-    checkpoint = Checkpoint(product.path / "partial-calibration.safetensors", model)
-    if (product.path / BINARY_NAME).is_file():  # an earlier start got this far
-        checkpoint.path.unlink(missing_ok=True)
-        use_params(model, replace(params, calib_load_path=str(product.path)))
-        loaded = tables_of(model)
-        return float(loaded.meta.get("seconds", 0.0)) if loaded is not None else 0.0
+    tables = processes.from_first(lambda: _finished_tables(product, model))
+    if tables is None:
+        tables = _calibrate(run, cell, params, product, model, calibrate)
+    use_tables(model, tables)
+    use_params(model, params)
+    return float(tables.meta.get("seconds", 0.0))
 
-    started = time.monotonic()
-    others = same_pass(run, cell)
+
+def _finished_tables(product: Cell, model: Any) -> CalibrationTables | None:
+    """Tables that an earlier start has calibrated."""
+    if not (product.path / BINARY_NAME).is_file():
+        return None
+    Checkpoint(product.path, model).remove()
+    return load_tables(product.path, model.config.num_hidden_layers, model.config.num_attention_heads)
+
+
+def _calibrate(
+    run: Run,
+    cell: AttentionParams,
+    params: AttentionParams,
+    product: Cell,
+    model: Any,
+    calibrate: Callable[["Checkpoint"], None],
+) -> CalibrationTables:
+    """Calibrate a cell, and those that the same prompts can serve; all processes get its tables."""
+    settings, num_layers = run.settings, model.config.num_hidden_layers
+    checkpoint = Checkpoint(product.path, model)
+    others = processes.from_first(lambda: same_pass(run, cell))
     other_ks = [settings.layer_ks(other, num_layers) for other in others]
     dump = settings.calib_dump_samples and cell.needs_thresholds
     begin_calibration(model, params, other_ks, seed=settings.seed, keep_samples=dump)
     checkpoint.load()
-    started -= checkpoint.seconds
+    if calibrates_in_order(model):
+        processes.from_first(lambda: calibrate(checkpoint))
+    else:
+        calibrate(checkpoint)
+        checkpoint.join()
     own_ks = settings.layer_ks(cell, num_layers)
     targets = [(product_folder(run, other), ks) for other, ks in zip(others, other_ks)]
-    calibrate(checkpoint)
-    checkpoint.save()  # tables may take long, too
-    for folder, ks in [*targets, (product.path, own_ks)]:
-        folder.mkdir(parents=True, exist_ok=True)
-        tables = calibrated_tables(model, ks)
-        tables.meta["task"] = settings.calibration_task
-        if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
-            tables.meta["seconds"] = f"{time.monotonic() - started:.1f}"
-        if dump:  # before the tables: where these are, a later start takes the calibration for done
-            write_calibration_samples(folder, calibration_samples(model, ks))
-        save_tables(tables, folder)
-    checkpoint.path.unlink(missing_ok=True)
-    use_tables(model, tables)
-    use_params(model, params)
-    seconds = time.monotonic() - started
-    run.log(f"calibrated {', '.join(one.label for one in [cell, *others])} in {seconds:.1f} s")
-    return seconds
+
+    def write() -> CalibrationTables:
+        checkpoint.save()  # tables may take long, too
+        for folder, ks in [*targets, (product.path, own_ks)]:
+            folder.mkdir(parents=True, exist_ok=True)
+            tables = calibrated_tables(model, ks)
+            tables.meta["task"] = settings.calibration_task
+            if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
+                tables.meta["seconds"] = f"{checkpoint.seconds_so_far():.1f}"
+            if dump:  # before the tables: where these are, a later start takes the calibration for done
+                write_calibration_samples(folder, calibration_samples(model, ks))
+            save_tables(tables, folder)
+        checkpoint.remove()
+        labels = ", ".join(one.label for one in [cell, *others])
+        run.log(f"calibrated {labels} in {tables.meta['seconds']} s")
+        return tables
+
+    return processes.from_first(write)
 
 
 def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
@@ -104,30 +131,58 @@ def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
 
 
 class Checkpoint:
-    """The state of a calibration under way, kept in one file. done: keys of the prompts that it has seen."""
+    """The state of a calibration under way, kept in a file of each process in `folder`. done: keys of the
+    prompts that it has seen, or need not."""
 
-    def __init__(self, path: Path, model: torch.nn.Module):
-        self.path, self.model = path, model
+    def __init__(self, folder: Path, model: torch.nn.Module):
+        self.folder, self.model = folder, model
+        rank = processes.rank()
+        self.path = folder / f"{STATE}{f'-{rank}' if rank else ''}.safetensors"
         self.done: set[str] = set()
+        self._in_first: set[str] = set()  # prompts of earlier starts: the first process has their samples
         self.seconds = 0.0  # that earlier starts spent
         self._started = self._last = time.monotonic()
 
     def load(self) -> None:
-        """Take up the saved state, if any. Raises UsageError when the file is damaged."""
-        if not self.path.is_file():
-            return
-        try:
-            state = load_file(self.path)
-            self.done.update(bytes(state.pop("done").tolist()).decode().split())
-            self.seconds = float(state.pop("seconds"))
-            for layer, calibration in calibrations(self.model).items():
-                prefix = f"{layer}/"
-                own = {key: value for key, value in state.items() if key.startswith(prefix)}
-                calibration.load_state({key.removeprefix(prefix): value for key, value in own.items()})
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"{self.path} is damaged ({error}): remove it to calibrate from the start."
-            ) from None
+        """Take up the saved state, if any. Raises UsageError when a file is damaged."""
+        done, self.seconds = processes.from_first(self._load)
+        self.done |= done
+        if processes.rank():
+            self._in_first = done
+
+    def _load(self) -> tuple[set[str], float]:
+        """Add up the states of all processes that there were."""
+        states = [(_read(path), path) for path in self.folder.glob(f"{STATE}*.safetensors")]
+        for state, path in sorted(states, key=lambda found: -len(found[0]["done"])):
+            keys = set(bytes(state.pop("done").tolist()).decode().split())
+            if keys & self.done:  # an earlier start has added it to another file already
+                continue
+            taken = bool(self.done)
+            self.done |= keys
+            self.seconds = max(self.seconds, float(state.pop("seconds")))
+            try:
+                for layer, calibration in calibrations(self.model).items():
+                    prefix = f"{layer}/"
+                    own = {key: value for key, value in state.items() if key.startswith(prefix)}
+                    take = calibration.add_state if taken else calibration.load_state
+                    take({key.removeprefix(prefix): value for key, value in own.items()})
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise _damaged(path, error) from None
+        if len(states) > 1:
+            self.save()
+            for _, path in states:
+                if path != self.path:
+                    path.unlink()
+        return self.done, self.seconds
+
+    def join(self) -> None:
+        """Have in the first process what all of them have sampled."""
+        for layer in calibrations(self.model).values():
+            own = {name: value.cpu() for name, value in layer.state().items()}
+            for state in processes.gather(own)[1:]:
+                layer.add_state(state)
+        for done in processes.gather(self.done)[1:]:
+            self.done |= done
 
     @contextmanager
     def counting(self, keys: Iterable[str]) -> Iterator[None]:
@@ -140,11 +195,33 @@ class Checkpoint:
             if stop_requested() or time.monotonic() - self._last > CHECKPOINT_SECONDS:
                 self.save()
 
+    def seconds_so_far(self) -> float:
+        return self.seconds + time.monotonic() - self._started
+
     def save(self) -> None:
-        state = {"done": torch.tensor(list(" ".join(sorted(self.done)).encode()), dtype=torch.uint8)}
-        state["seconds"] = torch.tensor(self.seconds + time.monotonic() - self._started)
+        done = " ".join(sorted(self.done - self._in_first))
+        state = {"done": torch.tensor(list(done.encode()), dtype=torch.uint8)}
+        state["seconds"] = torch.tensor(self.seconds_so_far())
         for layer, calibration in calibrations(self.model).items():
             for key, value in calibration.state().items():
                 state[f"{layer}/{key}"] = value.cpu().contiguous()
         write_bytes(self.path, save(state))
         self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the files of all processes."""
+        for path in self.folder.glob(f"{STATE}*.safetensors"):
+            path.unlink()
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = load_file(path)
+        state["done"], state["seconds"]  # noqa: B018
+        return state
+    except (SafetensorError, OSError, KeyError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} is damaged ({error}): remove it to calibrate from the start.")

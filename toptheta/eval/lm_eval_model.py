@@ -2,7 +2,7 @@
 done."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,16 +13,17 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import DynamicCache
 
+from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.models.control import announce_prompts, begin_prompts, reading_prompt
 from toptheta.models.families import head_logits
-from toptheta.models.patch import update_model
+from toptheta.models.patch import model_device, update_model
 from toptheta.models.recorder import Recorder
-from toptheta.util.progress import Bar
 
 Request = tuple[tuple[str, str], list[int], list[int]]
-Groups = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # by prompt its answers, by the request's key
+Group = tuple[tuple[int, ...], dict[str, tuple[int, ...]]]  # a prompt, and its answers by the request's key
+Groups = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # many of them
 
 
 class TopThetaLM(HFLM):
@@ -39,6 +40,8 @@ class TopThetaLM(HFLM):
         self.reply_ids: dict[str, list[int]] = {}
         self._generated_lengths: list[int] = []
         super().__init__(*args, **kwargs)
+        if not isinstance(self.pretrained, str):
+            self._device = model_device(self.pretrained)
 
     def _create_model(self, *args, **kwargs) -> None:
         super()._create_model(*args, **kwargs)
@@ -65,22 +68,17 @@ class TopThetaLM(HFLM):
             context, continuation = self._fit(context, continuation)
             groups.setdefault(tuple(context), {})[key] = tuple(continuation)
         self._announce(groups)
-        todo: Groups = {}
-        for prompt, group in groups.items():
-            left = {key: answer for key, answer in group.items() if key not in answers and key not in seen}
-            if left:
-                todo[prompt] = left
-        finished = len(requests) - sum(len(group) for group in todo.values())
-        shown = not disable_tqdm and self.rank == 0
-        bar = Bar(len(requests), finished, "answer", self.description, shown)
-        for batch in self._batches(todo):
-            with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
-                found = self._score(batch)
-            self._take(found, answers)
-            bar.update(
-                len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
-            )
-        bar.close()
+        todo = [_without(batch, {*answers, *seen}) for batch in self._batches(groups)]
+        total, left = len(set(keys)), sum(len(group) for batch in todo for _, group in batch)
+        with self._bar(total, total - left, "answer", disable_tqdm) as advance:
+            for batch in processes.share([batch for batch in todo if batch]):
+                with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
+                    found = self._score(batch)
+                self._take(found, answers)
+                advance(
+                    len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
+                )
+        self._join()
         results = [tuple(answers.get(key, (0.0, False))) for key in keys]
         for (request, _, _), result in zip(requests, results):
             if request is not None:
@@ -116,22 +114,30 @@ class TopThetaLM(HFLM):
         prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
         self.cell.add(found, prefill, decode, decode_steps)
 
+    def _bar(
+        self, total: int, done: int, unit: str, disable: bool
+    ) -> AbstractContextManager[Callable[[int, int], None]]:
+        return processes.progress(total, done, unit, self.description, not disable and self.rank == 0)
+
+    def _join(self) -> None:
+        """Have in the first process what all of them have answered."""
+        if self.cell is not None:
+            self.cell.join()
+
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Cut the prompt from the left where prompt and answer are longer than the model reads."""
         excess = len(context) + len(continuation) - (self.max_length + 1)
         return (context[excess:] if excess > 0 else context), continuation
 
-    def _batches(self, todo: Groups) -> Iterator[list[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]]:
+    def _batches(self, prompts: Groups) -> Iterator[list[Group]]:
         """Prompts of like length together, longest first: then memory runs out at once or not at all."""
-        groups = sorted(todo.items(), key=lambda item: (-len(item[0]), item[0]))
+        groups = sorted(prompts.items(), key=lambda item: (-len(item[0]), item[0]))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
         for start in range(0, len(groups), size):
             yield groups[start : start + size]
 
     @torch.no_grad()
-    def _score(
-        self, batch: list[tuple[tuple[int, ...], dict[str, tuple[int, ...]]]]
-    ) -> dict[str, tuple[float, bool]]:
+    def _score(self, batch: list[Group]) -> dict[str, tuple[float, bool]]:
         """Log-likelihoods of all continuations of a batch of prompts: one pass over the prompts, one over the
         answers."""
         prompts = [list(context) for context, _ in batch]
@@ -197,24 +203,26 @@ class TopThetaLM(HFLM):
             answers = self.cell.answers
             self.cell.start_clock()
         seen = () if self.progress is None else self.progress.done
-        todo = {key: r for key, r in zip(keys, requests) if key not in answers and key not in seen}
+        by_key = dict(zip(keys, requests))
         if self.progress is not None:
             spans = {_key(options=r.args[0]): (0, len(ids)) for ids, r in zip(prompts, requests)}
             announce_prompts(self.model, spans)
-        order = sorted(todo, key=lambda key: (-len(todo[key].args[0]), key))
+        order = sorted(by_key, key=lambda key: (-len(by_key[key].args[0]), key))
         size = self.batch_size if isinstance(self.batch_size, int) else 1
-        shown = not disable_tqdm and self.rank == 0
-        bar = Bar(len(requests), len(requests) - len(todo), "text", self.description, shown)
-        sizes = dict(zip(keys, map(len, prompts)))
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            self._generated_lengths = []
-            with self._counting(batch):
-                texts = super().generate_until([todo[key] for key in batch], disable_tqdm=True)
-            found = dict(zip(batch, texts))
-            self._take(found, answers, np.array(self._generated_lengths) - 1)
-            bar.update(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
-        bar.close()
+        todo = [
+            [key for key in order[start : start + size] if key not in answers and key not in seen]
+            for start in range(0, len(order), size)
+        ]
+        done, sizes = len(order) - sum(map(len, todo)), dict(zip(keys, map(len, prompts)))
+        with self._bar(len(order), done, "text", disable_tqdm) as advance:
+            for batch in processes.share([batch for batch in todo if batch]):
+                self._generated_lengths = []
+                with self._counting(batch):
+                    texts = super().generate_until([by_key[key] for key in batch], disable_tqdm=True)
+                found = dict(zip(batch, texts))
+                self._take(found, answers, np.array(self._generated_lengths) - 1)
+                advance(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
+        self._join()
         replies = [answers.get(key, "") for key in keys]
         for ids, request, text in zip(prompts, requests, replies):
             reply = self.tok_encode(text, add_special_tokens=False)
@@ -245,6 +253,12 @@ def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
         ends |= tokens == token
     first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
     return first.tolist()
+
+
+def _without(batch: list[Group], done: Container[str]) -> list[Group]:
+    """A batch without what is done. What is left stays together: its rounding is its own."""
+    left = ((prompt, {key: one for key, one in group.items() if key not in done}) for prompt, group in batch)
+    return [(prompt, group) for prompt, group in left if group]
 
 
 def _unless_full(mask: Tensor) -> Tensor | None:

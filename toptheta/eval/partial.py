@@ -1,4 +1,5 @@
-"""Chunks of a cell's products that survive a crash: `partial/NNNNN.zip`, each written whole or not at all.
+"""Chunks of a cell's products that survive a crash: `partial/NNNNN.zip`, each written whole or not at all, by
+one of the run's processes.
 
 The format keeps a checksum of every file. A chunk that fails it was damaged by a disk or a person, and what
 it held is computed again.
@@ -9,16 +10,20 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from toptheta.eval import processes
 from toptheta.util.console import say
 from toptheta.util.files import atomic_path
 
 
-def write(partial: Path, files: Mapping[str, bytes]) -> None:
-    """Add a chunk with these files to the folder `partial`."""
+def write(partial: Path, files: Mapping[str, bytes]) -> str:
+    """Add a chunk with these files to the folder `partial`; returns its name. Processes that write at the
+    same time differ in the rest of a chunk's number."""
     number = max((int(path.stem) for path in chunks(partial)), default=-1) + 1
+    number += (processes.rank() - number) % processes.world_size()
     with atomic_path(partial / f"{number:05d}.zip") as temporary, zipfile.ZipFile(temporary, "w") as chunk:
         for name, data in files.items():
             chunk.writestr(name, data)
+    return f"{number:05d}.zip"
 
 
 def chunks(partial: Path) -> list[Path]:

@@ -8,6 +8,7 @@ seconds that it is alive, and when one is gone, the others stop.
 """
 
 import os
+import platform
 import signal
 import sys
 import threading
@@ -17,18 +18,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm import tqdm
 
 from toptheta.util import console
 from toptheta.util.errors import UsageError
+from toptheta.util.progress import Bar
 
 T = TypeVar("T")
 BEAT_SECONDS = 2.0  # between two signs of life
 LOST_SECONDS = 30.0  # without one: the process is taken for lost
 JOIN_SECONDS = 600.0  # that processes get to find each other
 POLL_SECONDS = 0.05
+SHOW_SECONDS = 90.0  # that a new file gets to show on other machines
 _starts = count()  # names in the store are not used twice
 
 
@@ -66,17 +68,17 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def gather(value: T) -> list[T]:
-    """What each process gave, in order, in all of them. Waits for all."""
+    """What each process gave, in their order, in the first one; in the others nothing. Waits for all."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
 
     assert _group is not None
     _meet(_group)
-    values: list[Any] = [None] * _group.size
+    values: list[Any] | None = None if _group.rank else [None] * _group.size
     with _connected(_group):
-        dist.all_gather_object(values, value)
-    return values
+        dist.gather_object(value, values)
+    return values or []
 
 
 def barrier() -> None:
@@ -91,6 +93,8 @@ def from_first(work: Callable[[], T]) -> T:
     ends all."""
     if world_size() == 1:
         return work()
+    import torch.distributed as dist
+
     assert _group is not None
     result, error = None, None
     if _group.rank == 0:
@@ -101,33 +105,56 @@ def from_first(work: Callable[[], T]) -> T:
             error = raised
         finally:
             _group.alone -= 1
-    result, error = gather((result, error))[0]
+    found: list[Any] = [result, error]
+    _meet(_group)
+    with _connected(_group):
+        dist.broadcast_object_list(found)
     if error is not None:
-        raise error if _group.rank == 0 else SystemExit(2)  # said once
-    return result  # type: ignore[return-value]
+        raise error
+    if found[1] is not None:
+        raise SystemExit(2)  # the first says it
+    return found[0]
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait until a file that another process has written shows here, which takes a while on some file systems
+    of several machines. Raises UsageError when it does not."""
+    until = time.monotonic() + SHOW_SECONDS
+    while not path.exists():
+        if time.monotonic() > until:
+            raise UsageError(
+                f"{path} was written by another process, but does not show on {platform.node()}: name a "
+                "folder that all machines share with --output_dir."
+            )
+        os.listdir(path.parent)  # has some file systems look again
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
 def progress(
-    total: int, description: str, unit: str, done: int = 0, disable: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """One bar for what all processes do; gives what a process reports its part with. At the end each waits
-    for the others, unless it ends by an error."""
+    total: int, done: int, unit: str, description: str, shown: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """One `Bar` for what all processes do; gives what a process reports its part with: questions, and tokens.
+    At the end each waits for the others, unless it ends by an error."""
     group = _group if world_size() > 1 else None
     if group is not None:
         group.bars += 1
         key = f"bar/{group.bars}"
+    bar = Bar(total, done, unit, description, shown and rank() == 0)
 
-    def advance(n: int) -> None:
+    def advance(count: int, tokens: int) -> None:
         if group is not None:
             with _connected(group):
-                n = done + group.store.add(key, n) - bar.n
-        bar.update(n)
+                count = done + group.store.add(f"{key}/questions", count) - bar.done
+                tokens = group.store.add(f"{key}/tokens", tokens) - bar.tokens
+        bar.update(count, tokens)
 
-    with tqdm(total=total, desc=description, unit=unit, initial=done, disable=disable or rank() != 0) as bar:
+    try:
         yield advance
         if group is not None:
-            _meet(group, lambda: advance(0))
+            _meet(group, lambda: advance(0, 0))
+    finally:
+        bar.close()
 
 
 def _meet(group: _Group, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -152,6 +179,16 @@ def _connected(group: _Group) -> Iterator[None]:
     except RuntimeError:
         time.sleep(2 * LOST_SECONDS)
         raise
+
+
+def launched(command: str) -> str:
+    """A command as what starts as many processes as share this run, on each node."""
+    if _group is None:
+        return command
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", _group.size))
+    nodes = f"--nnodes {_group.size // local} " if local < _group.size else ""
+    words = command.removeprefix("python ") if command.startswith("python ") else f"--no-python {command}"
+    return f"torchrun {nodes}--nproc_per_node {local} {words}"
 
 
 @contextmanager

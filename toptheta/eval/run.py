@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.cli import command, settings_from_json
 from toptheta.eval.settings import QASettings, Settings, cell_folder
@@ -38,15 +39,31 @@ class Run:
         return self.root or self.folder
 
     def log(self, text: str) -> None:
-        log_line(self.top / "run.log", text)
+        if processes.rank() == 0:
+            log_line(self.top / "run.log", text)
 
     @property
     def resume_command(self) -> str:
-        return f"{command(self.script)} --resume {self.top}"
+        return f"{processes.launched(command(self.script))} --resume {self.top}"
 
 
 def open_run(settings: Settings, script: str, resume: str | None) -> Run:
-    """A new run folder, or the one to resume. Raises UsageError when another process works on that."""
+    """A new run folder, or the one to resume; all processes share it. Raises UsageError when another run's
+    process works on that."""
+    run: Run | None = None
+    world_size = processes.world_size()
+
+    def opened() -> Path:
+        nonlocal run
+        run = _open(settings, script, resume, world_size)
+        return run.folder
+
+    folder = processes.from_first(opened)
+    processes.wait_for_file(folder / "run.json")
+    return run or Run(folder, settings, script)
+
+
+def _open(settings: Settings, script: str, resume: str | None, world_size: int) -> Run:
     folder = Path(resume) if resume else Path(settings.output_dir) / timestamp()
     if not resume:
         try:
@@ -67,6 +84,7 @@ def open_run(settings: Settings, script: str, resume: str | None) -> Run:
             "command": shlex.join(["python", script, *to_flags(settings)]),
             "settings": settings.to_json(),
             "environment": environment(settings.device),
+            "world_size": world_size,
         }
         write_json(folder / "run.json", saved)
     return Run(folder, settings, script, lock=lock)

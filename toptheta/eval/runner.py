@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint, prepare
 from toptheta.eval.run import (
@@ -60,9 +61,11 @@ DATA_SETS: dict[str, type[ItemJob]] = {
 }
 
 
+@processes.together()
 def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
     """Run every cell of the settings, those that a run to `resume` has not finished; returns their results
-    and prints a table for each task. Raises UsageError."""
+    and prints a table for each task. All processes that were started together share the work. Raises
+    UsageError."""
     source = find_model(settings.llama)
     settings = resolve_device(settings)
     config = load_config(source)
@@ -97,16 +100,20 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
             raise
         except OSError as error:
             raise disk_error(part, error) from None
-        if of_task:
-            of_task = report_run(part.folder, of_task, job.title(source.name))
-            hint = job.hint(str(part.folder))
-            if hint:
-                say(hint)
-        results += of_task
+        results += processes.from_first(lambda: _report(part, job, of_task, source.name))  # noqa: B023
     if len(parts) > 1 and results:
-        report_tasks(run.folder, [part.folder for part in parts], results)
+        processes.from_first(lambda: report_tasks(run.folder, [part.folder for part in parts], results))
     if results:
-        write_page(run.folder)
+        processes.from_first(lambda: write_page(run.folder))
+    return results
+
+
+def _report(part: Run, job: Job, results: list[CellResult], model_name: str) -> list[CellResult]:
+    """Print a task's table and keep it; returns its results, with what they say of each other."""
+    if results:
+        results = report_run(part.folder, results, job.title(model_name))
+        if hint := job.hint(str(part.folder)):
+            say(hint)
     return results
 
 
@@ -159,8 +166,7 @@ def _run_cell(
     """Calibrate and evaluate one cell; None with --calibrate_only."""
     settings, model = job.settings, engine.model
     say(f"\n{cell.label}")
-    product.path.mkdir(parents=True, exist_ok=True)
-    write_config(run, cell, product, model, model_name, job.facts(cell))
+    processes.from_first(lambda: write_config(run, cell, product, model, model_name, job.facts(cell)))
 
     def calibrate(checkpoint: Checkpoint) -> None:
         if job.calibration_note:
@@ -185,6 +191,22 @@ def _run_cell(
     finally:
         record_statistics(model, None)
         product.checkpoint()
+    return processes.from_first(
+        lambda: _finish(run, cell, product, job, outcome, calibration_seconds, model_name)
+    )
+
+
+def _finish(
+    run: Run,
+    cell: AttentionParams,
+    product: Cell,
+    job: Job,
+    outcome: Outcome,
+    calibration_seconds: float,
+    model_name: str,
+) -> CellResult:
+    """Write the products of a cell that is evaluated. Raises UsageError for a metric that is not finite."""
+    settings = job.settings
     wrong = {name: one.value for name, one in outcome.metrics.items() if not math.isfinite(one.value)}
     for name, value in wrong.items():
         raise UsageError(

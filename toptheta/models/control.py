@@ -100,6 +100,13 @@ def _plan(model: nn.Module) -> RowPlan | None:
     return next((one.plan for one in calibrations(model).values()), None)
 
 
+def calibrates_in_order(model: nn.Module) -> bool:
+    """Whether the calibration under way depends on the order of its prompts."""
+    return model_state(model).prompt_hook is not None or any(
+        one.in_order for one in calibrations(model).values()
+    )
+
+
 def set_params(model: nn.Module, **params) -> None:
     """Steer a patched model; parameters that are not given stay as they are.
 

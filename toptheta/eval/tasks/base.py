@@ -5,11 +5,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import Settings
 from toptheta.methods.params import AttentionParams
-from toptheta.models.loading import ModelSource
+from toptheta.models.loading import ModelSource, load_model
+from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import Answer, Metric
 
@@ -51,9 +54,12 @@ class Job(ABC):
     def question_counts(self) -> tuple[float, float]:
         """How many questions calibrate, and how many are evaluated, in each cell: for the time left."""
 
-    @abstractmethod
     def load(self, source: ModelSource) -> Engine:
         """The model, once for all cells and jobs of a run."""
+        settings = self.settings
+        several = settings.device == "cuda" and torch.cuda.device_count() > 1
+        model = load_model(source, settings.dtype, "auto" if several else settings.device)
+        return Engine(update_model(model))
 
     @abstractmethod
     def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
@@ -62,7 +68,8 @@ class Job(ABC):
 
     @abstractmethod
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
-        """Answer what `product` holds no answer to yet, hand it answers and counts, and score all."""
+        """Answer what `product` holds no answer to yet, hand it answers and counts, and score all. Several
+        processes share the questions, and the first one scores."""
 
     def facts(self, cell: AttentionParams) -> dict[str, Any]:
         """What config.json says of the data, apart from the settings."""

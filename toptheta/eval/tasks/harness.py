@@ -24,12 +24,13 @@ QUESTION_CHARACTERS = 2000  # of a question's words, at most: the end of the pro
 PASSAGES = ("passage", "article", "story", "context")  # columns of what several questions of a task are about
 
 
-def model_class() -> Any:
-    """The harness's class of a patched model."""
+def around(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """The harness's object of a patched model. It knows of no other processes: `TopThetaLM` itself shares
+    requests out."""
     from toptheta.eval.lm_eval_model import TopThetaLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is about flags that are not ours
-    return TopThetaLM
+    return TopThetaLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def check_calib_task(settings: Any) -> None:

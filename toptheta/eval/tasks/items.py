@@ -3,13 +3,13 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
+from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import GenSettings
@@ -18,13 +18,11 @@ from toptheta.eval.tasks.base import Engine, Job, Outcome
 from toptheta.eval.tasks.lm_eval_tasks import task_defaults
 from toptheta.models import generation as chunked
 from toptheta.models.control import announce_prompts, begin_prompts
-from toptheta.models.loading import ModelSource, load_model
-from toptheta.models.patch import model_device, update_model
+from toptheta.models.patch import model_device
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import Answer, Metric
 from toptheta.report.tables import table
 from toptheta.util.errors import UsageError
-from toptheta.util.progress import Bar
 
 CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
 
@@ -87,49 +85,41 @@ class ItemJob(Job):
             self.items
         )
 
-    def load(self, source: ModelSource) -> Engine:
-        settings = self.settings
-        several = settings.device == "cuda" and torch.cuda.device_count() > 1
-        model = load_model(source, settings.dtype, "auto" if several else settings.device)
-        return Engine(update_model(model))
-
     def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
         settings, task = self.settings, self.settings.calib_task
         if task is not None:
-            lm = harness.model_class()(
-                pretrained=engine.model, tokenizer=self.tokenizer, batch_size=settings.batch_size
-            )
+            lm = harness.around(engine.model, self.tokenizer, settings.batch_size)
             plain = replace(settings, apply_chat_template=False)  # the task has its own format
             shots = task_defaults(task).num_fewshot
             harness.calibrate_on_task(lm, plain, task, shots, description, progress)
             return
         announce_prompts(engine.model, {item.key: (0, len(item.ids)) for item in self.calibration})
-        todo = [item for item in self.calibration if item.key not in progress.done]
+        todo = _batches(self.calibration, settings.batch_size, progress.done)
         total = len(self.calibration)
-        bar = Bar(total, total - len(todo), self.unit, description)
-        for batch in _batches(todo, settings.batch_size):
-            keys = [item.key for item in batch]
-            with progress.counting(keys):
-                begin_prompts(engine.model, keys)
-                self.calibrate_on(engine.model, batch)
-            bar.update(len(batch), sum(len(item.ids) for item in batch))
-        bar.close()
+        with processes.progress(total, total - sum(map(len, todo)), self.unit, description) as advance:
+            for batch in processes.share(todo):
+                keys = [item.key for item in batch]
+                with progress.counting(keys):
+                    begin_prompts(engine.model, keys)
+                    self.calibrate_on(engine.model, batch)
+                advance(len(batch), sum(len(item.ids) for item in batch))
 
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
-        todo = [item for item in self.items if item.key not in product.answers]
-        finished = len(self.items) - len(todo)
-        bar = Bar(len(self.items), finished, self.unit, description)
-        try:
-            for batch in _batches(todo, self.settings.batch_size):
+        todo = _batches(self.items, self.settings.batch_size, product.answers)
+        total = len(self.items)
+        with processes.progress(total, total - sum(map(len, todo)), self.unit, description) as advance:
+            for batch in processes.share(todo):
                 answers = self.run(engine.model, batch)
                 prefill, decode = recorder.drain() if recorder is not None else ({}, {})
                 by_key = {item.key: answer for item, answer in zip(batch, answers)}
                 lines = [self.lines(answer) for answer in answers]
                 product.add(by_key, prefill, decode, self.decode_steps(answers), lines)
-                bar.update(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
-        finally:
-            bar.close()
-            product.checkpoint()  # here: scoring is not part of the evaluation's time
+                advance(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
+            product.checkpoint()  # here: neither waiting nor scoring is part of the evaluation's time
+        product.join()
+        return processes.from_first(lambda: self._scored(product))
+
+    def _scored(self, product: Cell) -> Outcome:
         outcome = self.outcome([product.answers[item.key] for item in self.items])
         rows = [[name, f"{metric.value:1.4f}"] for name, metric in outcome.metrics.items()]
         options = " ".join(f"{name}:{getattr(self.settings, name)!r}" for name in self.options)
@@ -259,8 +249,11 @@ def mean_and_stderr(values: Sequence[float]) -> Metric:
     return Metric(float(array.mean()), stderr, len(array))
 
 
-def _batches(items: list[Item], size: int) -> list[list[Item]]:
-    """Items of like length together; one by one keeps their order."""
+def _batches(items: list[Item], size: int, done: Container[str]) -> list[list[Item]]:
+    """Items of like length together, without those that are done; one by one keeps their order. A batch is
+    the same one whatever is done: its rounding and its random numbers are its own."""
     if size > 1:
         items = sorted(items, key=lambda item: len(item.ids))
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
+    left = ([item for item in batch if item.key not in done] for batch in batches)
+    return [batch for batch in left if batch]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import BUNDLED_TASK, QASettings
@@ -10,7 +11,7 @@ from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
 from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults, task_names
 from toptheta.methods.params import AttentionParams
-from toptheta.models.loading import ModelSource, load_tokenizer, unpacked
+from toptheta.models.loading import ModelSource, load_tokenizer
 from toptheta.models.recorder import Recorder
 
 
@@ -46,19 +47,9 @@ class QAJob(Job):
             harness.load_tasks(configs, settings, self.calib_num_fewshot)
 
     def load(self, source: ModelSource) -> Engine:
-        settings, local = self.settings, unpacked(source)
-        arguments: dict[str, Any] = {"dtype": settings.dtype, "batch_size": settings.batch_size}
-        arguments["device"] = settings.device
-        if settings.device == "cuda":
-            import torch
-
-            arguments["parallelize"] = torch.cuda.device_count() > 1
-        if local.gguf_file:
-            arguments["gguf_file"] = local.gguf_file
-            arguments["tokenizer"] = load_tokenizer(source)
-        lm = harness.model_class()(pretrained=local.location, **arguments)
-        lm.model.config._name_or_path = source.name
-        return Engine(lm.model, lm)
+        engine = super().load(source)
+        engine.lm = harness.around(engine.model, load_tokenizer(source), self.settings.batch_size)
+        return engine
 
     def facts(self, cell: AttentionParams) -> dict[str, Any]:
         facts = super().facts(cell) | {"num_fewshot": self.num_fewshot}
@@ -82,8 +73,12 @@ class QAJob(Job):
             )
         finally:
             lm.cell = lm.recorder = None
-        answers = harness.answers_of(output, lm.tokens, lm.reply_ids)
-        return Outcome(harness.metrics_of(output), answers, summary=make_table(output))
+
+        def outcome() -> Outcome:
+            answers = harness.answers_of(output, lm.tokens, lm.reply_ids)
+            return Outcome(harness.metrics_of(output), answers, summary=make_table(output))
+
+        return processes.from_first(outcome)
 
 
 def qa_jobs(settings: QASettings) -> list[QAJob]:
