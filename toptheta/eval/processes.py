@@ -229,9 +229,9 @@ def together() -> Iterator[None]:
         _part(group)
     except BaseException as error:
         group.ended.set()
-        if group.lost:  # what is raised now only follows from that
-            raise SystemExit(1) from None
-        _say_why(group, error)
+        _leave(group, error)
+        if group.lost:
+            raise SystemExit(1) from None  # what was raised only follows from that
         raise
     finally:
         group.ended.set()
@@ -251,12 +251,13 @@ def _part(group: _Group) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _say_why(group: _Group, error: BaseException) -> None:
-    """Tell the others that this process leaves; the first one stays until they can have read it, because it
-    may hold the store."""
-    reason = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error or type(error)})"
+def _leave(group: _Group, error: BaseException) -> None:
+    """Tell the others why this process leaves, unless it is because of another one. The first one stays until
+    they can have read it, because it may hold the store."""
+    why = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error or type(error)})"
     try:
-        group.store.set(f"left/{group.rank}", reason)
+        if not group.lost:
+            group.store.set("gone", f"{group.rank} {why}")
         time.sleep(0.0 if group.rank else 2 * BEAT_SECONDS)
     except RuntimeError:  # the store is gone too
         pass
@@ -272,13 +273,14 @@ def _watch(group: _Group, store: Any) -> None:
         try:
             store.set(f"beat/{group.rank}", str(next(beats)))
             for other in others:
-                if store.check([f"left/{other}"]):
-                    _lose(group, other, store.get(f"left/{other}").decode())
                 found = store.get(f"beat/{other}")
                 if found != last[other][0]:
                     last[other] = (found, time.monotonic())
                 elif time.monotonic() - last[other][1] > LOST_SECONDS:
-                    _lose(group, other, "shows no sign of life: killed, or its machine is gone")
+                    store.set("gone", f"{other} shows no sign of life: killed, or its machine is gone")
+            if store.check(["gone"]):
+                lost, _, why = store.get("gone").decode().partition(" ")
+                _lose(group, int(lost), why)
         except RuntimeError:
             _lose(group, 0, "cannot be reached")  # it, or torchrun beside it, holds the store
 
