@@ -1,65 +1,157 @@
-"""The main job on the small model in a few minutes: dense, Top-k and Top-theta on Q&A, then on HumanEval, in
-one table.
+"""Top-theta on the small model in a few minutes: how close to dense attention, what is kept, how fast; then a
+few answers in words, one program, and the report on all of it.
 
-`make demo` runs it. It calls what test_llama.py and gen_llama.py call, with the settings printed below.
+`make demo` runs it. Everything but the timing is what gen_llama.py and test_llama.py do; the commands are
+printed.
 """
 
+import copy
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from toptheta.eval.cli import run_main
-from toptheta.eval.settings import GenSettings, QASettings
+from toptheta.eval.settings import GenSettings, QASettings, Settings
+from toptheta.util.files import timestamp, write_text
+from toptheta.util.options import to_flags
 
-METHOD: dict[str, Any] = {
-    "mode": (3, 1, 0),
-    "k": (64,),
-    "placement": "pre-softmax",
-    "sdc": "exact",
-    "vmc": True,
-    "calib_tac": True,
-    "calib_sample_frac": 1.0,
-}
-FLAGS = "--mode 3,1,0 --k 64 --sdc exact --vmc --calib_tac --calib_sample_frac 1.0"
+K = 64
+METHOD: dict[str, Any] = {"mode": (3, 1, 0), "placement": "pre-softmax", "sdc": "exact", "vmc": True}
+TEXT = ("types", "compound", "execmodel")  # chapters of Python's language reference, which comes with Python
+WINDOW, WINDOWS = 1024, 6
+PROGRAM = 35  # a HumanEval task that the small model solves
+PREFILLS, STEPS = 3, 24  # timed, of each method
 
 
 def main() -> None:
-    qa = QASettings(**METHOD, num_fewshot=12, num_samples=24, calib_samples=8)
-    generation = GenSettings(
+    folder = Path("products") / "demo" / timestamp()
+    text = folder / "python_reference.txt"
+    write_text(text, "\n\n".join(topics[name] for name in TEXT))
+    closeness = GenSettings(
         **METHOD,
-        num_tasks=4,
+        k=(32, K),
+        dataset="perplexity",
+        text=str(text),
+        max_seq_len=WINDOW,
+        num_tasks=WINDOWS,
         calib_samples=3,
-        max_seq_len=640,
-        apply_chat_template=True,
-        allow_code_execution=True,
+        calib_sample_frac=1.0,
+        calib_tac=True,
+        effective_k=True,
+        output_dir=str(folder),
     )
-    print("Two jobs, as these commands would run them:")
-    print(f"  python test_llama.py {FLAGS} --num_fewshot 12 --num_samples 24 --calib_samples 8")
-    print(f"  python gen_llama.py {FLAGS} --num_tasks 4 --calib_samples 3 --max_seq_len 640 \\")
-    print("    --apply_chat_template --allow_code_execution")
-
+    step(1, "How close to dense attention, and what is kept", "gen_llama.py", closeness)
     from toptheta.eval.runner import evaluate
-    from toptheta.report.results import DECODE, PREFILL, CellResult
-    from toptheta.report.tables import Column, build, score, share
 
-    answers, programs = evaluate(qa), evaluate(generation)
+    results = evaluate(closeness)
+    tables = next(one.folder for one in results if one.mode == 0 and one.k == K)
+    carried: dict[str, Any] = METHOD | {"k": (K,), "calib_load_path": str(tables), "output_dir": str(folder)}
 
-    def seconds(pair: tuple[CellResult, CellResult]) -> float:
-        return sum(sum(result.seconds.values()) for result in pair)
+    print(f"\n2. How fast, next to stock transformers with sdpa (medians, one after the other, K={K})\n")
+    print(speed_table(text.read_text(), str(tables)))
 
-    columns = [
-        Column("method", lambda pair: pair[0].method),
-        Column("Q&A accuracy %", lambda pair: score(pair[0].metrics["acc"])),
-        Column("HumanEval pass@1 %", lambda pair: score(pair[1].metrics["pass@1"])),
-        Column("kept elements, prefill %", lambda pair: share(pair[0], PREFILL, "attn")),
-        Column("kept elements, decode %", lambda pair: share(pair[1], DECODE, "attn")),
-        Column("kept V rows, decode %", lambda pair: share(pair[1], DECODE, "vrow")),
-        Column("time s", lambda pair: f"{seconds(pair):.0f}"),
-    ]
-    table = build(list(zip(answers, programs)), columns)
-    print(f"\nSmolLM2-135M-Instruct: bundled Q&A task, and HumanEval\n\n{table}\n")
-    print("A few questions show that it works; they cannot tell methods apart (see the standard errors).")
-    for results in (answers, programs):
-        print(f"Products and picture: {Path(str(results[0].folder)).parent}")
+    questions = QASettings(**carried, num_fewshot=8, num_samples=4)
+    step(3, "A few questions, with the thresholds of the text above", "test_llama.py", questions)
+    evaluate(questions)
+
+    program = GenSettings(
+        **carried, task_ids=(PROGRAM,), max_seq_len=512, apply_chat_template=True, allow_code_execution=True
+    )
+    step(4, "A program, written and run in a sandbox", "gen_llama.py", program)
+    evaluate(program)
+    finish(folder)
+
+
+def step(number: int, title: str, script: str, settings: Settings) -> None:
+    flags = " ".join(to_flags(settings))
+    print(f"\n{number}. {title}\n\n  python {script} {flags}\n", flush=True)
+
+
+def speed_table(text: str, tables: str) -> str:
+    """Prefill of a window, and decode steps behind it, as ratios to stock attention. Every repetition runs
+    all methods, so that a busy machine slows all of them."""
+    import torch
+
+    from toptheta.models.control import set_params
+    from toptheta.models.loading import find_model, load_model, load_tokenizer
+    from toptheta.models.patch import update_model
+    from toptheta.report.tables import table
+
+    source = find_model("smollm2")
+    stock = load_model(source, "float32", "cpu").eval()
+    ours = update_model(copy.deepcopy(stock))
+    ids = load_tokenizer(source)(text, return_tensors="pt", verbose=False).input_ids
+    ids, following = ids[:, :WINDOW], ids[:, WINDOW : WINDOW + STEPS + 1]
+    pre = {"K": K, "placement": "pre-softmax", "sdc": "exact", "vmc": True}
+
+    set_params(ours, mode=0, **pre, calib_load_path=tables)  # they stay with the model
+    methods: dict[str, tuple[Any, Callable[[], None]]] = {
+        "stock sdpa": (stock, lambda: None),
+        f"Top-k K={K}": (ours, lambda: set_params(ours, mode=1, **pre)),
+        f"Top-theta K={K}": (ours, lambda: set_params(ours, mode=0, **pre)),
+    }
+    prefill: dict[str, list[float]] = {name: [] for name in methods}
+    decode: dict[str, list[float]] = {name: [] for name in methods}
+    with torch.no_grad():
+        caches = {}
+        for _ in range(1 + PREFILLS):  # the first warms up
+            for name, (model, use) in methods.items():
+                use()
+                seconds, out = timed(lambda: model(ids, use_cache=True, logits_to_keep=1))  # noqa: B023
+                prefill[name].append(seconds)
+                caches[name] = out.past_key_values
+        for i in range(following.shape[1]):
+            for name, (model, use) in methods.items():
+                use()
+                one = {"input_ids": following[:, i : i + 1], "past_key_values": caches[name]}
+                decode[name].append(timed(lambda: model(**one, use_cache=True))[0])  # noqa: B023
+    rows = []
+    for name in methods:
+        cells = []
+        for times in (prefill, decode):
+            median, stocks = (statistics.median(times[one][1:]) for one in (name, "stock sdpa"))
+            cells += [f"{1000 * median:.0f}", f"{median / stocks:.2f}"]
+        rows.append([name, *cells])
+    header = ["", f"prefill of {WINDOW:,} tokens, ms", "to stock", "decode step, ms", "to stock"]
+    return table(rows, header)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    out = call()
+    return time.perf_counter() - start, out
+
+
+def finish(folder: Path) -> None:
+    """Show the answers in words, and write the report on all runs of the demo."""
+    from toptheta.report.page.build import write_report
+    from toptheta.report.results import DECODE, PREFILL
+    from toptheta.report.tables import PHASE_WORDS
+
+    runs = sorted(path.parent for path in folder.glob("*/run.json"))
+    run = write_report(runs, folder / "report.html")
+    print("\n5. The answers in words")
+    answers = run.answers.dropna(subset=["question"])
+    for _, of_question in answers.groupby(["task", "key"], sort=False):
+        first = of_question.iloc[0]
+        print(f"\n{first['question'].strip()}")
+        for _, one in of_question.iterrows():
+            right = one["acc"] if "acc" in one and one["acc"] == one["acc"] else one["passed"]
+            said = first["choices"][one["answer"]] if first["choices"] else f"\n{one['answer']}\n"
+            print(f"  {one['cell']}: {said} ({'right' if right else 'wrong'})")
+    print()
+    for row in run.cells.query("not dense").itertuples():
+        for phase in (PREFILL, DECODE):
+            kept, read = getattr(row, f"kept_{phase}"), getattr(row, f"kv_bytes_{phase}")
+            if kept == kept and kept is not None:
+                words = (
+                    f"{row.cell} on {row.task}, {PHASE_WORDS[phase]}: {100 * kept:.1f} % of the elements kept"
+                )
+                print(words + (f", {100 * read:.1f} % of the KV bytes read" if phase == DECODE else ""))
+    print(f"\nThe report on all of this, to open in a browser: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,13 @@ class GenSettings(Settings):
         rule=at_least(1),
         serves=(HUMANEVAL, *LONGBENCH, PERPLEXITY),
     )
+    task_ids: tuple[int, ...] = option(
+        (),
+        "HumanEval: these tasks only, by number, e.g. 0,23 (default all)",
+        metavar="N[,N]",
+        group=GENERATION,
+        serves=(HUMANEVAL,),
+    )
     num_samples_per_task: int = option(
         1,
         "completions per task (default 1)",

@@ -79,8 +79,8 @@ class LoadedRun:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """A row for each question: key, hash, answer, target, each score, and tokens (`prompt_tokens`,
-        `reply_tokens`)."""
+        """A row for each question: key, hash, answer, target, question and choices (their words), each score,
+        and tokens (`prompt_tokens`, `reply_tokens`)."""
         return self._joined(_answers)
 
     def config(self, label: str, task: str | None = None) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _present(frame: pd.DataFrame | None) -> Iterator[pd.DataFrame]:
 def _answers(folder: Path) -> Iterator[pd.DataFrame]:
     if (folder / ANSWERS).is_file():
         yield pd.DataFrame(
-            {"key": one.key, "hash": one.hash, "answer": one.answer, "target": one.target}
+            {name: getattr(one, name) for name in ("key", "hash", "answer", "target", "question", "choices")}
             | one.score
             | {f"{name}_tokens": count for name, count in one.tokens.items()}
             for one in read_answers(folder)

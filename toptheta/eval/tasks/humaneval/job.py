@@ -51,7 +51,7 @@ class HumanEvalJob(ReplyJob):
 
     def __init__(self, settings: GenSettings, tokenizer: Any):
         super().__init__(settings, tokenizer)
-        problems = list(scoring.load_problems().values())[: settings.num_tasks]
+        problems = _problems(settings)[: settings.num_tasks]
         per_task = settings.num_samples_per_task
         self.items = [self._item(problem, i) for problem in problems for i in range(per_task)]
         tasks = self.items[::per_task]  # one sample of each
@@ -153,6 +153,16 @@ class HumanEvalJob(ReplyJob):
             "The completions are not scored, because that runs generated programs. To run and score them:\n"
             f"  {command('gen_llama.py')} --score {folder} --allow_code_execution"
         )
+
+
+def _problems(settings: GenSettings) -> list[dict[str, Any]]:
+    """All tasks, or those of --task_ids in their order. Raises UsageError for one that there is not."""
+    problems = scoring.load_problems()
+    names = [f"HumanEval/{number}" for number in settings.task_ids] or list(problems)
+    for name in names:
+        if name not in problems:
+            raise UsageError(f"--task_ids: there is no {name}; give numbers from 0 to {len(problems) - 1}.")
+    return [problems[name] for name in dict.fromkeys(names)]
 
 
 def _sample(answer: dict[str, Any]) -> dict[str, Any]:
