@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
-"""What Triton's compiler makes of the GPU kernels for Hopper (sm_90). No GPU is needed; nothing is timed.
+"""What Triton's compiler makes of the GPU kernels, for any chip. No GPU is needed; nothing is timed.
 
-For each kernel, this prints the registers of a thread, the bytes of shared memory, how many programs a
+    .venv/bin/python bench/builds.py [--chip sm_90] [--output FILE]
+    .venv/bin/python bench/builds.py --gate [--chip sm_80,gfx942] [--dtype bf16] [--head-dim 128]
+
+For each kernel, the first prints the registers of a thread, the bytes of shared memory, how many programs a
 processor (SM) can hold at the same time, the bytes spilled and, for each loop in the machine code, the
 instructions of a warp, the barriers and the issue cycles. A processor issues instructions of four warps a
 cycle, so its time for a tile is at least warps / 4 times the instructions. Builds are for bfloat16, head_dim
-128 and 4 heads a group; "masked" ones are for padding or a static cache.
+128 and 4 heads a group; "masked" ones are for padding or a static cache. --gate compiles every option for
+every chip, type and head_dim, and lists what does not build or does not fit; it takes hours for all of them.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -18,90 +23,132 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from toptheta.kernels.triton.chips import KNOWN
 
 MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the others are in POINTERS
 POINTERS = {
     "mask": "*u1", "key_real": "*u1", "real_rows": "*u1", "n": "*i64", "theta": "*fp32", "table": "*fp32",
     "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_max": "*fp32",
     "part_sum": "*fp32", "part_kept_sum": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
+    "part_best": "*fp32", "factor": "*fp32",
     "attn": "*i64", "vrow": "*i32", "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
     "span": "*i32", "listed": "*i32",
 }  # fmt: skip
 TOOLS = Path("backends/nvidia/bin")
-REGISTERS, SHARED, SHARED_OF_ONE = 65536, 228 * 1024, 227 * 1024  # of a Hopper processor
-RESERVED = 1024  # bytes of shared memory that the system reserves for every program
 SHORTEST_LOOP = 50  # instructions: shorter loops do not go over tiles
 
 
 @dataclass
 class Build:
     """A kernel as built. spilled: bytes; loops: for each loop over tiles its instructions, its barriers, and
-    its loads and stores of spilled values."""
+    its loads and stores of spilled values. resident: programs that a processor holds at the same time."""
 
     warps: int
     registers: int
     shared: int
     spilled: int
+    resident: int
     loops: list[tuple[int, int, int]] = field(default_factory=list)
 
-    @property
-    def resident(self) -> int:
-        """Programs that a processor holds at the same time."""
-        return min(REGISTERS // (self.registers * self.warps * 32), SHARED // (self.shared + RESERVED))
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Kernels = dict[str, tuple[Any, dict[str, Any], dict[str, int]]]
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
-    """For each kernel: the function, its constants and its compile options, as toptheta/kernels sets them."""
+def split_off(tile: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants of a kernel, and compile options."""
+    options = {name: value for name, value in tile.items() if name.islower()}
+    return {name: value for name, value in tile.items() if name not in options}, options
+
+
+def kernels(
+    chip: str = "sm_90", dtype: str = "bf16", head_dim: int = 128, group: int = 4, every: bool = False
+) -> Kernels:
+    """For each kernel: the function, its constants and its compile options, as toptheta/kernels sets them for
+    the chip. every: all combinations of their options."""
     from toptheta.kernels.triton import decode as triton_decode
-    from toptheta.kernels.triton import filtered as triton_filtered
     from toptheta.kernels.triton import prefill as triton_prefill
+    from toptheta.kernels.triton.filtered import filtered_kernel
+    from toptheta.kernels.triton.gather import gather_kernel
+    from toptheta.kernels.triton.split import split_kernel
 
-    sizes = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128}
-    decode = triton_decode.TILE | {"maxnreg": triton_decode.REGISTERS}
-    rows = sizes | {"BLOCK_G": 16, "BLOCK_N": decode.pop("BLOCK_N"), "HAS_MASK": False}
-    stores = {"COUNT": False, "STORE_SCORES": False}
-    splits = {"BLOCK_S": triton_decode.MAX_SPLITS}
-    tile = dict(triton_prefill.TILE)
-    prefill = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-    tile |= sizes | {"CAUSAL": True, "HAS_KEY_REAL": False, "HAS_REAL_ROWS": False, "COUNT": False}
-    tile |= {"VMC": True, "SKIP": triton_prefill.SKIP}
-    split = rows | stores | splits | {"FALLBACK": False}
-    found = {
-        "split": (triton_decode.split_kernel, split | {"WITH_V": True}, decode),
-        "split, scores only": (
-            triton_decode.split_kernel, split | {"WITH_V": False, "STORE_SCORES": True}, decode,
-        ),
-        "filtered": (
-            triton_filtered.filtered_kernel, rows | stores | {"BLOCK_F": triton_decode.BLOCK_F}, decode,
-        ),
-        "gather": (
-            triton_decode.gather_kernel, rows | splits | {"KEEP_GIVEN": False, "STORE_KEEP": False}, decode,
-        ),
-        "merge": (
-            triton_decode.merge_kernel,
-            sizes | splits | {"STEP": 16, "SDC": 1, "VMC": True, "ONE_MAX": False},
-            {"num_warps": 4},
-        ),
-        "prefill": (triton_prefill.prefill_kernel, tile | {"POST": False, "SDC": 1}, prefill),
-        "prefill, post-softmax": (triton_prefill.prefill_kernel, tile | {"POST": True, "SDC": -1}, prefill),
-    }  # fmt: skip
-    for name, (function, constants, options) in list(found.items()):
-        for flag in ("HAS_MASK", "HAS_KEY_REAL"):
-            if flag in constants:
-                found[f"{name}, masked"] = function, constants | {flag: True}, options
+    about = KNOWN[chip]
+    block_d = max(32, 1 << (head_dim - 1).bit_length())
+    sizes = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    block_g = max(16, 1 << (group - 1).bit_length())
+    tile, decode = split_off(triton_decode.options(about, DTYPES[dtype], block_d, group))
+    rows = sizes | tile | {"BLOCK_G": block_g}
+    splits, listing = {"BLOCK_S": triton_decode.part_block(1)}, {"BLOCK_F": triton_decode.BLOCK_F}
+    tile, prefill = split_off(triton_prefill.options(about, DTYPES[dtype], block_d))
+    blocks = sizes | tile | {"FLAT": about.blackwell}
+    merged = sizes | splits | {"STEP": 16}
+    merge: dict[str, int] = {"num_warps": 4}
+
+    def choices(**flags: tuple[Any, ...]) -> list[dict[str, Any]]:
+        """All combinations of flags or, unless `every`, the first values alone."""
+        if every:
+            return [dict(zip(flags, chosen)) for chosen in itertools.product(*flags.values())]
+        return [{name: values[0] for name, values in flags.items()}]
+
+    both = (False, True)
+    stores = {"COUNT": both, "STORE_SCORES": both}
+    groups: list[tuple[str, Any, dict[str, Any], dict[str, int], list[dict[str, Any]]]] = [
+        ("split", split_kernel, rows | splits | {"WITH_V": True, "WEIGHED": False}, decode,
+         choices(FALLBACK=both, **stores)),
+        ("split, scores only", split_kernel,
+         rows | splits | {"WITH_V": False, "STORE_SCORES": True, "COUNT": False, "FALLBACK": False}, decode,
+         choices(WEIGHED=both)),
+        ("filtered", filtered_kernel, rows | listing, decode, choices(**stores)),
+        ("gather", gather_kernel, rows | splits | listing | {"KEEP_GIVEN": False}, decode,
+         choices(STORE_KEEP=both, WEIGHED=both)),
+        ("merge", triton_decode.merge_kernel, merged | {"ONE_MAX": False}, merge,
+         choices(SDC=(1, 0, 2, 3), VMC=(True, False))),
+        ("prefill", triton_prefill.prefill_kernel, blocks | {"POST": False, "WEIGHED": False}, prefill,
+         choices(CAUSAL=(True,), HAS_REAL_ROWS=both, SDC=(1, 0, 2, 3), VMC=(True, False), COUNT=both,
+                 SKIP=(triton_prefill.SKIP, not triton_prefill.SKIP))),
+        ("prefill, post-softmax", triton_prefill.prefill_kernel, blocks | {"POST": True, "SDC": -1}, prefill,
+         choices(CAUSAL=(True,), HAS_REAL_ROWS=both, VMC=(True, False), COUNT=both, WEIGHED=both,
+                 SKIP=(triton_prefill.SKIP, not triton_prefill.SKIP))),
+    ]  # fmt: skip
+    if every:
+        groups += [
+            ("gather, Top-k", gather_kernel,
+             rows | splits | listing | {"KEEP_GIVEN": True, "STORE_KEEP": True, "WEIGHED": False}, decode,
+             [{}]),
+            ("merge, two stages", triton_decode.merge_kernel, merged | {"ONE_MAX": True}, merge,
+             choices(SDC=(-1, 0), VMC=(True, False))),
+        ]  # fmt: skip
+    found: Kernels = {}
+    for name, function, constants, options, combinations in groups:
+        for chosen in combinations:
+            for flags in ({}, {"masked": True}):
+                mask = {}
+                if "HAS_MASK" in function.arg_names:
+                    mask = {"HAS_MASK": bool(flags)}
+                elif "HAS_KEY_REAL" in function.arg_names:
+                    mask = {"HAS_KEY_REAL": bool(flags)}
+                elif flags:
+                    continue
+                extra = [f"{flag} {value}" for flag, value in chosen.items()] if every else []
+                label = ", ".join([name, *(["masked"] if flags else []), *extra])
+                found[label] = (function, constants | chosen | mask, options)
     return found
 
 
-def build(function: Any, constants: dict[str, Any], options: dict[str, int]) -> Build:
-    """`function` compiled for bfloat16, with every stride a multiple of 16 elements."""
+def compiled(function: Any, constants: dict[str, Any], options: dict[str, int], dtype: str, chip: str) -> Any:
+    """`function` compiled for a chip, with every stride a multiple of 16 elements."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    about = KNOWN[chip]
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
-        kind = "*bf16" if name in MODEL else POINTERS.get(name)
+        kind = f"*{dtype}" if name in MODEL else POINTERS.get(name)
         if name in constants:
             kind = "constexpr"
         elif kind or name.endswith(("_batch", "_head", "_row", "_stride")):
@@ -109,7 +156,21 @@ def build(function: Any, constants: dict[str, Any], options: dict[str, int]) -> 
         signature[name] = kind or ("fp32" if name in ("scale", "sdc_scale") else "i32")
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature=signature, constexprs=values, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    target = GPUTarget(about.backend, about.arch, 32 if about.backend == "cuda" else 64)
+    return triton.compile(source, target=target, options=options)
+
+
+def build(
+    function: Any,
+    constants: dict[str, Any],
+    options: dict[str, int],
+    dtype: str = "bf16",
+    chip: str = "sm_90",
+) -> Build:
+    """What the compiler says of a kernel on an NVIDIA chip."""
+    import triton
+
+    made = compiled(function, constants, options, dtype, chip)
     tool = Path(triton.__file__).parent / TOOLS / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -119,9 +180,37 @@ def build(function: Any, constants: dict[str, Any], options: dict[str, int]) -> 
             for flag in ("-res-usage", "-sass")
         )
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    resident = KNOWN[chip].resident(found["REG"], made.metadata.shared, options["num_warps"])
     return Build(
-        options["num_warps"], found["REG"], made.metadata.shared, found["STACK"] + found["LOCAL"], loops(code)
-    )
+        options["num_warps"], found["REG"], made.metadata.shared, found["STACK"] + found["LOCAL"], resident,
+        loops(code),
+    )  # fmt: skip
+
+
+def fault(
+    function: Any, constants: dict[str, Any], options: dict[str, int], dtype: str, chip: str
+) -> str | None:
+    """Why a kernel cannot run on a chip, or None: it does not compile, or needs too much shared memory."""
+    try:
+        shared = compiled(function, constants, options, dtype, chip).metadata.shared
+    except Exception as error:  # the compiler raises whatever its passes raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    most = KNOWN[chip].shared
+    return f"{shared} bytes of shared memory, of {most}" if shared > most else None
+
+
+def gate(chips: list[str], dtypes: list[str], head_dims: list[int]) -> int:
+    """Compile everything, print what fails; returns how many do."""
+    failed = 0
+    for chip, dtype, head_dim in itertools.product(chips, dtypes, head_dims):
+        found = kernels(chip, dtype, head_dim, every=True)
+        faults = {name: fault(*found[name], dtype, chip) for name in found}
+        bad = {name: why for name, why in faults.items() if why is not None}
+        print(f"{chip} {dtype} head_dim {head_dim}: {len(found)} builds, {len(bad)} fail", flush=True)
+        for name, why in bad.items():
+            print(f"  {name}: {why}", flush=True)
+        failed += len(bad)
+    return failed
 
 
 def loops(code: str) -> list[tuple[int, int, int]]:
@@ -140,17 +229,34 @@ def loops(code: str) -> list[tuple[int, int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--chip", help=f"of {', '.join(KNOWN)}; a list with --gate; default sm_90, with --gate all"
+    )
+    parser.add_argument("--gate", action="store_true", help="compile all options, for all chips")
+    parser.add_argument("--dtype", help="with --gate: of bf16, fp16, fp32; default all")
+    parser.add_argument("--head-dim", help="with --gate: default 64,128,256")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     try:
         import triton
     except ImportError:
         parser.exit(2, "builds.py: Triton is not installed: pip install triton\n")
-    print(f"triton {triton.__version__}, sm_90, bfloat16, head_dim 128, 4 heads a group\n")
+    chips = (args.chip or (",".join(KNOWN) if args.gate else "sm_90")).split(",")
+    dtypes = (args.dtype or ",".join(DTYPES)).split(",")
+    for given, known in ((chips, KNOWN), (dtypes, DTYPES)):
+        for one in given:
+            if one not in known:
+                parser.error(f"{one} is none of {', '.join(known)}")
+    if args.gate:
+        sys.exit(min(1, gate(chips, dtypes, [int(d) for d in (args.head_dim or "64,128,256").split(",")])))
+    chip = chips[0]
+    if KNOWN[chip].backend != "cuda":
+        parser.error("machine code is read for NVIDIA chips only; --gate compiles for others")
+    print(f"triton {triton.__version__}, {chip}, bfloat16, head_dim 128, 4 heads a group\n")
     print(f"{'kernel':29} {'registers':>9} {'shared':>7} {'resident':>8} {'spilled':>7}  loops over tiles")
     results = {}
-    for name, (function, constants, options) in kernels().items():
-        made = build(function, constants, options)
+    for name, (function, constants, options) in kernels(chip).items():
+        made = build(function, constants, options, chip=chip)
         said = "; ".join(
             f"{count} instructions, {bars} barriers, {count * made.warps // 4} cycles"
             + (f", {spills} of spilled values" if spills else "")
@@ -159,7 +265,7 @@ def main() -> None:
         print(
             f"{name:29} {made.registers:9} {made.shared:7} {made.resident:8} {made.spilled:7}  {said or '-'}"
         )
-        results[name] = asdict(made) | {"resident": made.resident}
+        results[name] = asdict(made)
     if args.output:
         args.output.write_text(
             json.dumps({"triton": triton.__version__, "kernels": results}, indent=1) + "\n"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which tiles, warps, pipeline stages and splits are fastest for the Triton kernels on this GPU.
+"""Which tiles, warps and pipeline stages are fastest for the Triton kernels on this GPU.
 
 Every configuration computes the same cases as bench/attention.py (keys and values cold, CUDA graphs, medians)
 and has to give the outputs of the configuration that is set in toptheta/kernels. The table is sorted by time,
@@ -39,8 +39,8 @@ def product(**choices: list) -> list[Config]:
 
 TILES = [(32, 2), (64, 4), (128, 4), (128, 8)]  # keys, warps
 CONFIGS: dict[str, list[Config]] = {
-    "decode": product(tile=TILES, num_stages=[2, 3], REGISTERS=[128, 168, 255], RESIDENT=[2, 3, 6]),
-    "int8": product(tile=TILES[:3], num_stages=[2, 3], BLOCK_F=[64, 128, 256], RESIDENT=[2, 3, 6]),
+    "decode": product(tile=TILES, num_stages=[2, 3], REGISTERS=[128, 168, 255]),
+    "int8": product(tile=TILES[:3], num_stages=[2, 3], BLOCK_F=[64, 128, 256]),
     "prefill": product(
         BLOCK_M=[64, 128], BLOCK_N=[64, 128], num_warps=[4, 8], num_stages=[2, 3], SKIP=[True, False]
     ),
@@ -67,10 +67,12 @@ def configured(kind: str, config: Config) -> Iterator[None]:
     module, new = module_of(kind), changes(kind, config)
     before = {name: getattr(module, name) for name in new}
     vars(module).update(new)
+    triton_decode.forget_builds()
     try:
         yield
     finally:
         vars(module).update(before)
+        triton_decode.forget_builds()
 
 
 def is_set(kind: str, config: Config) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from toptheta.attention.rows import Rows
 from toptheta.methods.base import Block, KernelSpec, RowTables, State, ValueNorms
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_theta import value_factors
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class AttentionCall:
     count what is kept; count_rows: also by row. The cache may hold more than K and V: v_sum `[B, H_kv, D]`
     float32, the sum of V over the visible keys of the only query row, so that the kernels need not read all
     of V; int8, the copy of K, so that the Triton kernels need not read all of K; state, what the method
-    remembers. values: how rows of V are weighed, for a method that does.
+    remembers; factor `[B, H, N]` float32, how much each key's value counts. values: how rows of V are
+    weighed, for a method that does.
     decode: the query rows are decode steps; else they belong to a prompt. softcap: scores are softcap *
     tanh(scores / softcap) before all else; sinks: `[H]`, a score for each head that is in every row's
     denominator and no key's.
@@ -62,6 +64,7 @@ class AttentionCall:
     int8: Int8Keys | None = None
     state: State | None = None
     values: ValueNorms | None = None
+    factor: Tensor | None = None
     decode: bool = False
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -103,6 +106,20 @@ class AttentionCall:
     def tables_of(self, n: Tensor) -> RowTables:
         """The calibrated values of rows with lengths n `[B or 1, R]`."""
         return RowTables(*(None if t is None else per_row(t, n) for t in (self.theta, self.sdc_table)))
+
+    def value_factors(self) -> Tensor:
+        """`[B, H, N]` float32, how much each key's value counts, for value-aware thresholds: as the cache
+        holds it or, from `state`, computed for the keys of these rows alone."""
+        if self.factor is not None:
+            return self.factor
+        assert self.values is not None
+        state = self.state if self.state is not None else State()
+        state.belong_to(self.spec.method)
+        kv_len, q_len = self.k.shape[2], self.q.shape[2]
+        end, own = self.rows.end(q_len, kv_len), None if self.rows.first is None else q_len
+        value_factors(state, self.values, self.v[:, :, :end], own)
+        state.grow(kv_len)
+        return state.tensors["factor"][:, :, :kv_len]
 
     @property
     def needs_gradient(self) -> bool:

@@ -47,6 +47,7 @@ class KernelSpec:
     sdc_scale: float = 1.0
     vmc: bool = False
     capk: bool = False
+    weighed: bool = False  # compare weight times factor of the key's value
 
     @property
     def sparse(self) -> bool:

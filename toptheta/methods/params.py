@@ -56,7 +56,7 @@ class LayerSpec:
         if not self.sparse:
             return KernelSpec()
         spec = self.method.kernel_spec()
-        if spec is None:
+        if spec is None or spec.weighed and self.placement != "post-softmax":
             return None
         return replace(
             spec, placement=self.placement, k=self.k, sdc=self.sdc, sdc_scale=self.sdc_scale, vmc=self.vmc

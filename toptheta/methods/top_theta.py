@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toptheta.methods.base import NEG_INF, Block, KernelSpec, Method, RowTables, Selection, register
+from toptheta.methods.base import (
+    NEG_INF,
+    Block,
+    KernelSpec,
+    Method,
+    RowTables,
+    Selection,
+    State,
+    ValueNorms,
+    register,
+)
 from toptheta.methods.top_k import TopK, keep_largest
 from toptheta.util.errors import UsageError
 
@@ -49,7 +59,10 @@ class TopTheta(Method):
         assert tables.theta is not None
         x, row_max = block.x, block.row_max
         if self.value_aware:
-            x = x * value_factors(block)[:, :, None]
+            assert block.state is not None and block.values is not None and block.v is not None
+            own = block.x.shape[2] if block.own else None
+            factor = value_factors(block.state, block.values, block.v, own)[:, :, None]
+            x = torch.where(block.visible, x * factor, NEG_INF)  # -inf times 0 is no number
             row_max = x.amax(dim=-1, keepdim=True)
         keep = keep_above(x, tables.theta, row_max)
         if self.floor > 1:
@@ -57,8 +70,9 @@ class TopTheta(Method):
         return keep_recent(keep, block.budget) if self.capk else keep
 
     def kernel_spec(self) -> KernelSpec | None:
-        plain = not self.value_aware and self.floor <= 1
-        return KernelSpec(Selection.THRESHOLD, capk=self.capk) if plain else None
+        if self.floor > 1:
+            return None
+        return KernelSpec(Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware)
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.floor < 1:
@@ -71,17 +85,17 @@ class TopTheta(Method):
         return TopTheta()  # as the published project: no cap while calibrating
 
 
-def value_factors(block: Block) -> Tensor:
-    """`[B, H, E]`, how much each key's value counts: known from earlier steps, but for the block's own
-    keys."""
-    state, values, v = block.state, block.values, block.v
-    assert state is not None and values is not None and v is not None
+def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) -> Tensor:
+    """`[B, H, E]`, how much each key's value counts: known from earlier steps, but for the last `own` keys.
+
+    v: `[B, H_kv, E, D]`. own None: it is not known which keys are new.
+    """
     end = v.shape[2]
-    if not block.own or "factor" not in state.tensors:  # another method was at work before: weigh all keys
+    if own is None or "factor" not in state.tensors:  # another method was at work before: weigh all keys
         state.tensors["factor"] = values.of(v)
         return state.tensors["factor"]
     state.grow(end)
-    first = end - block.x.shape[2]
+    first = end - own
     state.tensors["factor"][:, :, first:end] = values.of(v[:, :, first:])
     return state.tensors["factor"][:, :, :end]
 

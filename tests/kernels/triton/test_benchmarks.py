@@ -39,7 +39,7 @@ def test_tuning_runs(kind, monkeypatch):
     if kind == "prefill":
         configs = [triton_prefill.TILE, {"BLOCK_M": 64, "SKIP": False}, {"BLOCK_N": 48}]
     else:
-        configs = [{"tile": (64, 4), "RESIDENT": 3}, {"tile": (32, 2), "RESIDENT": 1}, {"tile": (48, 4)}]
+        configs = [{"tile": (64, 4)}, {"tile": (32, 2), "BLOCK_F": 64}, {"tile": (48, 4)}]
     case = Case(tune_gpu.MODEL, "prefill" if kind == "prefill" else "decode", 700, 1)
     rows = tune_gpu.tune(kind, case, configs, DEVICE)
     assert [("ms" in row, row["set"]) for row in rows] == [(True, True), (True, False), (False, False)]

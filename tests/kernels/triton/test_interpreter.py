@@ -13,7 +13,15 @@ FOLDER = ROOT / "tests" / "kernels" / "triton"
 FILES = [
     *(
         str(FOLDER / f"test_{name}.py")
-        for name in ("attend", "operators", "whole_models", "benchmarks", "refusals", "hub_package")
+        for name in (
+            "attend",
+            "value_aware",
+            "operators",
+            "whole_models",
+            "benchmarks",
+            "refusals",
+            "hub_package",
+        )
     ),
     str(FOLDER.parent / "test_int8_keys.py"),
 ]

@@ -23,10 +23,10 @@ def test_operators_have_true_fakes():
     checks = ("test_schema", "test_faketensor")
     int8 = two_tier.quantized(k)
     for tiers in ((None,) * 4, (int8.codes, int8.steps, int8.slacks, int8.mean)):
-        decode = (q, k, v, n, None, None, theta, None, None, *tiers, *settings)
+        decode = (q, k, v, n, None, None, theta, None, None, *tiers, None, *settings)
         torch.library.opcheck(gpu._decode, decode, test_utils=checks)
     n = torch.arange(1, 2, device=DEVICE)[None]
-    prefill = (q, k, v, n, 0, None, None, None, theta, None, None, *settings)
+    prefill = (q, k, v, n, 0, None, None, None, theta, None, None, None, *settings)
     torch.library.opcheck(gpu._prefill, prefill, test_utils=checks)
 
 

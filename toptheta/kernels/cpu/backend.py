@@ -56,6 +56,8 @@ class Call(ctypes.Structure):
         *_fields(_REAL, "sdc_scale scale"),
         *_fields(_AT, "theta table"),
         *_fields(_INT, "theta_len table_len"),
+        *_fields(_AT, "factor"),
+        *_fields(_INT, "factor_batch factor_head"),
         *_fields(_AT, "v_sum out"),
         *_fields(_INT, "out_batch out_head out_row"),
         *_fields(_AT, "attn vrow row ks"),
@@ -305,6 +307,10 @@ class _Prepared:
         if table is not None:
             table = self.keep(table.float().contiguous())
             args.table, args.table_len = table.data_ptr(), table.shape[1]
+        if spec.sparse and spec.weighed:
+            factor = self.keep(call.value_factors())
+            args.factor, args.factor_batch = factor.data_ptr(), self.batch_stride(factor)
+            args.factor_head = factor.stride(1)
         if spec.vmc:
             if call.v_sum is not None and q_len == 1:
                 args.v_sum = self.keep(call.v_sum.contiguous()).data_ptr()

@@ -66,6 +66,8 @@ struct Call {
   double sdc_scale, scale;
   const float *theta, *table;  // [H, theta_len], [H, table_len]
   int64_t theta_len, table_len;
+  const float* factor;  // [B, H, N], of value-aware thresholds on weights
+  int64_t factor_batch, factor_head;
   const float* v_sum;  // [B, H_kv, Q, D], sum of V over each row's visible keys; null: computed here
   float* out;
   int64_t out_batch, out_head, out_row;
@@ -184,7 +186,7 @@ struct Buffer {
 };
 
 struct Scratch {
-  Buffer<float> query, tile, values, candidates;
+  Buffer<float> query, tile, values, candidates, weighed;
   Buffer<int32_t> indices, counts;
   int64_t counts_of = -1;  // the (batch, KV head) that `counts` belongs to
 };
@@ -557,7 +559,17 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
     row_max = max_of_row(x, padded);
   }
 
+  // What is compared: the weights, or with `factor` their products with it.
   bool sparse = (c.mode == TOP_THETA || c.mode == TOP_K) && n > c.k_keep;
+  const float* compared = x;
+  if (c.factor != nullptr && sparse) {
+    const float* factor = c.factor + row.b * c.factor_batch + row.h * c.factor_head;
+    float* products = w.weighed.get(padded);
+    for (int64_t j = 0; j < row.end; j++) products[j] = x[j] > -INF ? x[j] * factor[j] : -INF;
+    for (int64_t j = row.end; j < padded; j++) products[j] = -INF;
+    compared = products;
+    row_max = max_of_row(compared, padded);
+  }
   bool top_k = c.mode == TOP_K && sparse && out != nullptr;
   float threshold = -INF;  // keys above it are kept: at least the row's largest
   if (c.mode == TOP_THETA && out != nullptr)
@@ -572,7 +584,9 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
   }
   if (out == nullptr) return false;
 
-  Kept kept = select_row(c, x, padded, threshold, row_max, sparse, w);
+  Kept kept = select_row(c, compared, padded, threshold, row_max, sparse, w);
+  if (compared != x)
+    for (int64_t j = 0; j < kept.count; j++) kept.values[j] = x[kept.indices[j]];
   float sum = weigh(c, row.h, n, row_max, sparse, kept);
   count_row(c, row, kept, own);
   if (c.vmc && sparse) add_v_mean<T>(c, row, 1.0f - sum, n, out);

@@ -67,6 +67,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     if not spec.sparse or spec.sdc != "offline-calibrated":
         table = None
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
+    factor = call.value_factors().contiguous() if spec.sparse and spec.weighed else None
     theta = theta.float().contiguous()
     table = None if table is None else table.float().contiguous()
     settings = (
@@ -89,7 +90,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
             if int8.codes.shape != k.shape:
                 raise ValueError(f"the int8 copy {tuple(int8.codes.shape)} is not of k {tuple(k.shape)}")
             tiers = (int8.codes, int8.steps, int8.slacks, int8.mean)
-        out, keep = _decode(q, k, v, rows.n, mask, span, theta, table, v_sum, *tiers, *settings)
+        out, keep = _decode(q, k, v, rows.n, mask, span, theta, table, v_sum, *tiers, factor, *settings)
         return out, _counts(keep, rows.real, k.shape[1]) if count else None
     first, mask = rows.first, None
     if first is None and rows.mask is None:
@@ -101,7 +102,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     key_real = None if rows.key_real is None else rows.key_real.contiguous()
     v_mean = mean_of_visible(v, rows).contiguous() if spec.vmc else None
     out, attn, vrow = _prefill(
-        q, k, v, rows.n.contiguous(), first, mask, key_real, real, theta, table, v_mean, *settings
+        q, k, v, rows.n.contiguous(), first, mask, key_real, real, theta, table, v_mean, factor, *settings
     )
     return out.transpose(1, 2), Counts(attn, vrow) if count else None
 
@@ -146,6 +147,7 @@ def _decode(
     steps: Tensor | None,
     slacks: Tensor | None,
     k_mean: Tensor | None,
+    factor: Tensor | None,
     scale: float,
     selection: int,
     placement: str,
@@ -166,14 +168,14 @@ def _decode(
         int8 = Int8Keys(codes, steps, slacks, k_mean)
     with _on_device_of(q):
         out, keep = triton_decode.decode(
-            q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8
+            q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8, factor
         )
     return out, q.new_empty(0, dtype=torch.bool) if keep is None else keep
 
 
 @_decode.register_fake
 def _(
-    q, k, v, n, mask, span, theta, table, v_sum, codes, steps, slacks, k_mean,
+    q, k, v, n, mask, span, theta, table, v_sum, codes, steps, slacks, k_mean, factor,
     scale, selection, placement, k_keep, sdc, sdc_scale, count,
 ):  # fmt: skip
     shape = (q.shape[0], q.shape[1], k.shape[2]) if count else (0,)
@@ -193,6 +195,7 @@ def _prefill(
     theta: Tensor,
     table: Tensor | None,
     v_mean: Tensor | None,
+    factor: Tensor | None,
     scale: float,
     selection: int,
     placement: str,
@@ -207,7 +210,7 @@ def _prefill(
     spec = _spec(selection, placement, k_keep, sdc, sdc_scale)
     with _on_device_of(q):
         out, counts = triton_prefill.prefill(
-            q, k, v, n, first, mask, key_real, real, theta, table, v_mean, spec, scale, count
+            q, k, v, n, first, mask, key_real, real, theta, table, v_mean, factor, spec, scale, count
         )
     if counts is None:
         return out, n.new_empty(0), n.new_empty(0, dtype=torch.int32)
@@ -216,7 +219,7 @@ def _prefill(
 
 @_prefill.register_fake
 def _(
-    q, k, v, n, first, mask, key_real, real, theta, table, v_mean,
+    q, k, v, n, first, mask, key_real, real, theta, table, v_mean, factor,
     scale, selection, placement, k_keep, sdc, sdc_scale, count,
 ):  # fmt: skip
     batch, num_heads, q_len, head_dim = q.shape

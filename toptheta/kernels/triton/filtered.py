@@ -75,7 +75,7 @@ def filtered_kernel(
     # Rows that only fill up the tile keep nothing, because no score reaches their threshold.
     smallest_kept = next_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
     smallest_kept = tl.where(in_group, smallest_kept, float("inf"))
-    start, stop = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
+    start, stop, _length = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     codes += batch * codes_batch + kv_head * codes_head

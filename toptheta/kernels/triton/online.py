@@ -37,14 +37,15 @@ def both(one, other, ALWAYS: tl.constexpr):
 
 @triton.jit
 def keys_of_split(span, batch, kv_len, splits, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys of this split, start to stop. With HAS_MASK, the splits share the keys of span `[B, 2]` int32:
-    the first visible key of each sequence and the one after its last."""
+    """The keys of this split, start to stop, and the number of keys that the splits share. With HAS_MASK,
+    those are the keys of span `[B, 2]` int32: the first visible one of each sequence and the one after its
+    last."""
     low, high = 0, kv_len
     if HAS_MASK:
         low, high = tl.load(span + 2 * batch), tl.load(span + 2 * batch + 1)
     per_split = tl.cdiv(tl.cdiv(high - low, BLOCK_N), splits) * BLOCK_N
     start = low + tl.program_id(1) * per_split
-    return start, tl.minimum(start + per_split, high)
+    return start, tl.minimum(start + per_split, high), high - low
 
 
 @triton.jit
@@ -67,6 +68,14 @@ def smallest_kept_exp(theta, row_sum):
     of the row's largest score, which is always kept.
     """
     return tl.minimum(next_above(theta * row_sum), 1.0)
+
+
+@triton.jit
+def smallest_kept_weighed(theta, row_max, row_sum, best):
+    """The smallest score + log(factor) that is kept by a threshold on weight times factor; at most `best`,
+    the row's largest, which is always kept. A threshold of -inf keeps all, also keys whose factor is 0."""
+    cutoff = next_above(tl.log(tl.maximum(theta, 0.0)) + row_max + tl.log(row_sum))
+    return tl.where(theta < 0, float("-inf"), tl.minimum(cutoff, best))
 
 
 @triton.jit

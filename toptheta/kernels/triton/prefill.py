@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toptheta.attention.call import Counts
+from toptheta.kernels.triton.chips import Chip, chip_of
 from toptheta.kernels.triton.decode import row_stride, sdc_code
 from toptheta.kernels.triton.online import (
     LOWEST,
@@ -21,6 +22,7 @@ from toptheta.kernels.triton.online import (
     lookup,
     next_above,
     smallest_kept_exp,
+    smallest_kept_weighed,
     softmax_step,
 )
 from toptheta.methods.base import KernelSpec
@@ -76,23 +78,31 @@ def tile_of_v(
 
 
 @triton.jit
-def add_counts(keep, vrow, attn, at, BLOCK_N: tl.constexpr):
+def weighed_scores(s, factor, at, stop, BLOCK_N: tl.constexpr):
+    """score + log(factor) of a tile, `[M, N]`; factor: of this head, `[N]`."""
+    key = at + tl.arange(0, BLOCK_N)
+    return s + tl.log(tl.load(factor + key, mask=key < stop, other=0.0))[None, :]
+
+
+@triton.jit
+def add_counts(keep, vrow, attn, at, BLOCK_N: tl.constexpr, FLAT: tl.constexpr):
     """Add what a tile keeps, `[M, N]` bool, to vrow `[N]` and to attn, one number."""
     per_key = tl.sum(keep.to(tl.int32), axis=0)
     tl.atomic_add(vrow + at + tl.arange(0, BLOCK_N), per_key, mask=per_key > 0)
-    tl.atomic_add(attn, tl.sum(per_key, axis=0).to(tl.int64))
+    total = tl.sum(keep.to(tl.int32)) if FLAT else tl.sum(per_key, axis=0)
+    tl.atomic_add(attn, total.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
-    q, k, v, mask, key_real, real_rows, n, theta, table, v_mean, out, attn, vrow,
+    q, k, v, mask, key_real, real_rows, n, theta, table, v_mean, factor, out, attn, vrow,
     scale, sdc_scale, k_keep, first, q_len, kv_len, num_kv_heads, theta_len, table_len,
     theta_stride, table_stride, n_stride, mask_batch, mask_row, key_real_batch, real_rows_batch,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, HAS_REAL_ROWS: tl.constexpr,
     POST: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, COUNT: tl.constexpr,
-    SKIP: tl.constexpr,
+    SKIP: tl.constexpr, FLAT: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`.
 
@@ -134,6 +144,8 @@ def prefill_kernel(
     running_max = tl.where(in_rows, LOWEST, -LOWEST)
     passed = tl.zeros((BLOCK_M,), tl.int1)
     running_sum = tl.zeros((BLOCK_M,), tl.float32)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    factor += (batch * num_heads + head) * kv_len
     kept_sum = tl.zeros((BLOCK_M,), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -149,27 +161,36 @@ def prefill_kernel(
                 rescale = exp(running_max - new_max)
                 running_sum = running_sum * rescale + tl.sum(exp(s - new_max[:, None]), axis=1)
                 running_max = new_max
+                if WEIGHED:
+                    best = tl.maximum(best, tl.max(weighed_scores(s, factor, at, stop, BLOCK_N), axis=1))
             else:
                 running_max, running_sum, kept_sum, count, passed, kept_exps, keeps, rescale = softmax_step(
                     s, smallest_kept, running_max, running_sum, kept_sum, count, passed,
                     SDC == 1, SDC == 2, False,
                 )  # fmt: skip
                 # Where no row keeps a key of the tile, no running_max changes either: every rescale is 1.
-                if (not SKIP) or tl.max(keeps.to(tl.int32), axis=0) > 0:
+                some = tl.max((kept_exps > 0).to(tl.int32)) if FLAT else tl.max(keeps.to(tl.int32), axis=0)
+                if (not SKIP) or some > 0:
                     v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, phase == 0)
                     acc = acc * rescale[:, None]
                     acc += tl.dot(kept_exps.to(v_tile.dtype), v_tile, input_precision="ieee")
                 if COUNT:
-                    add_counts((s >= smallest_kept[:, None]) & counted[:, None], vrow, attn, at, BLOCK_N)
+                    add_counts(
+                        (s >= smallest_kept[:, None]) & counted[:, None], vrow, attn, at, BLOCK_N, FLAT
+                    )
 
     # The second sweep compares weights with their thresholds or, for thresholds on scores, counts the keys of
     # rows without a score above the threshold: which rows those are is known only now.
-    second_sweep = POST
     if COUNT and not POST:
         counted = counted & (passed == 0) & (row_n > 0)
-        second_sweep = tl.max(counted.to(tl.int32), axis=0) > 0
-    if second_sweep:
-        smallest_kept = smallest_kept_exp(row_theta, running_sum) if POST else running_max
+        # Where there are none the range is empty: a condition around products does not compile for Blackwell.
+        any_counted = tl.max(counted.to(tl.int32), axis=0)
+        full, stop = full * any_counted, stop * any_counted
+    if POST or COUNT:
+        if WEIGHED:
+            smallest_kept = smallest_kept_weighed(row_theta, running_max, running_sum, best)
+        else:
+            smallest_kept = smallest_kept_exp(row_theta, running_sum) if POST else running_max
         for phase in tl.static_range(2):
             for at in range(0 if phase == 0 else full, full if phase == 0 else stop, BLOCK_N):
                 s = tile_scores(
@@ -179,16 +200,18 @@ def prefill_kernel(
                 )  # fmt: skip
                 if POST:
                     exps = exp(s - running_max[:, None])
-                    keep = (s > float("-inf")) & (exps >= smallest_kept[:, None])
+                    compared = weighed_scores(s, factor, at, stop, BLOCK_N) if WEIGHED else exps
+                    keep = (s > float("-inf")) & (compared >= smallest_kept[:, None])
                     exps = tl.where(keep, exps, 0.0)
                     kept_sum += tl.sum(exps, axis=1)
-                    if (not SKIP) or tl.max(tl.max(exps, axis=1), axis=0) > 0:
+                    some = tl.max(keep.to(tl.int32))
+                    if (not SKIP) or some > 0:
                         v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, phase == 0)
                         acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
                 else:
                     keep = s >= smallest_kept[:, None]
                 if COUNT:
-                    add_counts(keep & counted[:, None], vrow, attn, at, BLOCK_N)
+                    add_counts(keep & counted[:, None], vrow, attn, at, BLOCK_N, FLAT)
 
     row_table = tl.zeros((BLOCK_M,), tl.float32)
     if SDC == 3:
@@ -205,7 +228,7 @@ def prefill_kernel(
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=in_tile)
 
 
-def options(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+def options(chip: Chip, dtype: torch.dtype, block_d: int) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages: the K and V tiles of all stages must fit in shared memory."""
     if dtype == torch.float32:  # products without tensor cores
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
@@ -226,6 +249,7 @@ def prefill(
     theta: Tensor,
     table: Tensor | None,
     v_mean: Tensor | None,
+    factor: Tensor | None,
     spec: KernelSpec,
     scale: float,
     count: bool,
@@ -234,7 +258,7 @@ def prefill(
 
     n, real: `[B or 1, Q]`. Visible are the keys that are causal from position `first` and `key_real` `[B, N]`
     or, if first is None, those of mask `[B, Q, N]` bool. theta, table: `[H or 1, L]`; v_mean, needed by VMC:
-    `[B, H_kv, Q, D]` float32. The last dimension of every tensor is contiguous.
+    `[B, H_kv, Q, D]` float32; factor: as in `decode`. The last dimension of every tensor is contiguous.
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -246,7 +270,8 @@ def prefill(
             vrow=torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32, device=q.device),
         )
     block_d = triton.next_power_of_2(head_dim)
-    tile = options(q.dtype, block_d)
+    chip = chip_of(q.device)
+    tile = options(chip, q.dtype, block_d)
     grid = (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch)
     # Arguments that a build does not use still need an address: that of q, n or theta.
     prefill_kernel[grid](
@@ -257,6 +282,7 @@ def prefill(
         n, theta,
         theta if table is None else table,
         theta if v_mean is None else v_mean,
+        theta if factor is None else factor,
         out,
         n if counts is None else counts.attn,
         n if counts is None else counts.vrow,
@@ -269,6 +295,7 @@ def prefill(
         GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile,
         CAUSAL=first is not None, HAS_KEY_REAL=key_real is not None, HAS_REAL_ROWS=real is not None,
         POST=spec.sparse and spec.placement == "post-softmax", SDC=sdc_code(spec), VMC=v_mean is not None,
-        COUNT=count, SKIP=SKIP and spec.sparse,
+        COUNT=count, SKIP=SKIP and spec.sparse, FLAT=chip.blackwell,
+        WEIGHED=factor is not None,
     )  # fmt: skip
     return out, counts
