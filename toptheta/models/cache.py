@@ -61,7 +61,7 @@ class TopThetaLayer(StaticLayer):
             self.int8.slacks.index_copy_(2, at, new.slacks)
         if not self.summing or self._new is not None:  # these rows, or the last ones, never come to the sum
             self._known = False
-        self._new = value_states if self.summing else None
+        self._new = value_states.detach() if self.summing else None
         return super().update(key_states, value_states, *args, **kwargs)
 
     def at(self, value: Tensor, rows: Rows) -> Tensor | None:
@@ -83,7 +83,8 @@ class TopThetaLayer(StaticLayer):
                 new = torch.where(real[:, None], new, 0.0)
             self._sum.add_(new.sum(dim=2, dtype=torch.float64))
         elif q_len == 1:
-            seen = value if mask is None else torch.where(mask[:, :, 0, :, None], value, 0.0)
+            seen = value.detach()
+            seen = seen if mask is None else torch.where(mask[:, :, 0, :, None], seen, 0.0)
             self._sum.copy_(seen.sum(dim=2, dtype=torch.float64))
             self._known = True
         return self._sum.float() if q_len == 1 else None

@@ -28,6 +28,7 @@ from toptheta.models.layer_state import ModelState
 from toptheta.models.patch import choose_implementation, model_state, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import keep_prompts, measure
+from toptheta.models.tensor_parallel import of_all_heads, refuse
 from toptheta.util.errors import UsageError
 
 
@@ -188,6 +189,7 @@ def _install(
             within = (0.0, 1.0) if params.placement == "post-softmax" else (-np.inf, np.inf)
             state.theta = _lookup(layer, tables.theta[i], params, NEG_INF, within)
         if tables is not None and params.method.needs_values:
+            refuse(state.mesh, "value_aware", "use thresholds without it")
             if i not in tables.values:
                 raise UsageError(
                     "value_aware needs thresholds that were calibrated with it, and th.txt has no place for "
@@ -220,7 +222,7 @@ def _lookup(
         layer.config.max_position_embeddings,
         within,
     )
-    return torch.from_numpy(table_of_all).to(_execution_device(layer))
+    return torch.from_numpy(table_of_all[layer.toptheta.heads]).to(_execution_device(layer))
 
 
 def begin_calibration(
@@ -243,6 +245,11 @@ def begin_calibration(
         raise UsageError("calib_tac computes with one K, so it calibrates one K at a time.")
     if keep_samples and params.calib_to == "budget":
         raise UsageError("calib_to budget keeps histograms, no single samples: leave calib_dump_samples out.")
+    mesh = layers[0].toptheta.mesh
+    if params.calib_to == "budget":
+        refuse(mesh, "calib_to budget", "calibrate in one process, and load the folder with calib_load_path")
+    if keep_samples:
+        refuse(mesh, "calib_dump_samples", "leave it out")
     sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
     computes = params.method.while_calibrating(params.calib_tac)
     plan = None
@@ -259,7 +266,7 @@ def begin_calibration(
         vmc = params.vmc and not computes.is_dense and params.placement == "post-softmax"
         state.spec = LayerSpec(computes, params.placement, k_per_layer[i], vmc=vmc)
         ks = sorted({k_per_layer[i], *(ks[i] for ks in more_k)})
-        num_heads, device = layer.config.num_attention_heads, _execution_device(layer)
+        num_heads, device = state.heads.stop - state.heads.start, _execution_device(layer)
         if params.calib_to == "budget" and params.needs_thresholds:
             gram = value_gram(layer) if params.method.needs_values else None
             state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device, gram)
@@ -344,7 +351,7 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
             samples = sums.count.cpu().numpy()
             if not samples.any():
                 raise no_long_row(layer_k, i, calibration.longest)
-            target[i] = LayerTable(value(sums).cpu().numpy(), samples)
+            target[i] = of_all_heads(LayerTable(value(sums).cpu().numpy(), samples), layers[i].toptheta.mesh)
     return tables
 
 
@@ -380,6 +387,8 @@ def _end_prompt_hook(shared: ModelState) -> None:
 def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:
     """Collect counts of kept elements and V rows into `recorder` from now on; None stops it and costs
     nothing."""
+    if recorder is not None:
+        refuse(patched_layers(model)[0].toptheta.mesh, "record_statistics", "measure in one process")
     model_state(model).recorder = recorder
     choose_implementation(patched_layers(model))
 

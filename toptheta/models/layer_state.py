@@ -19,6 +19,7 @@ from toptheta.methods.params import AttentionParams, LayerSpec
 from toptheta.models.cache import TopThetaLayer
 from toptheta.models.cache_state import state_of_layer
 from toptheta.models.recorder import Recorder
+from toptheta.models.tensor_parallel import local_heads
 from toptheta.models.value_sum import VSum
 from toptheta.util.errors import UsageError
 
@@ -55,14 +56,15 @@ class CallState:
 
 class LayerState(nn.Module):
     """theta, sdc_table: non-persistent float32 buffers `[H, L]` by row length n, looked up at min(n, L - 1).
-    base: the name of the attention implementation that computes the layer when it is plainly dense."""
+    base: the name of the attention implementation that computes the layer when it is plainly dense. heads:
+    the query heads that this process computes, of the mesh that shares them out, if any."""
 
     theta: Tensor | None
     sdc_table: Tensor | None
 
-    def __init__(self, layer_idx: int, shared: ModelState, base: str = "sdpa"):
+    def __init__(self, layer_idx: int, shared: ModelState, base: str = "sdpa", mesh: Any = None):
         super().__init__()
-        self.layer_idx, self.shared, self.base = layer_idx, shared, base
+        self.layer_idx, self.shared, self.base, self.mesh = layer_idx, shared, base, mesh
         self.spec = LayerSpec()
         self.calibration: RowSampler | None = None
         self.values: ValueNorms | None = None  # for value-aware thresholds
@@ -112,6 +114,7 @@ class LayerState(nn.Module):
     def attach(self, layer: nn.Module) -> None:
         """Become a part of an attention layer."""
         layer.toptheta = self
+        self.heads = local_heads(layer, self.mesh)
         self.hooks = (
             layer.register_forward_pre_hook(_begin, with_kwargs=True),
             layer.register_forward_hook(_end, always_call=True),

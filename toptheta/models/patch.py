@@ -18,6 +18,7 @@ from toptheta.methods.params import LayerSpec
 from toptheta.models.families import attention_layers
 from toptheta.models.interface import IMPLEMENTATION
 from toptheta.models.layer_state import LayerState, ModelState
+from toptheta.models.tensor_parallel import mesh_of_heads
 from toptheta.util.errors import UsageError
 
 
@@ -50,7 +51,7 @@ def update_model(model: nn.Module, *_ignored, **_ignored_too) -> nn.Module:
         if not _is_patched(layer):
             name = layer.config._attn_implementation
             base = default if name in (None, IMPLEMENTATION) else name
-            LayerState(layer.layer_idx, shared, base).attach(layer)
+            LayerState(layer.layer_idx, shared, base, mesh_of_heads(model, layer)).attach(layer)
             if type(layer) is LlamaAttention:  # no method differs: the published project's users ask for it
                 layer.__class__ = TopK_LLamaAttention
     return model

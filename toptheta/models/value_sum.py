@@ -45,7 +45,7 @@ class VSum:
         start, total = 0, torch.zeros((), dtype=torch.float64)
         if self._sum is not None and self._end == end - 1 and rows.continues(self._key_real, self._end):
             start, total = end - 1, self._sum
-        new = value[:, :, start:end]
+        new = value.detach()[:, :, start:end]
         if key_real is not None:
             new = new * key_real[:, None, start:end, None]
         self._sum = total + new.sum(dim=2, dtype=torch.float64)
