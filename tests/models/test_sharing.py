@@ -165,11 +165,22 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push_calibration(model, "owner/name")
     with pytest.raises(UsageError, match="has no config.json"):
         load_calibration(model, tmp_path)
-    for text in ("{", "[]", '{"model_type": "llama"}', '{"format": "other"}'):
-        save_calibration(model, tmp_path / "bad")
-        (tmp_path / "bad" / "config.json").write_text(text)
-        with pytest.raises(UsageError, match="damaged|of another program"):
+    save_calibration(model, tmp_path / "bad")
+    good = json.loads((tmp_path / "bad" / "config.json").read_text())
+    for config in (
+        [],
+        {"model_type": "llama"},
+        good | {"format": "other"},
+        good | {"num_layers": "three"},
+        good | {"params": good["params"] | {"calib_load_path": "/somewhere"}},  # would read another folder
+        good | {"params": good["params"] | {"vmc": "yes"}},
+    ):
+        (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UsageError, match="damaged, or of another program"):
             load_calibration(model, tmp_path / "bad")
+    (tmp_path / "bad" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="damaged, or of another program"):
+        load_calibration(model, tmp_path / "bad")
     save_calibration(model, tmp_path / "bad")
     (tmp_path / "bad" / "calibration.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(UsageError, match="cannot be read"):

@@ -8,17 +8,27 @@ a calibration from a model and puts it to use.
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_type_hints
 
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 
 from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tables, save_binary
+from toptheta.methods.params import MethodOptions
+from toptheta.util.schema import typed
 
 FORMAT = "toptheta-calibration-1"
 PAPER = "https://arxiv.org/abs/2502.08363"
+SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # how tables were made
+# What a calibration is used with, beside the method and K, by name and type
+OPTIONS = {
+    f.name: get_type_hints(MethodOptions)[f.name]
+    for f in fields(MethodOptions)
+    if f.name not in (*SHAPING, "calib_load_path")
+}
+Params: Any = TypedDict("Params", {"method": str, "K": int | list[int]} | OPTIONS)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,11 @@ class Calibration(
             )
         if config is None or config.format != FORMAT:
             raise ValueError("it has no config.json of a calibration")
+        typed(asdict(config), CalibrationConfig)
+        typed(config.params, Params)
+        unknown = config.params.keys() - Params.__annotations__
+        if unknown:
+            raise ValueError(f"its params have {', '.join(sorted(unknown))}")
         return cls(load_tables(folder, config.num_layers, config.num_heads, "the calibration"), config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

@@ -4,21 +4,40 @@ th.txt and sdc.txt.
 A run's cell says itself what it was calibrated for; of th.txt and sdc.txt alone the flags say it.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from toptheta.calibration.artefact import FORMAT, Calibration, CalibrationConfig
+from toptheta.calibration.artefact import FORMAT, OPTIONS, SHAPING, Calibration, CalibrationConfig
 from toptheta.calibration.tables import CalibrationTables, read_tables, save_text
 from toptheta.eval.cli import Parser, run_main
 from toptheta.methods.base import of_mode
 from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.params import PLACEMENTS, AttentionParams, check
-from toptheta.report.results import CellResult
+from toptheta.report.results import read_result
 from toptheta.util.errors import UsageError
+from toptheta.util.schema import read_json
 
 TEXT, ARTEFACT = "text", "calibration"
+VERSIONS = ("toptheta", "torch", "transformers")
+
+
+class _CellConfig(TypedDict):
+    mode: int | None
+    settings: dict[str, Any]
+
+
+class CellConfig(_CellConfig, total=False):
+    """What is read of a cell's config.json; files of earlier versions lack some of it."""
+
+    name: str
+    model: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    k_per_layer: list[int] | None
+    calib_task: str
+    environment: dict[str, Any]
 
 
 def make_parser() -> Parser:
@@ -78,21 +97,26 @@ def is_calibration(folder: Path | str) -> bool:
 
 
 def of_run(
-    source: str, options: Mapping[str, Any], num_layers: int = 0, base_model: str = "", text: str = ""
+    source: str,
+    options: Mapping[str, Any],
+    num_layers: int = 0,
+    base_model: str = "",
+    text: str = "",
+    name: str = "FROM",
 ) -> Calibration:
     """The calibration in the folder of a run's cell, or of th.txt and sdc.txt alone.
 
     options: of the latter, placement (needed), sdc and vmc; num_layers: of the latter, where it is more than
-    their lines name. base_model, text: in place of what the cell says. Raises UsageError where something is
-    missing, damaged or does not fit.
+    their lines name. base_model, text: in place of what the cell says. name: of the folder, for errors.
+    Raises UsageError where something is missing, damaged or does not fit.
     """
-    from toptheta.models.sharing import SHAPING, sampled, used
+    from toptheta.models.sharing import sampled, used
 
-    tables = read_tables(source, "FROM")
+    tables = read_tables(source, name)
     cell = _config_json(Path(source))
     if not cell and options.get("placement") is None:
         raise UsageError(
-            f"FROM {source} holds no config.json of a run, so --placement must say what its thresholds "
+            f"{name} {source} holds no config.json of a run, so --placement must say what its thresholds "
             "compare: give pre-softmax or post-softmax."
         )
     tables.num_layers = max(tables.num_layers, num_layers or cell.get("num_layers", 0))
@@ -109,15 +133,13 @@ def of_run(
             num_heads=tables.num_heads,
             num_kv_heads=cell.get("num_kv_heads", 0),
             head_dim=cell.get("head_dim", 0),
-            params=used(_params(source, tables, cell, options), tables.num_layers),
-            calibrated_with={name: tables.meta[name] for name in SHAPING if name in tables.meta},
+            params=used(_params(f"{name} {source}", tables, cell, options), tables.num_layers),
+            calibrated_with={key: tables.meta[key] for key in SHAPING if key in tables.meta},
             text=text or tables.meta.get("task") or cell.get("calib_task", ""),
             rows=rows,
             longest=longest,
             measured=_measured(Path(source) / "results.json"),
-            versions={
-                name: environment[name] for name in ("toptheta", "torch", "transformers") if environment
-            },
+            versions={key: environment[key] for key in VERSIONS if key in environment},
         ),
     )
 
@@ -125,31 +147,22 @@ def of_run(
 def _config_json(folder: Path) -> dict[str, Any]:
     """config.json of a run's cell or of a calibration; empty where there is none. Raises UsageError for
     another file of that name."""
-    path = folder / "config.json"
+    path, remedy = folder / "config.json", "name another folder, or remove the file"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text())
-        if config.get("format") != FORMAT:
-            config["settings"]["placement"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f"{path} is damaged, or of no run of this program: name another folder, or remove the file."
-        ) from None
-    return config
+    config = read_json(path, dict[str, Any], remedy)
+    return config if config.get("format") == FORMAT else read_json(path, CellConfig, remedy)
 
 
 def _params(
     source: str, tables: CalibrationTables, cell: dict[str, Any], options: Mapping[str, Any]
 ) -> AttentionParams:
     """The parameters that go with the tables. Raises UsageError where they are not known or do not fit."""
-    from toptheta.models.sharing import USE
-
     ks = cell.get("k_per_layer") or [tables.k.get(layer, 0) for layer in range(tables.num_layers)]
     if not any(ks):
-        raise UsageError(f"FROM {source} holds sdc.txt alone, which does not say K: add its th.txt.")
+        raise UsageError(f"{source} holds sdc.txt alone, which does not say K: add its th.txt.")
     if cell:
-        given = {name: cell["settings"][name] for name in USE if name in cell["settings"]}
+        given = {name: cell["settings"][name] for name in OPTIONS if name in cell["settings"]}
         method = tables.meta.get("method") or cell.get("name") or of_mode(cell["mode"]).name
     else:
         sdc = options.get("sdc") or ("offline-calibrated" if tables.sdc else "none")
@@ -162,12 +175,11 @@ def _measured(path: Path) -> dict[str, Any]:
     """What a run found, as a calibration's config has it."""
     if not path.is_file():
         return {}
-    result = CellResult.from_json(json.loads(path.read_text()))
+    result = read_result(path)
     measured: dict[str, Any] = {}
     if "kl" in result.metrics:
         kl, same = result.metrics["kl"], result.metrics["same_top"]
-        kl_facts = {"mean": kl.value, "stderr": kl.stderr, "texts": kl.count, "same_top": same.value}
-        measured["kl"] = kl_facts
+        measured["kl"] = {"mean": kl.value, "stderr": kl.stderr, "texts": kl.count, "same_top": same.value}
     if result.effective_k:
         rows = [{name: x for name, x in one.items() if name != "layers"} for one in result.effective_k]
         measured["effective_k"] = rows

@@ -98,7 +98,7 @@ def _calibration(thresholds: str, ours: dict[str, Any]) -> Calibration | None:
         return None
     if not Path(thresholds).is_dir() or is_calibration(thresholds):
         return find_calibration(thresholds)
-    return of_run(thresholds, {"placement": "pre-softmax"} | ours)
+    return of_run(thresholds, {"placement": "pre-softmax"} | ours, name=_flag("thresholds"))
 
 
 def _check(params: dict[str, Any], calibration: Calibration | None) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 import toptheta
 from toptheta.attention import effective_k
-from toptheta.calibration.artefact import FORMAT, Calibration, CalibrationConfig
+from toptheta.calibration.artefact import FORMAT, OPTIONS, SHAPING, Calibration, CalibrationConfig
 from toptheta.calibration.tables import CalibrationTables
-from toptheta.methods.params import AttentionParams, MethodOptions
+from toptheta.methods.params import AttentionParams
 from toptheta.models.control import (
     calibrations,
     get_params,
@@ -25,15 +24,13 @@ from toptheta.models.control import (
     recorder_of,
     set_params,
     tables_of,
+    use_params,
 )
 from toptheta.models.divergence import against_dense
 from toptheta.models.loading import hub_reachable
 from toptheta.models.patch import model_device, model_state
 from toptheta.models.recorder import DECODE, Recorder, count_steps
 from toptheta.util.errors import UsageError
-
-SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # how tables were made
-USE = tuple(f.name for f in fields(MethodOptions) if f.name not in (*SHAPING, "calib_load_path"))
 
 
 def save_calibration(
@@ -110,15 +107,15 @@ def load_calibration(
 def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = True, **params: Any) -> None:
     """`load_calibration` of one that is loaded already."""
     _check_model(calibration.config, model, strict)
+    _check_not_calibrating(model)
     shared = model_state(model)
-    before = shared.tables
-    if calibrations(model):
-        raise UsageError("the model is being calibrated: end that first with set_params(calibrate=False).")
+    tables, before = shared.tables, shared.params
     shared.tables = calibration.tables
     try:
         set_params(model, **(calibration.config.params | params))
-    except UsageError:
-        shared.tables = before
+    except BaseException:
+        shared.tables = tables
+        use_params(model, before)
         raise
 
 
@@ -163,8 +160,7 @@ def calibration_of(
 ) -> Calibration:
     """The calibration in use, see `save_calibration`."""
     params, tables = get_params(model), tables_of(model)
-    if calibrations(model):
-        raise UsageError("the model is being calibrated: end that first with set_params(calibrate=False).")
+    _check_not_calibrating(model)
     if tables is None or not params.needs_calibration:
         raise UsageError(
             "there is no calibration in use to save: calibrate with set_params(mode=0, calibrate=True), or "
@@ -247,7 +243,7 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
 def used(params: AttentionParams, num_layers: int) -> dict[str, Any]:
     """The parameters as `set_params` takes them, fit for JSON."""
     ks = params.k_per_layer(num_layers)
-    values = {name: getattr(params, name) for name in USE}
+    values = {name: getattr(params, name) for name in OPTIONS}
     return {"method": params.method.spec, "K": ks[0] if len(set(ks)) == 1 else list(ks)} | values
 
 
@@ -264,6 +260,11 @@ def _sizes(model: Any) -> dict[str, Any]:
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
     }
+
+
+def _check_not_calibrating(model: nn.Module) -> None:
+    if calibrations(model):
+        raise UsageError("the model is being calibrated: end that first with set_params(calibrate=False).")
 
 
 def _check_model(config: CalibrationConfig, model: nn.Module, strict: bool) -> None:
