@@ -94,17 +94,18 @@ def test_tables_that_do_not_fit(tiny_model: LlamaForCausalLM, tmp_path: Path) ->
         set_params(tiny_model, mode=0, K=6, calib_load_path=str(tmp_path / "ours"))
 
 
-@pytest.mark.parametrize("file", ["th.txt", "sdc.txt"])
-def test_nan_is_refused(tiny_model: LlamaForCausalLM, tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize("kind", ["theta", "sdc"])
+def test_nan_is_refused(tiny_model: LlamaForCausalLM, tmp_path: Path, kind: str) -> None:
     """A comparison with NaN is false, so every kernel would make something else of it."""
     calibrated(tiny_model, sdc="offline-calibrated")
-    save_tables(calibrated_tables(tiny_model), tmp_path)
-    (tmp_path / BINARY_NAME).unlink()
-    text = (tmp_path / file).read_text()
-    line = next(line for line in text.splitlines() if line.startswith("L1_H2:30 "))
-    parts = line.split(" ")
-    (tmp_path / file).write_text(text.replace(line, " ".join([parts[0], "nan", *parts[2:]])))
+    tables = calibrated_tables(tiny_model)
+    getattr(tables, kind)[1].values[2, 30] = np.nan
+    save_tables(tables, tmp_path)
     set_params(tiny_model, calibrate=False)
     set_params(tiny_model, mode=3, sdc="none")
+    wanted = {"mode": 0, "sdc": "offline-calibrated", "calib_load_path": str(tmp_path)}
     with pytest.raises(UsageError, match="layer 1 (have|has) NaN for head 2 at row length 30"):
-        set_params(tiny_model, mode=0, sdc="offline-calibrated", calib_load_path=str(tmp_path))
+        set_params(tiny_model, **wanted)
+    (tmp_path / BINARY_NAME).unlink()
+    with pytest.raises(UsageError, match=r"\.txt, line \d+: 'L1_H2:30 nan 4.*' is damaged"):
+        set_params(tiny_model, **wanted)
