@@ -20,6 +20,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: on
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=8, help="points at which tests/eval/test_killed.py kills runs"
+    )
+
+
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -65,28 +66,26 @@ def open_run(settings: Settings, script: str, resume: str | None) -> Run:
 
 def _open(settings: Settings, script: str, resume: str | None, world_size: int) -> Run:
     folder = Path(resume) if resume else Path(settings.output_dir) / timestamp()
-    if not resume:
-        try:
+    try:
+        if not resume:
             folder.mkdir(parents=True)
-        except OSError as error:
-            raise UsageError(
-                f"--output_dir {settings.output_dir}: the folder {folder} cannot be made ({error.strerror}); "
-                "name another one."
-            ) from None
-    lock = _lock(folder)
-    if lock is None:
-        raise UsageError(f"--resume {folder}: another process works on that run; wait for it or stop it.")
-    if resume:
-        remove_unfinished(folder)
-    else:
-        saved = {
-            "script": script,
-            "command": shlex.join(["python", script, *to_flags(settings)]),
-            "settings": settings.to_json(),
-            "environment": environment(settings.device),
-            "world_size": world_size,
-        }
-        write_json(folder / "run.json", saved)
+        lock = _lock(folder)
+        if lock is None:
+            raise UsageError(f"--resume {folder}: another process works on that run; wait for it or stop it.")
+        if resume:
+            remove_unfinished(folder)
+        else:
+            saved = {
+                "script": script,
+                "command": shlex.join(["python", script, *to_flags(settings)]),
+                "settings": settings.to_json(),
+                "environment": environment(settings.device),
+                "world_size": world_size,
+            }
+            write_json(folder / "run.json", saved)
+    except OSError as error:
+        what = f"--resume {folder}" if resume else f"--output_dir {settings.output_dir}"
+        raise UsageError(f"{what}: {folder} cannot be written to ({error.strerror}).") from None
     return Run(folder, settings, script, lock=lock)
 
 
@@ -194,18 +193,19 @@ def write_config(
     )
 
 
-def interrupted(run: Run) -> None:
-    """Say what an interrupted run kept and how it goes on."""
-    say(f"\nInterrupted. What was finished is kept in {run.top}; go on with:\n  {run.resume_command}")
-    run.log("interrupted")
-
-
-def disk_error(run: Run, error: OSError) -> Exception:
-    """What to raise for an error of the system: where a file could not be written, how the run goes on."""
-    if error.errno not in DISK_ERRORS:
-        return error
-    where = error.filename or run.top
-    return UsageError(
-        f"{where} cannot be written ({error.strerror}). What was finished is kept; make room, then go on "
-        f"with: {run.resume_command}"
-    )
+@contextmanager
+def resumable(run: Run) -> Iterator[None]:
+    """Where this block is interrupted, or a file cannot be written, it is said how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. What was finished is kept in {run.top}; go on with:\n  {run.resume_command}")
+        run.log("interrupted")
+        raise
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UsageError(
+            f"{error.filename or run.top} cannot be written ({error.strerror}). What was finished is kept; "
+            f"make room, then go on with: {run.resume_command}"
+        ) from None

@@ -14,10 +14,9 @@ from toptheta.eval.checkpoint import Checkpoint, prepare
 from toptheta.eval.run import (
     Run,
     cells,
-    disk_error,
-    interrupted,
     open_run,
     product_folder,
+    resumable,
     task_parts,
     write_config,
 )
@@ -80,26 +79,25 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
         say(f"{', '.join(dense)}: prompts are dense, so a task that generates nothing shows dense attention.")
     run = open_run(settings, SCRIPTS[type(settings)], resume)
     say(f"Run folder: {run.folder}")
+    with resumable(run):
+        return _run_parts(run, jobs, source, config.num_hidden_layers)
+
+
+def _run_parts(run: Run, jobs: list[Job], source: ModelSource, num_layers: int) -> list[CellResult]:
     parts, results = task_parts(run), []
     engine: Engine | None = None
     progress = RunProgress(_stages(parts, jobs))
     for part, job in zip(parts, jobs):
         of_task = []
-        try:
-            for cell, product in cells(part, config.num_hidden_layers):
-                if product.finished:
-                    of_task.append(product.result())
-                    continue
-                engine = engine or _load(job, source)
-                with progress.shown():
-                    result = _run_cell(part, cell, product, engine, job, source.name)
-                if result is not None:
-                    of_task.append(result)
-        except KeyboardInterrupt:
-            interrupted(part)
-            raise
-        except OSError as error:
-            raise disk_error(part, error) from None
+        for cell, product in cells(part, num_layers):
+            if product.finished:
+                of_task.append(product.result())
+                continue
+            engine = engine or _load(job, source)
+            with progress.shown():
+                result = _run_cell(part, cell, product, engine, job, source.name)
+            if result is not None:
+                of_task.append(result)
         results += processes.from_first(lambda: _report(part, job, of_task, source.name))  # noqa: B023
     if len(parts) > 1 and results:
         processes.from_first(lambda: report_tasks(run.folder, [part.folder for part in parts], results))
