@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from toptheta.models.loading import find_model
+from toptheta.models.control import set_params
+from toptheta.models.loading import find_model, load_model, spread_notice
+from toptheta.models.patch import model_device, restore_model, update_model
 from toptheta.util.errors import UsageError
 
 
@@ -20,3 +23,29 @@ def test_models(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             find_model(name)
+
+
+def test_a_model_spread_over_memory_and_disk(small_model, small_tokenizer, here: Path) -> None:
+    """Layers that rest on disk compute the same, calibrated and sparse, in calls and in generation."""
+    parts = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    layers = {f"model.layers.{i}": "cpu" if i % 8 else "disk" for i in range(30)}
+    spread = load_model(find_model("smollm2"), "float32", parts | layers)
+    assert spread.model.layers[8].mlp.up_proj.weight.device.type == "meta"
+    assert model_device(spread) == model_device(small_model) == torch.device("cpu")
+    text = "The hills were green, and the town below slept. " * 5
+    ids = small_tokenizer(text, return_tensors="pt")["input_ids"]
+    found = []
+    for model in (small_model, spread):
+        update_model(model)
+        set_params(model, mode=0, K=24, sdc="exact", vmc=True, calib_tac=True, calibrate=True)
+        model(ids)
+        set_params(model, calibrate=False)
+        replies = model.generate(ids, max_new_tokens=3, do_sample=False)[0].tolist()
+        found.append((model(ids).logits, replies))
+    restore_model(small_model)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
+    assert found[1][1] == found[0][1]
+    assert spread_notice(spread) == ""  # there is no GPU in it
+    spread.hf_device_map["lm_head"] = 0
+    assert spread_notice(small_model) == ""
+    assert "33 of its 34 parts rest on CPU or disk" in spread_notice(spread)

@@ -181,6 +181,25 @@ def _connected(group: _Group) -> Iterator[None]:
         raise
 
 
+def place(device: str) -> str:
+    """Where this process puts a model, as `load_model` takes it. 'cuda' is all GPUs of the machine, as many
+    as the model needs; several processes on a machine take one each. Raises UsageError where there are too
+    few."""
+    if not device.startswith("cuda"):
+        return device
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", _group.size)) if _group else 1
+    if local == 1:
+        return "auto" if device == "cuda" else device
+    import torch
+
+    if device != "cuda" or local > torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device}: {local} processes on a machine take a GPU each, and it shows "
+            f"{torch.cuda.device_count()}: start fewer, and leave --device out."
+        )
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
 def launched(command: str) -> str:
     """A command as what starts as many processes as share this run, on each node."""
     if _group is None:

@@ -25,7 +25,7 @@ from toptheta.calibration.tables import (
 from toptheta.methods.base import NEG_INF, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.models.layer_state import ModelState
-from toptheta.models.patch import choose_implementation, model_state, patched_layers
+from toptheta.models.patch import choose_implementation, execution_device, model_state, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import keep_prompts, measure
 from toptheta.models.tensor_parallel import of_all_heads, refuse
@@ -198,7 +198,7 @@ def _install(
                 )
             parts = (torch.from_numpy(part) for part in (tables.values[i].mean, tables.values[i].scale))
             state.values = ValueNorms(
-                value_gram(layer), *(part.to(_execution_device(layer)) for part in parts)
+                value_gram(layer), *(part.to(execution_device(layer)) for part in parts)
             )
         if tables is not None and params.needs_sdc_table:
             state.sdc_table = _lookup(layer, tables.sdc[i], params, 0.0, (0.0, np.inf))
@@ -222,7 +222,7 @@ def _lookup(
         layer.config.max_position_embeddings,
         within,
     )
-    return torch.from_numpy(table_of_all[layer.toptheta.heads]).to(_execution_device(layer))
+    return torch.from_numpy(table_of_all[layer.toptheta.heads]).to(execution_device(layer))
 
 
 def begin_calibration(
@@ -266,7 +266,7 @@ def begin_calibration(
         vmc = params.vmc and not computes.is_dense and params.placement == "post-softmax"
         state.spec = LayerSpec(computes, params.placement, k_per_layer[i], vmc=vmc)
         ks = sorted({k_per_layer[i], *(ks[i] for ks in more_k)})
-        num_heads, device = state.heads.stop - state.heads.start, _execution_device(layer)
+        num_heads, device = state.heads.stop - state.heads.start, execution_device(layer)
         if params.calib_to == "budget" and params.needs_thresholds:
             gram = value_gram(layer) if params.method.needs_values else None
             state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device, gram)
@@ -401,13 +401,3 @@ def value_gram(layer: Any) -> Tensor:
         raise UsageError("value_aware reads the output projections, which are offloaded: leave it out.")
     parts = weight.detach().float().view(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
     return parts.transpose(1, 2) @ parts
-
-
-def _execution_device(layer: nn.Module) -> torch.device:
-    """Where the layer computes: an offloaded layer's weights rest on 'meta' until a hook brings them."""
-    device = next(layer.parameters()).device
-    if device.type != "meta":
-        return device
-    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
-    places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
-    return torch.device(next((place for place in places if place is not None), "cpu"))

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from toptheta.models.families import MODEL_TYPES
@@ -145,21 +146,34 @@ def load_tokenizer(source: ModelSource):
         raise UsageError(_why_not_loaded(source, error)) from None
 
 
-def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu", **kwargs):
-    """The stock model in evaluation mode on `device` ('auto': spread over all devices by accelerate)."""
+def load_model(
+    source: ModelSource, dtype: str = "auto", device: str | dict[str, str | int] = "cpu", **kwargs
+):
+    """The stock model in evaluation mode on `device`. 'auto': spread by accelerate over GPUs, CPU and disk,
+    as far as each is needed; a dictionary says which part goes where, as `device_map` of from_pretrained."""
     import torch
     from transformers import AutoModelForCausalLM
 
     source = unpacked(source)
     kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)} | kwargs
-    if device == "auto":
-        kwargs["device_map"] = "auto"
+    spread = device == "auto" or isinstance(device, dict)
+    if spread:
+        kwargs["device_map"] = device
     try:
         model = AutoModelForCausalLM.from_pretrained(source.location, **source.kwargs(), **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_why_not_loaded(source, error)) from None
     model.config._name_or_path = source.name  # goes into the metadata of calibrated tables
-    return model.eval() if device == "auto" else model.eval().to(device)
+    return model.eval() if spread else model.eval().to(device)
+
+
+def spread_notice(model: Any) -> str:
+    """What to say of a model that does not fit its GPUs; empty: it does, or there are none."""
+    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
+    slow = sum(place in ("cpu", "disk") for place in places)
+    if slow in (0, len(places)):
+        return ""
+    return f"The GPUs do not hold the model: {slow} of its {len(places)} parts rest on CPU or disk (slow)."
 
 
 def _why_not_loaded(source: ModelSource, error: Exception) -> str:

@@ -115,7 +115,17 @@ def _set_implementation(layer: Any, name: str) -> None:
 
 def model_device(model: PreTrainedModel) -> torch.device:
     """The device that inputs go to."""
-    return model.get_input_embeddings().weight.device if model.device.type == "meta" else model.device
+    return execution_device(model.get_input_embeddings())
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: offloaded weights rest on 'meta' until a hook brings them."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks if hook is not None)
+    return torch.device(next((place for place in places if place is not None), "cpu"))
 
 
 def layer_states(model: nn.Module) -> list[LayerState]:

@@ -5,16 +5,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import Settings
 from toptheta.methods.params import AttentionParams
-from toptheta.models.loading import ModelSource, load_model
+from toptheta.models.loading import ModelSource, load_model, spread_notice
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import Answer, Metric
+from toptheta.util.console import say
 
 
 @dataclass
@@ -56,9 +56,9 @@ class Job(ABC):
 
     def load(self, source: ModelSource) -> Engine:
         """The model, once for all cells and jobs of a run."""
-        settings = self.settings
-        several = settings.device == "cuda" and torch.cuda.device_count() > 1
-        model = load_model(source, settings.dtype, "auto" if several else settings.device)
+        model = load_model(source, self.settings.dtype, processes.place(self.settings.device))
+        if notice := spread_notice(model):
+            say(notice)
         return Engine(update_model(model))
 
     @abstractmethod

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from toptheta.eval import processes
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Engine, Outcome
 from toptheta.eval.tasks.items import (
@@ -87,7 +88,7 @@ class PerplexityJob(ItemJob):
     def load(self, source: ModelSource) -> Engine:
         engine, dtype = super().load(source), self.settings.reference_dtype
         if dtype != "auto" and getattr(torch, dtype) != engine.model.dtype:
-            judge = load_model(source, dtype, self.settings.device)
+            judge = load_model(source, dtype, processes.place(self.settings.device))
             self.judge = update_model(judge)
         return engine
 
