@@ -75,6 +75,7 @@ WITHOUT_EFFECT = frozenset(
         "position_ids",
         "sliding_window",
         "token_type_ids",
+        "tokenizer",  # of generate(), as `transformers serve` calls it
         "use_cache",
     }
 )
