@@ -18,11 +18,12 @@ from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.util.files import timestamp, write_text
 from toptheta.util.options import to_flags
 
+MODEL = "smollm2"
 K = 64
 METHOD: dict[str, Any] = {"mode": (3, 1, 0), "placement": "pre-softmax", "sdc": "exact", "vmc": True}
 TEXT = ("types", "compound", "execmodel")  # chapters of Python's language reference, which comes with Python
 WINDOW, WINDOWS = 1024, 6
-PROGRAM = 35  # a HumanEval task that the small model solves
+PROGRAM, PROGRAM_TOKENS = 35, 512  # a HumanEval task that the small model solves, and its limit
 PREFILLS, STEPS = 3, 24  # timed, of each method
 
 
@@ -30,9 +31,10 @@ def main() -> None:
     folder = Path("products") / "demo" / timestamp()
     text = folder / "python_reference.txt"
     write_text(text, "\n\n".join(topics[name] for name in TEXT))
+    method = METHOD | {"llama": MODEL, "output_dir": str(folder)}
     closeness = GenSettings(
-        **METHOD,
-        k=(32, K),
+        **method,
+        k=(K // 2, K),
         dataset="perplexity",
         text=str(text),
         max_seq_len=WINDOW,
@@ -41,14 +43,13 @@ def main() -> None:
         calib_sample_frac=1.0,
         calib_tac=True,
         effective_k=True,
-        output_dir=str(folder),
     )
     step(1, "How close to dense attention, and what is kept", "gen_llama.py", closeness)
     from toptheta.eval.runner import evaluate
 
     results = evaluate(closeness)
     tables = next(one.folder for one in results if one.mode == 0 and one.k == K)
-    carried: dict[str, Any] = METHOD | {"k": (K,), "calib_load_path": str(tables), "output_dir": str(folder)}
+    carried: dict[str, Any] = method | {"k": (K,), "calib_load_path": str(tables)}
 
     print(f"\n2. How fast, next to stock transformers with sdpa (medians, one after the other, K={K})\n")
     print(speed_table(text.read_text(), str(tables)))
@@ -58,7 +59,11 @@ def main() -> None:
     evaluate(questions)
 
     program = GenSettings(
-        **carried, task_ids=(PROGRAM,), max_seq_len=512, apply_chat_template=True, allow_code_execution=True
+        **carried,
+        task_ids=(PROGRAM,),
+        max_seq_len=PROGRAM_TOKENS,
+        apply_chat_template=True,
+        allow_code_execution=True,
     )
     step(4, "A program, written and run in a sandbox", "gen_llama.py", program)
     evaluate(program)
@@ -80,7 +85,7 @@ def speed_table(text: str, tables: str) -> str:
     from toptheta.models.patch import update_model
     from toptheta.report.tables import table
 
-    source = find_model("smollm2")
+    source = find_model(MODEL)
     stock = load_model(source, "float32", "cpu").eval()
     ours = update_model(copy.deepcopy(stock))
     ids = load_tokenizer(source)(text, return_tensors="pt", verbose=False).input_ids

@@ -10,7 +10,12 @@ from toptheta.util.errors import UsageError
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="gen_llama.py", description=__doc__.splitlines()[0])
+    parser = Parser(
+        topics=True,
+        prog="gen_llama.py",
+        description=__doc__.splitlines()[0],
+        epilog="python gen_llama.py --mode 0,3 --k 64 --sdc exact --vmc --calib_tac --allow_code_execution",
+    )
     groups = settings_flags(parser, GenSettings)
     groups[GENERATION].add_argument(
         "--score", metavar="DIR", help="generate nothing: score the completions saved in DIR"

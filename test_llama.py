@@ -9,7 +9,12 @@ from toptheta.eval.settings import QASettings
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="test_llama.py", description=__doc__.splitlines()[0])
+    parser = Parser(
+        topics=True,
+        prog="test_llama.py",
+        description=__doc__.splitlines()[0],
+        epilog="python test_llama.py --mode 0,1,3 --k 32,64 --sdc exact --vmc --calib_tac",
+    )
     settings_flags(parser, QASettings)
     return parser
 

@@ -1,6 +1,7 @@
 """Flags that make no sense are one sentence before anything is loaded; SIGTERM is an interrupt."""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,24 @@ def test_a_run_keeps_the_command_that_starts_it_again() -> None:
     )
     settings = parse(flags)
     assert parse(" ".join(to_flags(settings))) == settings
+
+
+@pytest.mark.parametrize("script", ["test_llama.py", "gen_llama.py"])
+def test_help_by_topic(script: str) -> None:
+    """--help names every flag on one screen; --help TOPIC explains those of one topic, --help all those of
+    all."""
+
+    def shown(*arguments: str) -> str:
+        command = [sys.executable, script, "--help", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    screen, everything = shown(), shown("all")
+    assert len(screen.splitlines()) <= 40 and all(len(line) <= 80 for line in screen.splitlines()[:-2])
+    flags = set(re.findall(r"^  (--\w+)", everything, re.MULTILINE))
+    assert len(flags) > 30 and flags <= set(re.findall(r"--\w+", screen))
+    topic = shown("calibration")
+    assert "--calib_tac " in topic and "recommended" in topic and "--llama" not in topic
+    wrong = subprocess.run([sys.executable, script, "--help", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "choose a topic from method, calibration, model" in wrong.stderr

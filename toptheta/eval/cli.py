@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,60 @@ COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
 RESUMING = ("resume", "timestamps")  # flags that go together
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors as UsageError: one sentence, no usage dump. Flags are written out: a typo is no abbreviation."""
+class _Help(argparse.Action):
+    """--help, and --help TOPIC."""
 
-    def __init__(self, **options: Any):
-        super().__init__(**options, allow_abbrev=False)
+    def __init__(self, option_strings: list[str], dest: str, **options: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(parser.format_topics() if values is None else parser.format_topic(values), end="")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as UsageError: one sentence, no usage dump. Flags are written out: a typo is no abbreviation.
+    topics: whether --help fits on one screen and --help TOPIC explains the flags of one group."""
+
+    def __init__(self, topics: bool = False, **options: Any):
+        super().__init__(**options, allow_abbrev=False, add_help=not topics)
+        if topics:
+            words = "the flags of a topic in full; 'all': of every topic"
+            self.add_argument("-h", "--help", action=_Help, metavar="TOPIC", help=words)
+
+    def format_topics(self) -> str:
+        """One screen: what the program does, and the names of its flags by topic."""
+        topics = self._topics()
+        lines = [
+            f"usage: {self.prog} [--help TOPIC] [FLAG ...]",
+            "",
+            *textwrap.wrap(self.description or "", 79),
+        ]
+        lines += ["", f"{self.prog} --help TOPIC explains the flags of a topic, --help all every flag.", ""]
+        width = 2 + max(map(len, topics))
+        for name, group in topics.items():
+            flags = " ".join(action.option_strings[-1] for action in group._group_actions)
+            for i, line in enumerate(textwrap.wrap(flags, 77 - width, break_on_hyphens=False)):
+                lines.append(f"  {'' if i else name:{width}}{line}")
+        return "\n".join([*lines, "", f"for example:\n  {self.epilog}"]) + "\n"
+
+    def format_topic(self, topic: str) -> str:
+        """The flags of one topic, or of 'all', in full. Raises UsageError for a topic that there is not."""
+        topics = self._topics()
+        if topic == "all":
+            return self.format_help()
+        if topic not in topics:
+            raise UsageError(f"--help {topic!r}: choose a topic from {', '.join(topics)}, or all.")
+        formatter = self._get_formatter()
+        formatter.start_section(topics[topic].title)
+        formatter.add_arguments(topics[topic]._group_actions)
+        formatter.end_section()
+        return formatter.format_help()
+
+    def _topics(self) -> dict[str, Any]:
+        """The groups of flags, by the first word of their titles."""
+        own = self._action_groups[2:]  # after argparse's two
+        return {str(group.title).split()[0]: group for group in own if group._group_actions}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         for text in sys.argv[1:] if args is None else args:

@@ -63,7 +63,7 @@ class SweepOptions:
     )
     slurm_hours: int = option(24, "time limit of each Slurm job (default 24)", metavar="H", rule=at_least(1))
     file: str | None = option(
-        None, "the file of tables (default reproduce.json beside this script)", metavar="FILE"
+        None, "the file of tables (default reproduce.json next to this script)", metavar="FILE"
     )
     output_dir: str = option("products", "where runs and tables go (default products)", metavar="DIR")
 

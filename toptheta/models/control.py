@@ -1,4 +1,4 @@
-"""Steering a patched model: parameters, calibration, look-up tables, statistics."""
+"""Control of a patched model: parameters, calibration, look-up tables, statistics."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +109,7 @@ def calibrates_in_order(model: nn.Module) -> bool:
 
 
 def set_params(model: nn.Module, **params) -> None:
-    """Steer a patched model; parameters that are not given stay as they are.
+    """Set the parameters of a patched model; parameters that are not given stay as they are.
 
     params: fields of AttentionParams, and `mode` and `capk` of the published project; method: a name with
     options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts calibration of

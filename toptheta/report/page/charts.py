@@ -29,6 +29,7 @@ COLOURS = (
     "#7f7f00",
 )  # Okabe-Ito
 DENSE_COLOUR = "#808080"  # seen on white and on black
+ACROSS = {"orient": "top", "gradientLength": 200, "titleLimit": 300}  # a legend that takes no width
 KINDS = {"attn": "attention elements", "vrow": "V rows"}
 
 
@@ -123,7 +124,7 @@ def _tradeoff(run: LoadedRun) -> Chart | None:
         "type": "quantitative",
         "title": "@x_title",
         "scale": {"zero": False},
-        "axis": {"format": ".3~f"},
+        "axis": {"format": ".3~f", "tickCount": 8},
     }
     y: Spec = {"field": "@y", "type": "quantitative", "title": "@y_title", "scale": "@scale"}
     y["axis"] = {"tickCount": 6}
@@ -310,6 +311,7 @@ def _needles(run: LoadedRun) -> Chart | None:
         "field": "share",
         "type": "quantitative",
         "title": "found (%)",
+        "legend": ACROSS,
         "scale": {"scheme": "viridis", "domain": [0, 100]},
     }
     text_colour = {"condition": {"test": "datum.share > 60", "value": "black"}, "value": "white"}
@@ -347,6 +349,7 @@ def _kept(run: LoadedRun) -> Chart | None:
                 "field": "share",
                 "type": "quantitative",
                 "title": "kept (%)",
+                "legend": ACROSS,
                 "scale": {"scheme": "viridis"},
             },
             "tooltip": [
@@ -502,6 +505,7 @@ def _popularity(run: LoadedRun) -> Chart | None:
                 "field": "share",
                 "type": "quantitative",
                 "title": "steps that keep it (%)",
+                "legend": ACROSS,
                 "scale": {"scheme": "viridis", "domain": [0, 100]},
             },
             "tooltip": [

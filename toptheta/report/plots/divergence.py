@@ -25,7 +25,7 @@ from toptheta.report.results import DECODE, CellResult, Metric
 from toptheta.util.errors import UsageError
 
 ALL_OF_K = 50.0  # % of dense: what a method reads that needs the score of every key
-COLUMNS = 2  # panels beside each other
+COLUMNS = 2  # panels side by side
 TICKS = (1, 2, 5, 10, 20, 50, 100)
 
 
