@@ -23,10 +23,10 @@ from toptheta.util.errors import UsageError
 class Backend:
     """How calls are computed on one type of device.
 
-    unsupported: why it cannot compute a call, or None if it can. ready: why it cannot compute any call, or
-    None; this may build and load the kernels. run: computes `sparse_attention`. calibrate: computes attention
-    and samples it for calibration; None if the backend cannot. keys_read: see below; None if it always reads
-    all of K.
+    unsupported: why it cannot compute a call, or None if it can. ready: why no call of this kind can be
+    computed on this machine, or None; this may build and load the kernels, and warns once where it fails.
+    run: computes `sparse_attention`. calibrate: computes attention and samples it for calibration; None if
+    the backend cannot. keys_read: see below; None if it always reads all of K.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Backend:
     unsupported: Callable[[AttentionCall], str | None]
     run: Callable[[AttentionCall], tuple[Tensor, Counts | None]]
     calibrate: Callable[[AttentionCall, LayerCalibration], Tensor] | None = None
-    ready: Callable[[], str | None] = lambda: None
+    ready: Callable[[AttentionCall], str | None] = lambda call: None
     keys_read: Callable[[AttentionCall], Tensor | None] | None = None
 
 
 BACKENDS = (
     Backend("cpu", "cpu", cpu.unsupported, cpu.run, cpu.calibrate, cpu.ready),
-    Backend("triton", "cuda", triton.unsupported, triton.run, keys_read=triton.keys_read),
+    Backend("triton", "cuda", triton.unsupported, triton.run, None, triton.ready, triton.keys_read),
 )
 CHOICES = ("reference", *(backend.name for backend in BACKENDS))
 FORCED = os.environ.get("TOPTHETA_KERNEL") or None
@@ -86,7 +86,7 @@ def choose(call: AttentionCall) -> Backend | None:
     if FORCED is None:
         for backend in BACKENDS:
             if backend.device == call.q.device.type:
-                supported = _unsupported(backend, call) is None and backend.ready() is None
+                supported = _unsupported(backend, call) is None and backend.ready(call) is None
                 return backend if supported else None
         return None
     if FORCED not in CHOICES:
@@ -96,7 +96,7 @@ def choose(call: AttentionCall) -> Backend | None:
     if FORCED == "reference":
         return None
     backend = next(backend for backend in BACKENDS if backend.name == FORCED)
-    why = _unsupported(backend, call) or backend.ready()
+    why = _unsupported(backend, call) or backend.ready(call)
     if why is not None:
         raise UsageError(
             f"TOPTHETA_KERNEL={FORCED} cannot be obeyed, because {why}: unset it, or set it to reference."

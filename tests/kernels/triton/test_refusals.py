@@ -1,11 +1,14 @@
 """Calls that the Triton kernels cannot compute are refused, with the reason."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.helpers.calls import call, layer_spec
 from tests.helpers.models import SPARSE, steer, tokens
 from tests.kernels.triton.helpers import DEVICE, HERE, here, needs_triton
+from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry as kernels
 from toptheta.kernels.triton import backend as gpu
@@ -18,6 +21,44 @@ def test_forced_but_impossible(tiny_model, monkeypatch):
     steer(tiny_model.to(DEVICE), SPARSE["Top-k"])
     with pytest.raises(UsageError, match="TOPTHETA_KERNEL=triton cannot be obeyed, because Top-k of"):
         tiny_model(tokens().to(DEVICE))
+
+
+@here
+def test_falls_back_where_it_does_not_build(monkeypatch):
+    """A failing compiler costs one warning, and the reference computes."""
+    monkeypatch.setattr(kernels, "FORCED", None)
+    monkeypatch.setattr(gpu, "_probed", {})
+
+    def broken(call):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(gpu, "run", broken)
+    kind = (torch.float32, 16, 2, 0, "pre-softmax", False)
+    ours = replace(kernels.BACKENDS[1], device=DEVICE.type, ready=lambda call: gpu.probe(DEVICE, *kind))
+    monkeypatch.setattr(kernels, "BACKENDS", (ours,))
+    q, k = torch.randn(1, 2, 1, 16, device=DEVICE), torch.randn(1, 1, 40, 16, device=DEVICE)
+    asked = call(q, k, k, rows_of(None, 1, 40, DEVICE), layer_spec(1, "pre-softmax", 6), 1.0)
+    with pytest.warns(UserWarning, match="plain PyTorch on .* head_dim 16.*PassManager") as said:
+        out, _ = kernels.attend(asked)
+        kernels.attend(asked)
+    assert len(said) == 1 and torch.equal(out, sparse_attention(asked)[0])
+    monkeypatch.setattr(kernels, "FORCED", "triton")
+    with pytest.raises(UsageError, match="do not build for this GPU .RuntimeError: PassManager"):
+        kernels.attend(asked)
+
+
+@here
+@pytest.mark.parametrize("placement", ["pre-softmax", "post-softmax"])
+@pytest.mark.parametrize("prefill", [False, True])
+def test_probe(placement, prefill, monkeypatch):
+    """It finds that the kernels run, also while a model is traced, and tries them once."""
+    monkeypatch.setattr(gpu, "_probed", {})
+    calls, run = [], gpu.run
+    monkeypatch.setattr(gpu, "run", lambda call: calls.append(1) or run(call))
+    kind = (DEVICE, torch.float32, 16, 2, 0, placement, prefill)
+    assert gpu.probe(*kind, only_known=True) is None and not calls
+    traced = torch.compile(lambda x: x + (gpu.probe(*kind) is None), fullgraph=True, backend="aot_eager")
+    assert traced(torch.zeros(1)).item() == 1.0 and gpu.probe(*kind) is None and len(calls) == 1
 
 
 @needs_triton

@@ -174,8 +174,9 @@ def unsupported(call: AttentionCall) -> str | None:
     return None
 
 
-def ready() -> str | None:
-    """Build and load the library at first use; returns None, or why that failed. Warns once if it failed."""
+def ready(call: AttentionCall) -> str | None:
+    """Build and load the library at first use, whatever the call; returns None, or why that failed. Warns
+    once if it failed."""
     library = load()
     if isinstance(library, str):
         _warn_once(library)

@@ -7,15 +7,23 @@ module can be imported without Triton. TRITON_INTERPRET=1 runs them on the CPU.
 
 import importlib.util
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts, Int8Keys
 from toptheta.attention.reference import mean_of_visible
+from toptheta.attention.rows import Rows
 from toptheta.kernels.int8_keys import keys_read_of, serves
+from toptheta.kernels.triton.chips import chip_of, too_old
 from toptheta.methods.base import KernelSpec, Selection
+from toptheta.methods.dense import Dense
+from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_k import TopK
+from toptheta.methods.top_theta import TopTheta
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +41,10 @@ def unsupported(call: AttentionCall) -> str | None:
     dtype, head_dim, spec = call.q.dtype, call.q.shape[3], call.kernel
     if not (dtype == call.k.dtype == call.v.dtype and dtype in DTYPES):
         return f"the kernels do float32, float16 and bfloat16, the same in q, k and v, not {dtype}"
+    if kinds == {"cuda"}:
+        old = too_old(chip_of(call.q.device))
+        if old is not None:
+            return old
     if INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     if call.needs_gradient:
@@ -50,6 +62,66 @@ def unsupported(call: AttentionCall) -> str | None:
     if call.count_rows:
         return "the kernels do not count what single rows keep"
     return None
+
+
+def ready(call: AttentionCall) -> str | None:
+    """Why the kernels do not build or run for calls of this kind on this GPU, or None: see `probe`. While a
+    CUDA graph is captured nothing can be built, and what was not tried before is taken to work."""
+    q, spec = call.q, call.kernel
+    if q.device.type != "cuda" or spec is None:
+        return None
+    capturing = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    group = q.shape[1] // call.k.shape[1]
+    kind = (int(spec.selection), spec.placement, q.shape[2] > 1)
+    return probe(q.device, q.dtype, q.shape[3], group, *kind, only_known=capturing)
+
+
+_probed: dict[tuple[Any, ...], str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def probe(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    selection: int,
+    placement: str,
+    prefill: bool,
+    only_known: bool = False,
+) -> str | None:
+    """Try the kernels on a small call, once for each kind; returns None, or why they fail. Warns once if they
+    do: a compiler may fail for a chip that nobody has tried, or a tile not fit its shared memory."""
+    key = (device, dtype, head_dim, group, selection, placement, prefill)
+    if key in _probed or only_known:
+        return _probed.get(key)
+    method = {Selection.THRESHOLD: TopTheta, Selection.LARGEST: TopK, Selection.ALL: Dense}[
+        Selection(selection)
+    ]()
+    q_len, kv_len = 16 if prefill else 1, 128
+    q = torch.zeros(1, group, q_len, head_dim, device=device, dtype=dtype)
+    k = torch.zeros(1, 1, kv_len, head_dim, device=device, dtype=dtype)
+    mask = torch.ones(1, 1, q_len, kv_len, device=device, dtype=torch.bool)
+    rows = Rows(torch.full((1, q_len), kv_len, device=device), mask=mask)
+    spec = LayerSpec(method, placement, 8, vmc=placement == "post-softmax")
+    theta = torch.zeros(group, 1, device=device)
+    try:
+        run(AttentionCall(q, k, k, rows, spec, 1.0, theta, count=True))
+        _probed[key] = None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton raises whatever its passes raise
+        said = str(error).strip().splitlines()
+        _probed[key] = (
+            f"the kernels do not build for this GPU ({type(error).__name__}: {said[0] if said else ''})"
+        )
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+        warnings.warn(
+            f"toptheta computes attention in plain PyTorch on {name} in {dtype} with head_dim {head_dim}, "
+            f"slower and in more memory than by its kernels: {said[0] if said else error!r}.",
+            stacklevel=2,
+        )
+    return _probed[key]
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
