@@ -18,13 +18,14 @@ import pandas as pd
 from toptheta.util.errors import UsageError
 
 INT = r"\d{1,18}"
-SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?"
+SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE](?:\+?\d{1,2}|-\d{1,3}))?"
 
 
 @dataclass(frozen=True)
 class LineFormat:
     """A line format. columns: name -> dtype; replace: bytes to turn into others, leaving one separator;
-    words: what there may be in columns of type category."""
+    words: what there may be in columns of type category; strict: each line is held against the pattern, also
+    where pandas can read it: it takes 1e5 for a whole number."""
 
     columns: dict[str, str]
     pattern: str
@@ -32,6 +33,7 @@ class LineFormat:
     separator: str = r"\s+"
     replace: tuple[tuple[bytes, bytes], ...] = ()
     words: tuple[str, ...] = ()
+    strict: bool = False
 
 
 LAYER_HEAD = ((b"_H", b" "), (b"L", b""), (b":", b" "))
@@ -41,12 +43,14 @@ THRESHOLDS = LineFormat(
     rf"L{INT}_H{INT}:{INT} -?{SIZE} {INT} {SIZE}",
     "L0_H0:65 0.25 8 64",
     replace=LAYER_HEAD,
+    strict=True,
 )
 SDC = LineFormat(
     {"layer": "int64", "head": "int64", "n": "int64", "r": "float64", "samples": "int64"},
     rf"L{INT}_H{INT}:{INT} {SIZE} {INT}",
     "L0_H0:65 0.25 8",
     replace=LAYER_HEAD,
+    strict=True,
 )
 
 
@@ -70,7 +74,6 @@ def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.Dat
             dtype={**form.columns, "extra": "object"},
             encoding="latin-1",
             quoting=csv.QUOTE_NONE,
-            float_precision="round_trip",
         )
         extra = frame.pop("extra")
         if (
@@ -79,8 +82,10 @@ def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.Dat
             or not _sound(frame, layer, form.words)
         ):
             raise ValueError("a value out of its range")
-        if form.replace == LAYER_HEAD and any(content.count(mark) != len(frame) for mark, _ in LAYER_HEAD):
-            raise ValueError("a line without its layer, head and length")
+        if form.strict:
+            line = form.pattern.replace(" ", "[ \t]+").encode()
+            if re.sub(rb"(?m)^[ \t]*" + line + rb"[ \t\r]*$", b"", content).strip():
+                raise ValueError("a line of another form")
     except (ValueError, OverflowError) as error:
         _find_damage(path, content, form)
         raise UsageError(f"{path} cannot be read ({error}): make it anew.") from None

@@ -1,0 +1,340 @@
+"""Damaged files: whatever is in them, a UsageError or what a slow reading finds too, and nothing else.
+
+`pytest tests/eval/test_fuzz.py --fuzz 10000` tries as many inputs of each format; the usual suite fewer.
+"""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import numpy as tensors
+
+from toptheta.calibration.tables import (
+    BINARY_NAME,
+    CalibrationTables,
+    LayerTable,
+    LayerValues,
+    load_tables,
+    save_tables,
+)
+from toptheta.eval.cell import ANSWERS, Cell
+from toptheta.eval.cli import settings_from_json
+from toptheta.eval.run import check_resume
+from toptheta.eval.settings import GenSettings
+from toptheta.eval.tasks.rows import SCHEMAS, read_rows
+from toptheta.report.plots import read
+from toptheta.report.results import Answer, CellResult, Kept, Metric, read_answers, read_result, write_answers
+from toptheta.util import files
+from toptheta.util.errors import UsageError
+
+WORDS = [
+    b"nan", b"inf", b"-Infinity", b"-1", b"0", b"1", b"1e400", b"-0.0", b".5", b"1e5", b"64.5", b"99999999",
+    b"99999999999999999999", b"\xff", b"\x00", b"\n", b"\r", b"\t", b" ", b"", b"{", b"[", b"]", b"}", b",",
+    b"#", b"null", b"true", b'"', b'"x"', b"[]", b"{}", b"[" * 5000, b"1_0", b"0x1", b"+1", b"L", b"_H", b":",
+    b"L0_H0:9 0.5 2 6",
+]  # fmt: skip
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["word", "word", "insert", "overwrite", "remove", "cut", "double"]),
+        st.integers(0, 1 << 16),
+        st.sampled_from(WORDS) | st.binary(max_size=4),
+    ),
+    min_size=1,
+    max_size=4,
+)
+WORD = re.compile(rb"-?[\w.+]+|[^\s\w]")
+
+
+def damaged(data: bytes, edits: list[tuple[str, int, bytes]]) -> bytes:
+    """data: with words replaced or doubled, bytes inserted, overwritten or removed, or the end cut off."""
+    for kind, place, new in edits:
+        at = place % (len(data) + 1)
+        if kind in ("word", "double"):
+            found = list(WORD.finditer(data)) if kind == "word" else list(re.finditer(rb"[^\n]+\n?", data))
+            if found:
+                match = found[place % len(found)]
+                middle = new if kind == "word" else match[0] * 2
+                data = data[: match.start()] + middle + data[match.end() :]
+        elif kind == "cut":
+            data = data[:at]
+        elif kind == "remove":
+            data = data[:at] + data[at + len(new) + 1 :]
+        else:
+            data = data[:at] + new + data[at + (len(new) if kind == "overwrite" else 0) :]
+    return data
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Callable[[bytes, Callable[[bytes], None]], None]:
+    def run(good: bytes, check: Callable[[bytes], None], share: int = 1) -> None:
+        """Call `check`, which may raise UsageError, with damaged forms of what is good; with that it must
+        not. share: a part of the usual number of inputs is enough."""
+        check(good)
+        refused, count = 0, request.config.getoption("--fuzz") // share
+
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(EDITS)
+        def try_one(edits: list[tuple[str, int, bytes]]) -> None:
+            nonlocal refused
+            try:
+                check(damaged(good, edits))
+            except UsageError as error:
+                refused += 1
+                assert len(str(error)) > 20 and "Traceback" not in str(error)
+
+        try_one()
+        assert refused > count / 10
+
+    return run
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of JSON are the same, numbers by value."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) or isinstance(b, float):
+        return not isinstance(a, (str, bool)) and not isinstance(b, (str, bool)) and float(a) == float(b)
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def finite(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def some_tables() -> CalibrationTables:
+    tables = CalibrationTables(3, 2, {0: 6, 2: 6}, meta={"placement": "pre-softmax"})
+    for layer in (0, 2):
+        values, samples = np.full((2, 12), np.nan), np.zeros((2, 12), dtype=np.int64)
+        values[:, [7, 9, 11]] = np.array([[-0.25, 1e-5, 3.0], [0.5, 2.25, 7.125]]) + layer
+        samples[:, [7, 9, 11]] = [4, 3, 1]
+        tables.theta[layer] = LayerTable(values, samples)
+        tables.sdc[layer] = LayerTable(abs(values), samples)
+        tables.values[layer] = LayerValues(np.ones((1, 4), np.float32), np.ones(2, np.float32))
+    return tables
+
+
+@pytest.mark.parametrize("kind", ["th", "sdc"])
+def test_lines_of_tables(kind: str, tmp_path: Path, fuzz: Callable) -> None:
+    save_tables(some_tables(), tmp_path)
+    (tmp_path / BINARY_NAME).unlink()
+    (tmp_path / ("sdc.txt" if kind == "th" else "th.txt")).unlink()
+    path = tmp_path / f"{kind}.txt"
+    number = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)"
+    line = re.compile(
+        rf"L\+?(\d+)_H\+?(\d+):\+?(\d+) {number} \+?(\d+)" + (rf" {number}" if kind == "th" else ""), re.I
+    )
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        tables = load_tables(tmp_path, 3, 2)
+        held = tables.theta if kind == "th" else tables.sdc
+        found = {
+            (layer, head, n): (table.values[head, n], table.samples[head, n])
+            for layer, table in held.items()
+            for head, n in zip(*table.samples.nonzero())
+        }
+        expected = {}
+        for text in data.decode("latin-1").splitlines():
+            if text.strip(" \t\0"):
+                match = line.fullmatch(" ".join(text.split()))
+                assert match, text
+                layer, head, n, samples = (int(match[i]) for i in (1, 2, 3, 5))
+                assert expected.setdefault((layer, head, n), (float(match[4]), samples)) == (
+                    float(match[4]),
+                    samples,
+                )
+                assert kind == "sdc" or float(match[6]) == tables.k[layer] >= 0
+        assert found == expected and all(samples >= 1 and math.isfinite(v) for v, samples in found.values())
+        assert all(0 <= layer < 3 for layer in held) and all(
+            table.values.shape[0] == 2 for table in held.values()
+        )
+
+    fuzz(path.read_bytes(), check)
+
+
+def test_binary_tables(tmp_path: Path, fuzz: Callable) -> None:
+    save_tables(some_tables(), tmp_path)
+    path = tmp_path / BINARY_NAME
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        tables, arrays = load_tables(tmp_path, 3, 2), tensors.load(data)
+        for kind, held in (("theta", tables.theta), ("sdc", tables.sdc)):
+            assert {f"{kind}.{layer}.n" for layer in held} == {
+                name for name in arrays if name.startswith(kind) and name.endswith("n")
+            }
+            for layer, table in held.items():
+                n, samples = arrays[f"{kind}.{layer}.n"], arrays[f"{kind}.{layer}.samples"]
+                np.testing.assert_array_equal(table.samples[:, n], samples)
+                values = np.where(samples > 0, arrays[f"{kind}.{layer}.values"], np.nan)
+                np.testing.assert_array_equal(table.values[:, n], values)
+                assert table.samples.sum() == samples.sum() and samples.min() >= 0
+
+    fuzz(path.read_bytes(), check)
+
+
+def test_results(tmp_path: Path, fuzz: Callable) -> None:
+    result = CellResult(
+        "Top-theta K=64", "tiny", "arc_easy", "top_theta", 0, 64, num_fewshot=3, seconds={"evaluation": 2.5},
+        metrics={"acc": Metric(0.5, 0.1, 20)}, kept={"prefill": Kept(0.25, 0.5), "generative_decoding": None},
+        extra={"grid": [{"length": 64, "depth": 0, "found": 1, "count": 1}], "by_length": []},
+    )  # fmt: skip
+    path = tmp_path / "results.json"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        read, saved = read_result(path).to_json(), json.loads(data)
+        assert finite(read)
+        for name, value in saved.items():
+            if name == "metrics":
+                for metric, fields in value.items():
+                    assert same(read[name][metric]["value"], fields["value"])
+            elif name != "kept" and value is not None:
+                assert same(read[name], value)
+
+    fuzz(json.dumps(result.to_json(), indent=1).encode(), check)
+
+
+def test_answers(tmp_path: Path, fuzz: Callable) -> None:
+    write_answers(
+        tmp_path,
+        [
+            Answer("arc/1", "ab", 1, {"acc": 1.0}, {"prompt": 9}, [-2.5, -1.5], 1, cluster="c"),
+            Answer("arc/2", "cd", "a text", {"em": 0.0}, {"prompt": 9, "reply": 2}, reply_ids=[4, 5]),
+            Answer("arc/3", "ef", None, {"nll": 2.5}),
+        ],
+    )
+    path = tmp_path / "answers.jsonl"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        answers = read_answers(tmp_path)
+        saved = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+        assert len({answer.key for answer in answers}) == len(answers) == len(saved)
+        for answer, one in zip(answers, saved):
+            written = answer.to_json()
+            known = {name: value for name, value in one.items() if name in written and value is not None}
+            assert all(same(written[name], value) for name, value in known.items())
+            assert finite(answer.score)
+
+    fuzz(path.read_bytes(), check)
+
+
+def test_run_json(tmp_path: Path, fuzz: Callable) -> None:
+    saved = {"script": "gen_llama.py", "settings": GenSettings(mode=(0, 1), layerk={1: 8}).to_json()}
+
+    def check(data: bytes) -> None:
+        (tmp_path / "run.json").write_bytes(data)
+        found = settings_from_json(GenSettings, check_resume(str(tmp_path), "gen_llama.py"))
+        again = json.loads(json.dumps(found.to_json()))
+        for name, value in json.loads(data)["settings"].items():
+            if name == "layerk":
+                value = {str(int(layer)): k for layer, k in value.items()}
+            assert same(again[name], value)
+        assert finite(again)
+
+    fuzz(json.dumps(saved, indent=1).encode(), check)
+
+
+def test_chunks(tmp_path: Path, fuzz: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged chunk is no error: what it held is done again."""
+    monkeypatch.setattr(files, "flush", lambda path: None)
+    cell = Cell(tmp_path)
+    for n in range(3):
+        cell.add({str(n): [float(-n), True]}, {}, {}, lines=[{"lines.txt": f"{n}\n"}])
+    cell.checkpoint()
+    (path,) = (tmp_path / "partial").iterdir()
+    answers = dict(cell.answers)
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        again = Cell(tmp_path)
+        assert again.answers in ({}, answers)
+        if not again.answers:
+            assert not path.exists()
+            raise UsageError("It was removed, and is computed again.")
+        with zipfile.ZipFile(path) as chunk:
+            assert json.loads(chunk.read(ANSWERS))["answers"] == again.answers
+
+    fuzz(path.read_bytes(), check)
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "other"])
+def test_rows(task: str, fuzz: Callable) -> None:
+    rows = [
+        {
+            "question": f"What is {n}?",
+            "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+            "answerKey": "B",
+            "id": n,
+        }
+        for n in range(3)
+    ]
+
+    def check(data: bytes) -> None:
+        found = read_rows(data.splitlines(keepends=True), Path("rows.jsonl"), SCHEMAS.get(task))
+        assert found == [json.loads(line) for line in data.splitlines() if line.strip()] and finite(found)
+        for row in found:
+            assert isinstance(row, dict) and (task == "other") <= (row.keys() == found[0].keys())
+            assert task == "other" or row["answerKey"] in row["choices"]["label"]
+
+    fuzz("".join(json.dumps(row) + "\n" for row in rows).encode(), check)
+
+
+def test_kept_counts(tmp_path: Path, fuzz: Callable) -> None:
+    """What the report reads of a layer."""
+    path = tmp_path / "layer1_kept_attn_prefill.csv"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        frame = read.read_kept(tmp_path, 1, "attn", "prefill")
+        if frame is not None:
+            assert np.isfinite(frame.to_numpy()).all() and (frame.to_numpy() >= 0).all()
+            assert (frame["layer"] == 1).all() and frame.shape[1] == 5
+
+    fuzz(b"".join(b"1,%d,100,60.5,100\n" % head for head in range(4)), check)
+
+
+def test_a_calibration_under_way(tiny_model: Any, tmp_path: Path, fuzz: Callable) -> None:
+    from tests.helpers.calibration import prompts
+    from topk_llama import set_params, update_model
+    from toptheta.eval.checkpoint import Checkpoint
+    from toptheta.models.control import calibrations
+
+    update_model(tiny_model)
+    set_params(tiny_model, mode=0, K=6, sdc="offline-calibrated", calibrate=True)
+    saved = Checkpoint(tmp_path / "state.safetensors", tiny_model)
+    with saved.counting(["one"]):
+        tiny_model(prompts(1)[0])
+    saved.save()
+
+    def check(data: bytes) -> None:
+        saved.path.write_bytes(data)
+        checkpoint = Checkpoint(saved.path, tiny_model)
+        checkpoint.load()
+        state = tensors.load(data)
+        assert checkpoint.done == set(bytes(state["done"]).decode().split())
+        for layer, one in calibrations(tiny_model).items():
+            for name, value in one.state().items():
+                if name != "generator":  # which takes what it is given, but for some bits
+                    np.testing.assert_array_equal(value.numpy(), state[f"{layer}/{name}"])
+
+    fuzz(saved.path.read_bytes(), check, share=20)  # large: most damages are of its numbers
