@@ -2,7 +2,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint notebooks clean
+# What `make matrix` tests, one after the other, in place of the pinned release.
+MATRIX := transformers-5.17.0 transformers-5.20.2 torch-2.11.0 torch-2.12.1
+
+.PHONY: setup demo test lint matrix notebooks clean
 
 setup: $(STAMP)
 
@@ -27,8 +30,20 @@ test: lint
 	$(PY) -m pytest -n 2 --ignore tests/eval/sandbox
 	$(PY) -m pytest tests/eval/sandbox  # Ctrl-C reaches the main thread only, which a worker's tests are not in
 
+# Each release, with what it needs, in a folder that goes before the environment's packages.
+.matrix/%/.installed: $(STAMP)
+	rm -rf .matrix/$*
+	$(PY) -m pip install --quiet --disable-pip-version-check --target .matrix/$* $(subst -,==,$*)
+	touch $@
+
+matrix: $(MATRIX:%=.matrix/%/.installed)
+	set -e; for release in $(MATRIX); do \
+		echo "== $$release"; \
+		PYTHONPATH=.matrix/$$release $(PY) -m pytest -q -n 2 -p no:cacheprovider tests/models; \
+	done
+
 notebooks: $(STAMP)
 	$(PY) notebooks/execute.py
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build
+	rm -rf .venv .matrix .pytest_cache .mypy_cache .ruff_cache build

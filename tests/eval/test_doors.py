@@ -1,9 +1,15 @@
 """The small real model through all doors, update_model, attn_implementation and lm_eval: the same answers to
-the last bit."""
+the last bit; and the harness gets answers right for families whose logits are not lm_head's output."""
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from lm_eval.api.registry import get_model
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.families import make
 from topk_llama import load_calibration, save_calibration, set_params, update_model
 from toptheta.eval.harness_model import TopThetaHarnessLM
 from toptheta.models.loading import find_model, load_model, unpacked
@@ -12,6 +18,17 @@ PROMPTS = (
     "Water boils at a lower temperature on a mountain because the pressure of the air is",
     "The river rises in the hills, runs past three old mills and the town, and at last reaches the",
 )
+TEXTS = [
+    "Question: Which one floats?\nAnswer:",
+    "Question: What is ice made of, at school and at home?\nAnswer:",
+]
+ANSWERS = [" wood", " a stone that is heavy", " cold water and nothing else"]
+ARGUMENTS = {"device": "cpu", "dtype": "float32", "batch_size": 1}
+
+
+def answers(lm) -> list[float]:
+    requests = [((text, answer), *lm._encode_pair(text, answer)) for text in TEXTS for answer in ANSWERS]
+    return [found for found, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
 
 
 def test_the_same_answers(tmp_path, small_tokenizer) -> None:
@@ -37,3 +54,17 @@ def test_the_same_answers(tmp_path, small_tokenizer) -> None:
         assert torch.equal(model(ids[1]).logits, expected)
         replies.append(model.generate(ids[1], max_new_tokens=12, do_sample=False))
     assert torch.equal(replies[0], replies[1]) and torch.equal(replies[0], replies[2])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "gpt_oss"])
+def test_families_in_the_harness(name: str, small_tokenizer, tmp_path: Path) -> None:
+    make(name, vocab_size=len(small_tokenizer)).save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    stock = get_model("hf")(pretrained=folder, attn_implementation="eager", **ARGUMENTS)
+    dense = get_model("toptheta")(pretrained=folder, method="dense", **ARGUMENTS)
+    np.testing.assert_allclose(answers(dense), answers(stock), rtol=1e-4)
+    update_model(stock.model)
+    set_params(stock.model, mode=1, K=3, sdc="exact", vmc=True)
+    sparse = get_model("toptheta")(pretrained=folder, method="top_k", k=3, sdc="exact", vmc=True, **ARGUMENTS)
+    np.testing.assert_allclose(answers(sparse), answers(stock), rtol=1e-4)

@@ -78,10 +78,10 @@ def config_of(name: str) -> Any:
     return AutoConfig.for_model(family.model_type, **(SIZES | TINY[name].changes))
 
 
-def make(name: str, implementation: str = "eager") -> PreTrainedModel:
-    """A model of the family, always with the same weights."""
+def make(name: str, implementation: str = "eager", **changes) -> PreTrainedModel:
+    """A model of the family, always with the same weights. changes: of its config."""
     torch.manual_seed(0)
-    config = config_of(name).__class__.from_dict(config_of(name).to_dict())
+    config = config_of(name).__class__.from_dict(config_of(name).to_dict() | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     for weight in model.parameters():
         if weight.dim() == 1:  # biases and sinks start at 0, norms at 0 or 1: let them count

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.integrations import sdpa_attention
 
 from tests.helpers.families import NAMES, make
+from tests.helpers.paths import ROOT
 from toptheta.models.families import FAMILIES, WITHOUT_EFFECT
 from toptheta.models.interface import toptheta_mask
 from toptheta.models.versions import BEFORE, OLDEST, check_transformers
@@ -130,7 +131,8 @@ def test_caches() -> None:
 def test_versions() -> None:
     check_transformers(version("transformers"))
     check_transformers(OLDEST)
-    for found in ("4.57.6", "5.16.1", f"{BEFORE}.0.0"):
+    assert f'"transformers>={OLDEST},<{BEFORE}"' in (ROOT / "pyproject.toml").read_text()
+    for found in ("4.57.6", "5.16.1", BEFORE):
         with pytest.raises(
             UsageError, match=f"transformers {found} is installed, but toptheta needs {OLDEST}"
         ):

@@ -15,7 +15,11 @@ from tests.helpers.kernel_cases import needs_kernel
 from topk_llama import restore_model, set_params, update_model
 from toptheta.kernels import registry
 from toptheta.models.control import record_statistics
+from toptheta.models.divergence import against_dense
 from toptheta.models.families import FAMILIES, attention_layers, head_logits
+from toptheta.models.generation import negative_log_likelihood
+from toptheta.models.kl import kl_divergence
+from toptheta.models.patch import dense_for
 from toptheta.models.recorder import Recorder
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -258,7 +262,21 @@ def test_restore(family: Models) -> None:
     assert torch.equal(model(tokens()).logits, family.stock(tokens()).logits)
 
 
-def test_head(family: Models) -> None:
-    """Logits from hidden states, as perplexity and the harness need them."""
-    hidden = family.stock.model(tokens()).last_hidden_state
-    torch.testing.assert_close(head_logits(family.stock, hidden), family.stock(tokens()).logits)
+def test_likelihood(family: Models) -> None:
+    """Logits from hidden states are the model's own; chunks change no likelihood, no distance to dense."""
+    ids = tokens(length=30)
+    stock = family.stock(ids).logits.log_softmax(dim=-1)[:, :-1]
+    hidden = family.stock.model(ids).last_hidden_state
+    torch.testing.assert_close(head_logits(family.stock, hidden), family.stock(ids).logits)
+    set_params(family.ours, **SPARSE["Top-k"])
+    with dense_for(family.ours):
+        got = negative_log_likelihood(family.ours, ids, 7)
+    torch.testing.assert_close(got, -stock.gather(-1, ids[:, 1:, None])[..., 0], **CLOSE)
+    whole = negative_log_likelihood(family.ours, ids, None)
+    torch.testing.assert_close(negative_log_likelihood(family.ours, ids, 7), whole, **CLOSE)
+    sparse = family.ours(ids).logits.log_softmax(dim=-1)[:, :-1]
+    far = against_dense(family.ours, ids, 0, 7)
+    torch.testing.assert_close(far.kl, kl_divergence(stock, sparse), rtol=1e-3, atol=1e-4)
+    behind = against_dense(family.ours, ids, 12, 5)  # the first 12 rows are dense for both
+    torch.testing.assert_close(behind.dense_nll, far.dense_nll[:, 12:], **CLOSE)
+    assert (behind.kl > 0).all()

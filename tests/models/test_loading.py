@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
+from tests.helpers.families import make
 from toptheta.models.control import set_params
-from toptheta.models.loading import find_model, load_model, spread_notice
+from toptheta.models.loading import find_model, load_config, load_model, spread_notice
 from toptheta.models.patch import model_device, restore_model, update_model
 from toptheta.util.errors import UsageError
 
@@ -49,3 +51,12 @@ def test_a_model_spread_over_memory_and_disk(small_model, small_tokenizer, here:
     spread.hf_device_map["lm_head"] = 0
     assert spread_notice(small_model) == ""
     assert "33 of its 34 parts rest on CPU or disk" in spread_notice(spread)
+
+
+def test_families(tmp_path: Path) -> None:
+    """A folder of any known family will do; of another one it is refused before the weights are read."""
+    make("gemma2").config.save_pretrained(tmp_path / "gemma")
+    assert load_config(find_model(str(tmp_path / "gemma"))).model_type == "gemma2"
+    GPT2Config().save_pretrained(tmp_path / "gpt")
+    with pytest.raises(UsageError, match="gpt is a model of type 'gpt2': use one of llama, smollm3, mistral"):
+        load_config(find_model(str(tmp_path / "gpt")))
