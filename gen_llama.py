@@ -4,7 +4,7 @@
 are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, parse_settings, resumed_settings, run_main, settings_flags
+from toptheta.eval.cli import Parser, run_main, settings_flags
 from toptheta.eval.settings import GENERATION, GenSettings
 from toptheta.util.errors import UsageError
 
@@ -32,15 +32,9 @@ def main() -> None:
 
         score_folder(arguments.score)
         return
-    if arguments.resume:
-        from toptheta.eval.run import check_resume
+    from toptheta.eval.start import start
 
-        settings = resumed_settings(GenSettings, check_resume(arguments.resume, "gen_llama.py"), arguments)
-    else:
-        settings = parse_settings(GenSettings, arguments)
-    from toptheta.eval.runner import evaluate
-
-    evaluate(settings, arguments.resume)
+    start(GenSettings, "gen_llama.py", arguments)
 
 
 if __name__ == "__main__":

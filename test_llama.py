@@ -4,7 +4,7 @@ Without arguments: the small model, dense, on the bundled task. Results: a table
 results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, parse_settings, resumed_settings, run_main, settings_flags
+from toptheta.eval.cli import Parser, run_main, settings_flags
 from toptheta.eval.settings import QASettings
 
 
@@ -20,16 +20,9 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
-    if arguments.resume:
-        from toptheta.eval.run import check_resume
+    from toptheta.eval.start import start
 
-        settings = resumed_settings(QASettings, check_resume(arguments.resume, "test_llama.py"), arguments)
-    else:
-        settings = parse_settings(QASettings, arguments)
-    from toptheta.eval.runner import evaluate
-
-    evaluate(settings, arguments.resume)
+    start(QASettings, "test_llama.py", make_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import RUN, AnySettings, Settings
+from toptheta.eval.slurm import SlurmOptions
 from toptheta.util import interrupts
 from toptheta.util.errors import UsageError
 from toptheta.util.options import add_flags, from_flags, from_json
 
 COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
-RESUMING = ("resume", "timestamps")  # flags that go together
+RESUMING = ("resume", "timestamps", *(f.name for f in fields(SlurmOptions)))  # flags that go together
 
 
 class _Help(argparse.Action):
@@ -87,6 +89,7 @@ def settings_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> dic
     """Add the flags of a script's settings, under the published project's names, and those of every run that
     are no settings; returns the groups of flags by title."""
     groups = add_flags(parser, kind)
+    add_flags(parser, SlurmOptions)
     add = groups[RUN].add_argument
     add(
         "--timestamps",

@@ -24,6 +24,7 @@ from toptheta.eval.cli import Parser, parse_settings
 from toptheta.eval.rules import flag
 from toptheta.eval.run import Run, is_under_way, product_folder, saved_run, task_parts
 from toptheta.eval.settings import CellOptions, GenSettings, QASettings, Settings, cell_k, resolve_device
+from toptheta.eval.slurm import executor
 from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import AttentionParams, MethodOptions
 from toptheta.report.results import CellResult, read_result
@@ -372,21 +373,12 @@ def _share(slot: int, jobs: int, gpus: int) -> dict[str, str]:
 
 def _submit(commands: list[list[str]], root: Path, logs: Path, partition: str, hours: int, gpus: int) -> None:
     """Submit each command as a Slurm job through submitit, and return at once."""
-    import submitit
+    from submitit.helpers import CommandFunction
 
-    logs.mkdir(parents=True, exist_ok=True)
-    try:
-        executor = submitit.AutoExecutor(folder=logs / "slurm-%j", cluster=os.environ.get("SUBMITIT_CLUSTER"))
-    except RuntimeError as error:
-        raise UsageError(f"--slurm {partition}: {error}") from None
-    if executor.cluster not in ("slurm", "local", "debug"):
-        raise UsageError(f"--slurm {partition}: this machine has no Slurm (no srun); use --jobs.")
-    executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus, slurm_partition=partition)
-    with executor.batch():
+    cluster = executor(partition, hours, logs, gpus_per_node=gpus)
+    with cluster.batch():
         submitted = [
-            executor.submit(
-                submitit.helpers.CommandFunction([sys.executable, str(root / command[0]), *command[1:]])
-            )
+            cluster.submit(CommandFunction([sys.executable, str(root / command[0]), *command[1:]]))
             for command in commands
         ]
     for job, command in zip(submitted, commands):
