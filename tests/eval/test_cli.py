@@ -63,7 +63,7 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--mode 0 --calib_samples 2.5", "give a count, or a share"),
         ("--dtype float8", "--dtype is 'float8'"),
         ("--device gpu", "--device is 'gpu'"),
-        ("--batch_size 0", "--batch_size is 0"),
+        ("--batch_size -1", "--batch_size is -1"),
         ("--batch_size many", "--batch_size is 'many'"),
         ("--sdc_scale x", "--sdc_scale is 'x': give a number"),
         ("--vrow_popularity --no_statistics", "needs statistics"),

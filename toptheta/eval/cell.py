@@ -21,6 +21,7 @@ from toptheta.attention import effective_k as effective
 from toptheta.eval import partial, processes
 from toptheta.models.recorder import DECODE, PREFILL, LayerRecord, count_steps
 from toptheta.report.results import Answer, CellResult, Kept, read_result, write_answers
+from toptheta.util.console import say
 from toptheta.util.files import atomic_path, packed, write_json, write_text
 from toptheta.util.interrupts import uninterrupted
 
@@ -48,6 +49,7 @@ class Cell:
         self._new_histograms: dict[str, np.ndarray] = {}
         self._since = time.monotonic()
         self._partial = path / "partial"
+        self.failed: set[str] = set()  # requests without an answer of the model
         self._written: list[str] = []  # chunks that this process has added
         self.finished, self.answers, self.seconds, self.kept = processes.from_first(self._load)
 
@@ -66,7 +68,14 @@ class Cell:
         saved = json.loads(partial.read(chunk, ANSWERS))
         self.answers.update(saved["answers"])
         self.seconds += saved["seconds"]
+        self.failed.update(saved.get("failed", []))
         _add_kept(self.kept, saved["kept"])
+
+    def fail(self, key: str, answer: Any) -> None:
+        """Take a request as failed, for which `answer` stands."""
+        self.failed.add(key)
+        self.add({key: answer}, {}, {})
+        say(f"Memory ran out with {key} alone: it counts as failed.")
 
     def result(self) -> CellResult:
         return read_result(self.path / "results.json")
@@ -164,7 +173,9 @@ class Cell:
         with uninterrupted():
             if self._new_answers:
                 seconds = (now - self._since) / processes.world_size()  # they work at the same time
+                failed = sorted(self.failed & self._new_answers.keys())
                 saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": seconds}
+                saved |= {"failed": failed} if failed else {}
                 files = {name: packed(name, "".join(lines), 3) for name, lines in self._lines.items()}
                 files[ANSWERS] = json.dumps(saved).encode()
                 if self._new_histograms:

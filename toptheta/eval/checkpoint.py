@@ -149,6 +149,7 @@ class Checkpoint:
         self.done |= done
         if processes.rank():
             self._in_first = done
+            self.save()
 
     def _load(self) -> tuple[set[str], float]:
         """Add up the states of all processes that there were."""
@@ -162,18 +163,28 @@ class Checkpoint:
             self.seconds = max(self.seconds, float(state.pop("seconds")))
             try:
                 for layer, calibration in calibrations(self.model).items():
-                    prefix = f"{layer}/"
-                    own = {key: value for key, value in state.items() if key.startswith(prefix)}
                     take = calibration.add_state if taken else calibration.load_state
-                    take({key.removeprefix(prefix): value for key, value in own.items()})
+                    take(_of_layer(state, layer))
             except (KeyError, ValueError, RuntimeError) as error:
                 raise _damaged(path, error) from None
-        if len(states) > 1:
-            self.save()
-            for _, path in states:
-                if path != self.path:
-                    path.unlink()
+        self.save()
+        for _, path in states:
+            if path != self.path:
+                path.unlink()
         return self.done, self.seconds
+
+    def restore(self) -> None:
+        """Forget what came since the last save: a batch of prompts was not finished."""
+        state = _read(self.path)
+        self.done.clear()
+        self.done.update(self._in_first, bytes(state["done"].tolist()).decode().split())
+        for layer, calibration in calibrations(self.model).items():
+            calibration.load_state(_of_layer(state, layer))
+
+    def skip(self, key: str) -> None:
+        """Go on without a prompt."""
+        self.done.add(key)
+        self.save()
 
     def join(self) -> None:
         """Have in the first process what all of them have sampled."""
@@ -221,6 +232,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         return state
     except (SafetensorError, OSError, KeyError) as error:
         raise _damaged(path, error) from None
+
+
+def _of_layer(state: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
+    prefix = f"{layer}/"
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:

@@ -2,7 +2,7 @@
 done."""
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from toptheta.eval import processes
+from toptheta.eval.batches import Batches
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.models.control import announce_prompts, begin_prompts, reading_prompt
 from toptheta.models.families import head_logits
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.recorder import Recorder
+from toptheta.util.console import say
+from toptheta.util.errors import UsageError
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Group = tuple[tuple[int, ...], dict[str, tuple[int, ...]]]  # a prompt, and its answers by the request's key
@@ -60,7 +63,7 @@ class TopThetaLM(HFLM):
         if self.cell is not None:
             answers = self.cell.answers
             self.cell.start_clock()
-        seen = () if self.progress is None else self.progress.done
+        done = answers if self.progress is None else self.progress.done
         groups: Groups = {}
         for key, (texts, context, continuation) in zip(keys, requests):
             if texts is not None:  # None: a text that is read in windows
@@ -68,16 +71,31 @@ class TopThetaLM(HFLM):
             context, continuation = self._fit(context, continuation)
             groups.setdefault(tuple(context), {})[key] = tuple(continuation)
         self._announce(groups)
-        todo = [_without(batch, {*answers, *seen}) for batch in self._batches(groups)]
+        batches = Batches(self.batch_size)
+        # Longest first: then memory runs out at once or not at all.
+        order = sorted(groups.items(), key=lambda item: (-len(item[0]), item[0]))
+        todo = _without([order[i : i + batches.size] for i in range(0, len(order), batches.size)], done)
         total, left = len(set(keys)), sum(len(group) for batch in todo for _, group in batch)
-        with self._bar(total, total - left, "answer", disable_tqdm) as advance:
-            for batch in processes.share([batch for batch in todo if batch]):
-                with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
-                    found = self._score(batch)
-                self._take(found, answers)
-                advance(
-                    len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
+
+        def run(batch: list[Group]) -> None:
+            with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
+                found = self._score(batch)
+            self._take(found, answers)
+            advance(len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch))
+
+        def failed(group: Group) -> None:
+            if self.progress is None:
+                raise UsageError(
+                    f"a prompt of {len(group[0])} tokens does not fit the memory, even alone: lower "
+                    "--num_fewshot, or take a smaller --dtype."
                 )
+            for key in group[1]:
+                self._skip(key)
+
+        with self._bar(total, total - left, "answer", disable_tqdm) as advance:
+            share = processes.share(todo)
+            while share := _without(share, done):  # memory that ran out may have undone some
+                batches.run(share, run, self._undo, failed)
         self._join()
         results = [tuple(answers.get(key, (0.0, False))) for key in keys]
         for (request, _, _), result in zip(requests, results):
@@ -119,6 +137,19 @@ class TopThetaLM(HFLM):
     ) -> AbstractContextManager[Callable[[int, int], None]]:
         return processes.progress(total, done, unit, self.description, not disable and self.rank == 0)
 
+    def _undo(self) -> None:
+        """Forget what a batch that was not finished has left."""
+        if self.recorder is not None:
+            self.recorder.drain()
+        if self.progress is not None:
+            self.progress.restore()
+
+    def _skip(self, key: str) -> None:
+        """Go on calibrating without a request."""
+        assert self.progress is not None
+        say("Memory ran out with one prompt alone: the calibration goes on without it.")
+        self.progress.skip(key)
+
     def _join(self) -> None:
         """Have in the first process what all of them have answered."""
         if self.cell is not None:
@@ -128,13 +159,6 @@ class TopThetaLM(HFLM):
         """Cut the prompt from the left where prompt and answer are longer than the model reads."""
         excess = len(context) + len(continuation) - (self.max_length + 1)
         return (context[excess:] if excess > 0 else context), continuation
-
-    def _batches(self, prompts: Groups) -> Iterator[list[Group]]:
-        """Prompts of like length together, longest first: then memory runs out at once or not at all."""
-        groups = sorted(prompts.items(), key=lambda item: (-len(item[0]), item[0]))
-        size = self.batch_size if isinstance(self.batch_size, int) else 1
-        for start in range(0, len(groups), size):
-            yield groups[start : start + size]
 
     @torch.no_grad()
     def _score(self, batch: list[Group]) -> dict[str, tuple[float, bool]]:
@@ -202,26 +226,36 @@ class TopThetaLM(HFLM):
         if self.cell is not None:
             answers = self.cell.answers
             self.cell.start_clock()
-        seen = () if self.progress is None else self.progress.done
+        done = answers if self.progress is None else self.progress.done
         by_key = dict(zip(keys, requests))
         if self.progress is not None:
             spans = {_key(options=r.args[0]): (0, len(ids)) for ids, r in zip(prompts, requests)}
             announce_prompts(self.model, spans)
+        batches = Batches(self.batch_size)
         order = sorted(by_key, key=lambda key: (-len(by_key[key].args[0]), key))
-        size = self.batch_size if isinstance(self.batch_size, int) else 1
-        todo = [
-            [key for key in order[start : start + size] if key not in answers and key not in seen]
-            for start in range(0, len(order), size)
-        ]
-        done, sizes = len(order) - sum(map(len, todo)), dict(zip(keys, map(len, prompts)))
-        with self._bar(len(order), done, "text", disable_tqdm) as advance:
-            for batch in processes.share([batch for batch in todo if batch]):
-                self._generated_lengths = []
-                with self._counting(batch):
-                    texts = super().generate_until([by_key[key] for key in batch], disable_tqdm=True)
-                found = dict(zip(batch, texts))
-                self._take(found, answers, np.array(self._generated_lengths) - 1)
-                advance(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
+        todo = _left([order[i : i + batches.size] for i in range(0, len(order), batches.size)], done)
+        sizes = dict(zip(keys, map(len, prompts)))
+
+        def run(batch: list[str]) -> None:
+            self._generated_lengths = []
+            with self._counting(batch):
+                texts = super(TopThetaLM, self).generate_until(
+                    [by_key[key] for key in batch], disable_tqdm=True
+                )
+            found = dict(zip(batch, texts))
+            self._take(found, answers, np.array(self._generated_lengths) - 1)
+            advance(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
+
+        def failed(key: str) -> None:
+            if self.cell is not None:
+                self.cell.fail(key, "")
+            else:
+                self._skip(key)
+
+        with self._bar(len(order), len(order) - sum(map(len, todo)), "text", disable_tqdm) as advance:
+            share = processes.share(todo)
+            while share := _left(share, done):
+                batches.run(share, run, self._undo, failed)
         self._join()
         replies = [answers.get(key, "") for key in keys]
         for ids, request, text in zip(prompts, requests, replies):
@@ -255,10 +289,18 @@ def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
     return first.tolist()
 
 
-def _without(batch: list[Group], done: Container[str]) -> list[Group]:
-    """A batch without what is done. What is left stays together: its rounding is its own."""
-    left = ((prompt, {key: one for key, one in group.items() if key not in done}) for prompt, group in batch)
-    return [(prompt, group) for prompt, group in left if group]
+def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Group]]:
+    """Batches without what is done. What is left of one stays together: its rounding is its own."""
+    left = [
+        [(prompt, {key: one for key, one in group.items() if key not in done}) for prompt, group in batch]
+        for batch in batches
+    ]
+    return [kept for kept in ([one for one in batch if one[1]] for batch in left) if kept]
+
+
+def _left(batches: list[list[str]], done: Container[str]) -> list[list[str]]:
+    """The same of keys."""
+    return [kept for kept in ([key for key in batch if key not in done] for batch in batches) if kept]
 
 
 def _unless_full(mask: Tensor) -> Tensor | None:

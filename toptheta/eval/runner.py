@@ -225,7 +225,7 @@ def _finish(
         kv_bytes=product.kv_bytes() if settings.statistics else None,
         seconds={"calibration": calibration_seconds, "evaluation": product.seconds},
         folder=str(product.path),
-        extra=outcome.extra,
+        extra=outcome.extra | ({"failed": len(product.failed)} if product.failed else {}),
     )
     for name, text in outcome.files.items():
         write_text(product.path / name, text)

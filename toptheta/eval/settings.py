@@ -17,6 +17,8 @@ PERPLEXITY, NEEDLE = "perplexity", "needle"
 DATASETS = (HUMANEVAL, *LONGBENCH, PERPLEXITY, NEEDLE)
 TEXT_JOBS = (HUMANEVAL, *LONGBENCH, NEEDLE)  # those that show the model a prompt and read its reply
 
+AUTO = 0  # --batch_size auto
+
 RUN, TASK, GENERATION, LONG = "model and run", "task", "generation", "long context"  # groups of flags
 
 
@@ -25,6 +27,13 @@ def _is_share_or_count(number: float) -> bool:
 
 
 SHARE_OR_COUNT = (_is_share_or_count, "give a count, or a share between 0 and 1")
+
+
+def _batch_size(text: str) -> int:
+    """Raises UsageError."""
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise UsageError(f"--batch_size is {text!r}: give a whole number, or auto.")
+    return AUTO if text == "auto" else int(text)
 
 
 def _is_device(device: str) -> bool:
@@ -123,7 +132,13 @@ class Settings(MethodOptions, CellOptions):
         choices=DTYPES,
     )
     batch_size: int = option(
-        1, "prompts computed at once (default 1)", metavar="N", group=RUN, rule=at_least(1), answers=False
+        1,
+        "prompts computed at once (default 1); auto, or 0: as many as memory holds, up to 64",
+        metavar="N",
+        group=RUN,
+        parse=_batch_size,
+        rule=at_least(0),
+        answers=False,
     )
     seed: int = option(
         42,

@@ -64,6 +64,7 @@ class Extra(TypedDict, total=False):
     by_length: list[ByLength]
     grid: list[Point]
     paired: dict[str, Any]
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class CellResult:
     kv_bytes: by phase, KV bytes read as a share of those of dense attention, see attention/kv_bytes.py; None
     as with kept. seconds: of calibration and evaluation. effective_k: what single rows keep, see
     attention/effective_k.py.
-    extra: what a data set or a table adds (by_length, grid, environment).
+    extra: what a data set or a table adds (by_length, grid, environment); failed: how many
+    requests did not fit the memory.
     """
 
     method: str

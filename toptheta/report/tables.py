@@ -72,6 +72,13 @@ def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> st
     return text if metric.count is None else f"{text} (n={metric.count})"
 
 
+def failed_columns(results: Sequence[CellResult]) -> list[Column]:
+    """How many requests did not fit the memory, where there are any."""
+    if not any("failed" in result.extra for result in results):
+        return []
+    return [Column("failed", lambda result: str(result.extra.get("failed", 0)))]
+
+
 def paired_columns(results: Sequence[CellResult]) -> list[Column]:
     """Where a run has a dense cell and questions with a score: the difference from dense, with its paired
     standard error, and the flips both ways."""
@@ -182,7 +189,8 @@ def _kept_column(header: str, phase: str, what: str) -> Column:
 def results_table(results: Sequence[CellResult]) -> str:
     """One row per cell of a run: method, every metric, kept shares, time."""
     columns = [Column("method", lambda result: result.method)]
-    columns += metric_columns(results) + paired_columns(results) + kept_columns(results)
+    columns += metric_columns(results) + failed_columns(results)
+    columns += paired_columns(results) + kept_columns(results)
     columns += [_seconds_column(name) for name in ("calibration", "evaluation")]
     return build(results, columns)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from toptheta.eval import processes
+from toptheta.eval.batches import Batches
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import GenSettings
@@ -22,6 +23,7 @@ from toptheta.models.patch import model_device
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import Answer, Metric
 from toptheta.report.tables import table
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 
 CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
@@ -71,6 +73,14 @@ class ItemJob(Job):
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
         """What the answers to all items amount to."""
 
+    def no_answer(self, item: Item) -> dict[str, Any]:
+        """What stands for the answer to an item that does not fit the memory. Raises UsageError where nothing
+        can."""
+        raise UsageError(
+            f"--max_seq_len {self.settings.max_seq_len}: {item.key} does not fit the memory, even alone; "
+            "lower it, or set --prefill_chunk."
+        )
+
     def decode_steps(self, answers: list[dict[str, Any]]) -> np.ndarray | None:
         """`[B]` how many decode steps of each sequence count; None: all."""
         return None
@@ -94,27 +104,47 @@ class ItemJob(Job):
             harness.calibrate_on_task(lm, plain, task, shots, description, progress)
             return
         announce_prompts(engine.model, {item.key: (0, len(item.ids)) for item in self.calibration})
-        todo = _batches(self.calibration, settings.batch_size, progress.done)
+        batches = Batches(settings.batch_size)
+        todo = _batches(self.calibration, batches.size, progress.done)
         total = len(self.calibration)
+
+        def run(batch: list[Item]) -> None:
+            keys = [item.key for item in batch]
+            with progress.counting(keys):
+                begin_prompts(engine.model, keys)
+                self.calibrate_on(engine.model, batch)
+            advance(len(batch), sum(len(item.ids) for item in batch))
+
+        def failed(item: Item) -> None:
+            say(f"Memory ran out with {item.key} alone: the calibration goes on without it.")
+            progress.skip(item.key)
+
         with processes.progress(total, total - sum(map(len, todo)), self.unit, description) as advance:
-            for batch in processes.share(todo):
-                keys = [item.key for item in batch]
-                with progress.counting(keys):
-                    begin_prompts(engine.model, keys)
-                    self.calibrate_on(engine.model, batch)
-                advance(len(batch), sum(len(item.ids) for item in batch))
+            share = processes.share(todo)
+            while share := _without(share, progress.done):  # memory that ran out may have undone some
+                batches.run(share, run, progress.restore, failed)
 
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
-        todo = _batches(self.items, self.settings.batch_size, product.answers)
+        batches = Batches(self.settings.batch_size)
+        todo = _batches(self.items, batches.size, product.answers)
         total = len(self.items)
+
+        def drain() -> Any:
+            return recorder.drain() if recorder is not None else ({}, {})
+
+        def run(batch: list[Item]) -> None:
+            answers = self.run(engine.model, batch)
+            by_key = {item.key: answer for item, answer in zip(batch, answers)}
+            lines = [self.lines(answer) for answer in answers]
+            prefill, decode = drain()
+            product.add(by_key, prefill, decode, self.decode_steps(answers), lines)
+            advance(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
+
+        def failed(item: Item) -> None:
+            product.fail(item.key, self.no_answer(item))
+
         with processes.progress(total, total - sum(map(len, todo)), self.unit, description) as advance:
-            for batch in processes.share(todo):
-                answers = self.run(engine.model, batch)
-                prefill, decode = recorder.drain() if recorder is not None else ({}, {})
-                by_key = {item.key: answer for item, answer in zip(batch, answers)}
-                lines = [self.lines(answer) for answer in answers]
-                product.add(by_key, prefill, decode, self.decode_steps(answers), lines)
-                advance(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
+            batches.run(processes.share(todo), run, drain, failed)
             product.checkpoint()  # here: neither waiting nor scoring is part of the evaluation's time
         product.join()
         return processes.from_first(lambda: self._scored(product))
@@ -133,7 +163,16 @@ class ReplyJob(ItemJob):
     max_new = 0
 
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
-        return reply(model, self.tokenizer, batch, self.max_new, self.settings.prefill_chunk)
+        replies = reply(model, self.tokenizer, batch, self.max_new, self.settings.prefill_chunk)
+        return [self.judged(item, answer) for item, answer in zip(batch, replies)]
+
+    def judged(self, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
+        """A reply with what else is to be kept of it."""
+        return answer
+
+    def no_answer(self, item: Item) -> dict[str, Any]:
+        counts = {"prompt_tokens": len(item.ids), "reply_tokens": 0}
+        return self.judged(item, {"key": item.key, "reply": "", **counts, "reply_ids": []})
 
     def decode_steps(self, answers: list[dict[str, Any]]) -> np.ndarray:
         return np.array([answer["reply_tokens"] - 1 for answer in answers])  # the first comes out of prefill
@@ -255,5 +294,9 @@ def _batches(items: list[Item], size: int, done: Container[str]) -> list[list[It
     if size > 1:
         items = sorted(items, key=lambda item: len(item.ids))
     batches = [items[i : i + size] for i in range(0, len(items), size)]
+    return _without(batches, done)
+
+
+def _without(batches: list[list[Item]], done: Container[str]) -> list[list[Item]]:
     left = ([item for item in batch if item.key not in done] for batch in batches)
     return [batch for batch in left if batch]

@@ -116,13 +116,11 @@ class LongBenchJob(ReplyJob):
             half -= max(1, (len(ids) - self.most + 1) // 2)
         return ids
 
-    def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
-        answers = super().run(model, batch)
-        for answer in answers:
-            references = self.references.get(answer["key"])
-            if references is not None:
-                answer |= {"answers": references, "rouge_l": rouge_l(answer["reply"], references)}
-        return answers
+    def judged(self, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
+        references = self.references.get(item.key)
+        if references is None:  # it calibrates
+            return answer
+        return answer | {"answers": references, "rouge_l": rouge_l(answer["reply"], references)}
 
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
         scores = [{"rouge_l": answer["rouge_l"]} for answer in answers]

@@ -122,13 +122,9 @@ class NeedleJob(ReplyJob):
         # A chat model answers in its own turn; any other continues the sentence.
         return self.prompt_ids(text if self.settings.apply_chat_template else text + STEM.format(thing=thing))
 
-    def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
-        answers = super().run(model, batch)
-        for item, answer in zip(batch, answers):
-            answer |= item.facts
-            digits = re.sub(r"(?<=\d)[,. ](?=\d)", "", answer["reply"])  # 1,234,567 is the number too
-            answer["found"] = item.facts["number"] in digits
-        return answers
+    def judged(self, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
+        digits = re.sub(r"(?<=\d)[,. ](?=\d)", "", answer["reply"])  # 1,234,567 is the number too
+        return answer | item.facts | {"found": item.facts["number"] in digits}
 
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
         """With the grid as rows, and as needle.csv: length (tokens), depth (%), found (needles), count."""

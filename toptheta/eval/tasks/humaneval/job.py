@@ -86,6 +86,9 @@ class HumanEvalJob(ReplyJob):
             answers.append(answer)
         return answers
 
+    def no_answer(self, item: Item) -> dict[str, Any]:
+        return {"task_id": item.facts["task_id"], "completion": "", **super().no_answer(item)}
+
     def _completion(self, reply: str, item: Item) -> str:
         if self.settings.apply_chat_template:
             return completion.completion_from_reply(reply, item.facts["prompt"], item.facts["entry_point"])

@@ -1,0 +1,59 @@
+"""Batches that shrink where memory runs out."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from toptheta.eval.settings import AUTO
+from toptheta.util.console import say
+
+T = TypeVar("T")
+LARGEST = 64  # that `auto` begins with
+
+
+class Batches:
+    """size: what a person asked for. most: as large as batches may be by now."""
+
+    def __init__(self, size: int):
+        self.size = LARGEST if size == AUTO else size
+        self.most = self.size
+
+    def run(
+        self,
+        batches: Sequence[list[T]],
+        run: Callable[[list[T]], None],
+        undo: Callable[[], None],
+        failed: Callable[[T], None],
+    ) -> None:
+        """Run every batch. Where memory runs out, it is run in halves, and later ones are no larger. undo:
+        forgets what a batch that was not finished has left; failed: takes what does not fit alone."""
+        waiting = list(batches)
+        while waiting:
+            batch = waiting.pop(0)
+            if len(batch) > self.most:
+                waiting[:0] = [batch[: self.most], batch[self.most :]]
+                continue
+            if _fits(batch, run):
+                continue
+            undo()
+            clear_device_cache(garbage_collection=True)
+            if len(batch) == 1:
+                failed(batch[0])
+                continue
+            self.most = len(batch) // 2
+            say(f"Memory ran out with {len(batch)} prompts at once: {self.most} from here on.")
+            waiting.insert(0, batch)
+
+
+def _fits(batch: list[T], run: Callable[[list[T]], None]) -> bool:
+    """Run a batch; False: memory ran out. Outside nothing holds on to the error then, whose frames hold
+    tensors."""
+    try:
+        run(batch)
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error):
+            return False
+        raise
