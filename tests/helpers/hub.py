@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class Hub(ThreadingHTTPServer):
     """repos: files by name, by repository; commits: the messages of what was pushed; token: what writers must
-    carry."""
+    carry; large: contents that came by Git LFS, as the hub wants those of .safetensors files, by SHA-256."""
 
     daemon_threads = True
 
@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.commits: list[str] = []
+        self.large: dict[str, bytes] = {}
         self.token = token
 
     @property
@@ -61,11 +62,20 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.server.repos.setdefault(name, {})
             return self._json({"url": f"{self.server.url}/{name}"})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                one | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}}
+                for one in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
         kind, owner, repo, action = path.removeprefix("/api/").split("/")[:4]
         name = f"{owner}/{repo}"
         if kind == "models" and action == "preupload":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in
-                     json.loads(body)["files"]]  # fmt: skip
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
+            files = [
+                {"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()
+            ]
             return self._json({"files": files})
         if kind == "models" and action == "commit":
             for line in body.decode().splitlines():
@@ -75,6 +85,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if part["key"] == "file":
                     content = base64.b64decode(part["value"]["content"])
                     self.server.repos[name][part["value"]["path"]] = content
+                if part["key"] == "lfsFile":
+                    content = self.server.large[part["value"]["oid"]]
+                    self.server.repos[name][part["value"]["path"]] = content
             return self._json(
                 {
                     "success": True,
@@ -83,6 +96,12 @@ class _Handler(BaseHTTPRequestHandler):
                 }
             )
         return self._answer(404)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.path == f"/lfs/{hashlib.sha256(content).hexdigest()}"
+        self.server.large[self.path.removeprefix("/lfs/")] = content
+        self._answer(200)
 
     def do_GET(self) -> None:
         parts = unquote(self.path.split("?")[0]).strip("/").split("/")

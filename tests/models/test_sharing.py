@@ -203,6 +203,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Git LFS is plain HTTP
         loading.hub_reachable.cache_clear()
         yield hub
     loading.hub_reachable.cache_clear()
@@ -212,6 +213,7 @@ def test_through_a_hub(hub: Hub) -> None:
     model = steered("Top-theta")
     url = push_calibration(model, "owner/tiny-thresholds", text="random tokens", token=hub.token)
     assert url.endswith(COMMIT) and hub.commits[0].startswith("Calibration by toptheta")
+    assert len(hub.large) == 1
     assert set(hub.repos["owner/tiny-thresholds"]) == {"README.md", "config.json", "calibration.safetensors"}
     other = tiny()
     assert load_calibration(other, "owner/tiny-thresholds").text == "random tokens"

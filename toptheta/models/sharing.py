@@ -78,7 +78,7 @@ def push_calibration(
             branch=branch,
             commit_message=f"Calibration by toptheta {toptheta.__version__}",
         )
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (HFValidationError, OSError) as error:  # OSError: the hub's answers, and a broken connection
         raise UsageError(f"the calibration cannot be pushed to {repo_id}: {_reason(error)}.") from None
 
 
