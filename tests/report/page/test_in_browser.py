@@ -4,7 +4,6 @@ Needs a Chromium (Debian: apt-get install chromium) and the package playwright; 
 """
 
 import re
-import shutil
 from collections.abc import Iterator
 from os.path import commonprefix
 from pathlib import Path
@@ -12,22 +11,20 @@ from typing import Any
 
 import pytest
 
+from docs.take_picture import launch
 from tests.report.page.conftest import Report
 from toptheta.report.plots.read import read_kept, read_results
 from toptheta.report.results import DECODE, read_answers
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("no browser: apt-get install chromium")
     with playwright.sync_playwright() as started:
-        # A container's root has no user namespace for the sandbox; the page is our own.
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = launch(started)
+        if browser is None:
+            pytest.skip("no browser: apt-get install chromium")
         yield browser
         browser.close()
 

@@ -12,6 +12,7 @@ from tests.helpers.paths import ROOT
 from tests.report.helpers import assert_refused
 from tests.report.page.conftest import Report
 from tests.report.test_compare import make_cell
+from toptheta.report.__main__ import main
 from toptheta.report.frames import load
 from toptheta.report.page.build import render
 from toptheta.report.page.data import ALL_GROUPS
@@ -105,21 +106,24 @@ def test_nothing_that_a_model_writes_becomes_markup(here: Path) -> None:
     assert question["question"] == evil and question["answers"][1]["at"] == len(evil)
 
 
-def test_the_command(here: Path) -> None:
+def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     make_cell(here / "a" / "mode3", "dense", [1, 0, 1])
     make_cell(here / "a" / "mode1_k8", "Top-k K=8", [1, 1, 1])
     make_cell(here / "b", "dense", [1, 0, 1], "bfloat16")
 
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-        full = [sys.executable, "-m", "toptheta.report", *arguments]
-        return subprocess.run(
-            full, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT)}
-        )
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["report", *arguments])
+        return main(), *capsys.readouterr()
 
-    done = command("a")
-    assert done.returncode == 0 and done.stdout == "Report: a/report.html\n", done.stderr
-    assert command("a", "b", "--output", "both.html").returncode == 0
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert run("a", "--open") == (0, "Report: a/report.html\n", "")
+    assert opened == [(here / "a" / "report.html").as_uri()]
+    assert run("a", "b", "--output", "both.html")[0] == 0
     assert "dense, bfloat16" in Path("both.html").read_text()
-    assert_refused(command("nowhere"), "nowhere holds no finished cell")
-    assert_refused(command("--wrong"), "--help")
-    assert not list(here.glob(".*.html*"))
+    code, _, error = run("a", "nowhere")
+    assert code == 2 and error.count("\n") == 1 and "nowhere holds no finished cell" in error
+    full = [sys.executable, "-m", "toptheta.report", "--wrong"]
+    env = {"PYTHONPATH": str(ROOT)}
+    assert_refused(subprocess.run(full, capture_output=True, text=True, timeout=120, env=env), "--help")
+    assert not list(here.rglob(".*.html*"))
