@@ -7,6 +7,7 @@ printed.
 
 import copy
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,11 +143,14 @@ def finish(folder: Path) -> None:
     answers = run.answers.dropna(subset=["question"])
     for _, of_question in answers.groupby(["task", "key"], sort=False):
         first = of_question.iloc[0]
-        print(f"\n{first['question'].strip()}")
+        print(f"\n{first['question'].removesuffix('Answer:').strip()}")
         for _, one in of_question.iterrows():
-            right = one["acc"] if "acc" in one and one["acc"] == one["acc"] else one["passed"]
-            said = first["choices"][one["answer"]] if first["choices"] else f"\n{one['answer']}\n"
-            print(f"  {one['cell']}: {said} ({'right' if right else 'wrong'})")
+            if first["choices"]:
+                verdict = "right" if one["acc"] else "wrong"
+                print(f"  {one['cell']}: {first['choices'][one['answer']]} ({verdict})")
+            else:
+                verdict = "passes its tests" if one["passed"] else "fails its tests"
+                print(f"\n  {one['cell']}, {verdict}:\n{textwrap.indent(one['answer'], '    ')}")
     print()
     for row in run.cells.query("not dense").itertuples():
         for phase in (PREFILL, DECODE):

@@ -38,6 +38,14 @@ class LoadedRun:
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def by_task(self) -> dict[str, list[CellResult]]:
+        """The results of each task."""
+        tasks: dict[str, list[CellResult]] = {}
+        for result in self.results:
+            tasks.setdefault(result.task, []).append(result)
+        return tasks
+
     @cached_property
     def cells(self) -> pd.DataFrame:
         """A row for each cell: what it is (method, name, k, dense, folder), each metric and its standard

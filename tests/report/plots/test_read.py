@@ -9,7 +9,7 @@ import pytest
 
 from tests.report.helpers import put
 from toptheta.report.plots import read
-from toptheta.report.plots.read import read_results_by_task, read_task_results
+from toptheta.report.plots.read import read_results_by_task
 from toptheta.util.errors import UsageError
 
 
@@ -139,9 +139,7 @@ def test_results_come_by_task(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"results\.json is missing"):
         read_results_by_task(path)
     path.write_text(json.dumps([{"method": m, "task": t} for m, t in (("a", "x"), ("b", "y"), ("c", "x"))]))
-    assert [r.method for r in read_task_results(path, "x")] == ["a", "c"]
-    with pytest.raises(UsageError, match="no results of z, but of x, y"):
-        read_task_results(path, "z")
+    assert [r.method for r in read_results_by_task(path)["x"]] == ["a", "c"]
     for content in ("[]", "{}", "[1]", "[{}]", "nothing"):
         path.write_text(content)
         with pytest.raises(UsageError, match=r"results\.json"):

@@ -7,6 +7,7 @@ lm_eval is imported where it is used: it takes seconds.
 import hashlib
 import logging
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,6 @@ def around(model: Any, tokenizer: Any, batch_size: int) -> Any:
     requests out."""
     from toptheta.eval.lm_eval_model import TopThetaLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is about flags that are not ours
     return TopThetaLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
@@ -111,8 +111,12 @@ def _silenced() -> Iterator[None]:
 
 def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | None) -> list[Any]:
     """The harness's task objects, with their data. Raises UsageError for data that cannot be had."""
+    import datasets
     from lm_eval.api.task import ConfigurableTask
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is about flags that are not ours
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     tasks = []
     for config in configs:
         config = {key: value for key, value in config.items() if key not in ("tag", "group")}

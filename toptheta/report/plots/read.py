@@ -162,14 +162,6 @@ def read_results(folder: Path) -> CellResult | None:
         raise UsageError(f"{folder / 'results.json'}: {error}") from None
 
 
-def read_task_results(path: Path | str, task: str) -> list[CellResult]:
-    """One task's results from a file that `read_results_by_task` reads. Raises UsageError if none are."""
-    tasks = read_results_by_task(path)
-    if task not in tasks:
-        raise UsageError(f"{path} has no results of {task}, but of {', '.join(tasks)}: name another file.")
-    return tasks[task]
-
-
 def read_results_by_task(path: Path | str) -> dict[str, list[CellResult]]:
     """By task the results in a table's results.json or a run's summary.json. Raises UsageError when the file
     is missing or holds none."""
