@@ -4,7 +4,7 @@ Every method is captured as a CUDA graph, so that launching costs what it costs 
 replayed one after the other, many times, and the numbers are medians. Keys and values come from memory: a
 graph goes over as many copies of them as fill several times the L2 cache. The best dense is the fastest of
 torch's scaled_dot_product_attention, FlashAttention and FlashInfer where they are installed, and our kernel
-without thresholds. Leaves out the rest of the model and the growing of caches.
+without thresholds. Thresholds come with VMC. Leaves out the rest of the model and the growing of caches.
 
 Scores are normal with standard deviation 1.5; the query heads of a group share SHARED of their variance, as
 heads of a model do (the table says how many V rows a group keeps). Thresholds are calibrated for K=512 on
@@ -34,8 +34,8 @@ MODEL = "Llama-3-8B"
 SHARED = 0.8
 DTYPE = torch.bfloat16
 COLD_BYTES = 400 << 20  # several times the L2 cache of any GPU so far
-THETA = LayerSpec(TopTheta(), "pre-softmax", K, "exact")
-POST = LayerSpec(TopTheta(), "post-softmax", K)
+THETA = LayerSpec(TopTheta(), "pre-softmax", K, "exact", vmc=True)
+POST = LayerSpec(TopTheta(), "post-softmax", K, vmc=True)
 TOPK = LayerSpec(TopK(), "pre-softmax", K)
 FRACTIONS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -90,6 +90,8 @@ class Problem:
             quantile = torch.distributions.Normal(0.0, SCORE_SPREAD).icdf(torch.tensor(1.0 - fraction))
             self.theta[:, K + 1 :] = float(quantile)
         self.int8: list[Int8Keys] = []
+        # In decode the model has the sum of V beside its cache, for VMC.
+        self.v_sums = self.v.sum(dim=3, dtype=torch.float32)
 
     def over_copies(self, one: Callable[[Tensor, Tensor, int], Tensor]) -> Call:
         return lambda: [one(k, v, i) for i, (k, v) in enumerate(zip(self.k, self.v))]
@@ -98,13 +100,15 @@ class Problem:
         theta = self.theta_post if spec is POST else self.theta
         if two_tier and not self.int8:
             self.int8 = [int8_copy(k) for k in self.k]
-        return self.over_copies(
-            lambda k, v, i: gpu.run(
-                AttentionCall(
-                    self.q, k, v, self.rows, spec, self.scale, theta, int8=self.int8[i] if two_tier else None
-                )
-            )[0]
-        )
+        decode = self.case.phase == "decode"
+
+        def one(k: Tensor, v: Tensor, i: int) -> Tensor:
+            call = AttentionCall(self.q, k, v, self.rows, spec, self.scale, theta)
+            call.int8 = self.int8[i] if two_tier else None
+            call.v_sum = self.v_sums[i] if decode else None
+            return gpu.run(call)[0]
+
+        return self.over_copies(one)
 
     def sdpa(self) -> Call:
         causal = self.case.phase == "prefill"

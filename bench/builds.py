@@ -35,7 +35,8 @@ POINTERS = {
     "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_max": "*fp32",
     "part_sum": "*fp32", "part_kept_sum": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
     "part_best": "*fp32", "factor": "*fp32",
-    "attn": "*i64", "vrow": "*i32", "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
+    "first_at": "*i64", "first": "*i64", "sums": "*fp32", "attn": "*i64", "vrow": "*i32",
+    "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
     "span": "*i32", "listed": "*i32",
 }  # fmt: skip
 TOOLS = Path("backends/nvidia/bin")
@@ -75,6 +76,7 @@ def kernels(
     from toptheta.kernels.triton.filtered import filtered_kernel
     from toptheta.kernels.triton.gather import gather_kernel
     from toptheta.kernels.triton.split import split_kernel
+    from toptheta.kernels.triton.value_sums import block_sums_kernel
 
     about = KNOWN[chip]
     block_d = max(32, 1 << (head_dim - 1).bit_length())
@@ -84,7 +86,7 @@ def kernels(
     rows = sizes | tile | {"BLOCK_G": block_g}
     splits, listing = {"BLOCK_S": triton_decode.part_block(1)}, {"BLOCK_F": triton_decode.BLOCK_F}
     tile, prefill = split_off(triton_prefill.options(about, DTYPES[dtype], block_d))
-    blocks = sizes | tile | {"FLAT": about.blackwell}
+    blocks = sizes | tile | {"FLAT": about.blackwell, "SUM_BLOCK": triton_prefill.SUM_BLOCK}
     merged = sizes | splits | {"STEP": 16}
     merge: dict[str, int] = {"num_warps": 4}
 
@@ -108,14 +110,16 @@ def kernels(
         ("merge", triton_decode.merge_kernel, merged | {"ONE_MAX": False}, merge,
          choices(SDC=(1, 0, 2, 3), VMC=(True, False))),
         ("prefill", triton_prefill.prefill_kernel, blocks | {"POST": False, "WEIGHED": False}, prefill,
-         choices(CAUSAL=(True,), HAS_REAL_ROWS=both, SDC=(1, 0, 2, 3), VMC=(True, False), COUNT=both,
+         choices(CAUSAL=(True, False), HAS_REAL_ROWS=both, SDC=(1, 0, 2, 3), VMC=(True, False), COUNT=both,
                  SKIP=(triton_prefill.SKIP, not triton_prefill.SKIP))),
         ("prefill, post-softmax", triton_prefill.prefill_kernel, blocks | {"POST": True, "SDC": -1}, prefill,
-         choices(CAUSAL=(True,), HAS_REAL_ROWS=both, VMC=(True, False), COUNT=both, WEIGHED=both,
+         choices(CAUSAL=(True, False), HAS_REAL_ROWS=both, VMC=(True, False), COUNT=both, WEIGHED=both,
                  SKIP=(triton_prefill.SKIP, not triton_prefill.SKIP))),
     ]  # fmt: skip
     if every:
+        sums = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK": triton_prefill.SUM_BLOCK}
         groups += [
+            ("sums of V", block_sums_kernel, sums, merge, [{}]),
             ("gather, Top-k", gather_kernel,
              rows | splits | listing | {"KEEP_GIVEN": True, "STORE_KEEP": True, "WEIGHED": False}, decode,
              [{}]),

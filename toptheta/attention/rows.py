@@ -22,7 +22,8 @@ class Rows:
     n: `[B or 1, Q]` int64, number of visible keys of each row. real: `[B or 1, Q]` bool, rows that belong to
     a sequence rather than to padding (None: all). mask: `[B, 1, Q, KV]` bool, True = visible, or None for
     plain causal (row i sees keys 0..i; a single row sees every key). first: position of the first query among
-    the keys if the pattern is causal plus padding, else None. key_real: `[B, KV]` bool, keys that are not
+    the keys if the pattern is causal plus padding, else None; first_on_device: the same, `[1]` int64, where
+    reading it would wait for the device. key_real: `[B, KV]` bool, keys that are not
     padding (None: all). causal: the pattern is known to be causal plus padding, even if first is not. offset:
     position of the first key in its sequence: a sliding cache has forgotten those before.
     """
@@ -31,12 +32,23 @@ class Rows:
     real: Tensor | None = None
     mask: Tensor | None = None
     first: int | None = None
+    first_on_device: Tensor | None = None
     key_real: Tensor | None = None
     causal: bool = False
     offset: int = 0
     # Of this mask, found once for all layers; no copy takes them along.
     _span: Tensor | None = field(default=None, init=False, repr=False)
     _continued: tuple[weakref.ref[Tensor], int, bool] | None = field(default=None, init=False, repr=False)
+
+    def first_tensor(self) -> Tensor | None:
+        """Position of the first query among the keys, `[1]` int64 on the device of n, or None where the
+        pattern is not causal plus padding. Made once, for all layers."""
+        if self.first_on_device is None and (self.first is not None or self.mask is None):
+            at = torch.full((1,), self.first or 0, dtype=torch.int64, device=self.n.device)
+            if torch.compiler.is_compiling():
+                return at
+            self.first_on_device = at
+        return self.first_on_device
 
     def span(self) -> Tensor | None:
         """`[B, 2]` int32: the first key that any row of a sequence sees, and the one after the last; `[0, 0]`

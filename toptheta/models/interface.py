@@ -156,22 +156,35 @@ def toptheta_mask(
     )
     if mask is None or torch.compiler.is_compiling():
         return mask
-    causal = mask_function is causal_mask_function
+    rows = _rows_of_mask(mask, q_offset, kv_offset, mask_function is causal_mask_function, attention_mask)
+    remember(mask, rows)
+    return mask
+
+
+def _rows_of_mask(
+    mask: Tensor, q_offset: int | Tensor, kv_offset: int, causal: bool, attention_mask: Tensor | None
+) -> Rows:
+    """What is known of a mask `[B, 1, Q, KV]` without reading anything back from the device. q_offset: a
+    tensor where it is a static cache's on a GPU."""
+    q_length, kv_length = mask.shape[2:]
     rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=causal, offset=kv_offset)
-    if causal and isinstance(q_offset, int):
-        first = rows.first = q_offset - kv_offset
+    if causal:
+        if isinstance(q_offset, int):
+            rows.first = q_offset - kv_offset
+        else:
+            rows.first_on_device = (q_offset - kv_offset).reshape(1).long()
         if attention_mask is not None:
             key_real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
             if key_real.shape[1] < kv_length:  # a static cache's unused tail
                 key_real = torch.nn.functional.pad(key_real, (0, kv_length - key_real.shape[1]))
             rows.key_real = key_real
-            rows.real = key_real[:, first : first + q_length]
-    else:
+            if rows.first is not None:
+                rows.real = key_real[:, rows.first : rows.first + q_length]
+    if rows.first is None:
         at = torch.arange(q_length, device=mask.device) + (q_offset - kv_offset)
         at = at[None, :, None].expand(mask.shape[0], -1, 1)
         rows.real = mask[:, 0].gather(-1, at)[..., 0]  # a row of a sequence sees itself
-    remember(mask, rows)
-    return mask
+    return rows
 
 
 AttentionInterface.register(IMPLEMENTATION, toptheta_attention_forward)

@@ -43,7 +43,12 @@ def on_device(rows: Rows) -> Rows:
         return None if x is None else x.to(DEVICE)
 
     return replace(
-        rows, n=rows.n.to(DEVICE), real=move(rows.real), mask=move(rows.mask), key_real=move(rows.key_real)
+        rows,
+        n=rows.n.to(DEVICE),
+        real=move(rows.real),
+        mask=move(rows.mask),
+        key_real=move(rows.key_real),
+        first_on_device=move(rows.first_on_device),
     )
 
 

@@ -17,6 +17,7 @@ from toptheta.attention.reference import mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.triton import backend as gpu
 from toptheta.methods.params import LayerSpec
+from toptheta.models.interface import _rows_of_mask
 
 
 def check(q, k, v, rows: Rows, specs, dtype: torch.dtype = torch.float32, **more) -> None:
@@ -177,3 +178,32 @@ def test_v_sum_replaces_reading_v():
     q, k, v = draw(batch, (4, 2, 16), q_len, kv_len)
     total = (mean_of_visible(v, rows)[:, :, 0] * rows.n[..., None]).to(DEVICE)
     check(q, k, v, rows, [layer_spec(0, "pre-softmax", K, "exact", vmc=True)], v_sum=total)
+
+
+@here
+@pytest.mark.parametrize("kind, padded", [("static cache", False), ("padded chunk", True), ("chunk", False)])
+def test_offset_on_the_device(kind, padded):
+    """A static cache on a GPU knows the position of a prompt's first row as a tensor only: the mask is not
+    read, which would cost twice the tiles, and VMC needs no float copy of it."""
+    torch.manual_seed(6)
+    rows, batch, q_len, kv_len = case(kind)
+    q, k, v = draw(batch, (2, 1, 16), q_len, kv_len)
+    k[:, :, rows.first + q_len :] = v[:, :, rows.first + q_len :] = 3.0  # in sight of no row
+    mask = rows.mask
+    if mask is None:
+        mask = torch.ones(batch, 1, q_len, kv_len, dtype=torch.bool).tril_(rows.first)
+    found = _rows_of_mask(
+        mask.clone(), torch.tensor(rows.first), 0, True, None if rows.key_real is None else rows.key_real
+    )
+    assert (rows.key_real is not None) == padded == (found.key_real is not None)
+    assert found.first is None and found.first_tensor().tolist() == [rows.first]
+    found.mask = torch.zeros_like(mask)  # whoever reads it sees nothing
+    device_rows = on_device(found)
+    for spec in (*FEW, layer_spec()):
+        theta, table = tables(spec, 2, kv_len)
+        expected, counts = sparse_attention(call(q, k, v, rows, spec, SCALE, theta, table, count=True))
+        moved = [x.to(DEVICE) for x in (q, k, v)]
+        at = (theta.to(DEVICE), table.to(DEVICE))
+        out, ours = gpu.run(call(*moved, device_rows, spec, SCALE, *at, count=True))
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours.attn.cpu(), counts.attn) and torch.equal(ours.vrow.cpu(), counts.vrow)

@@ -19,14 +19,15 @@ def test_operators_have_true_fakes():
     """The registered fakes have the shapes and types of the true outputs."""
     q, k, v = (x.to(DEVICE) for x in draw(2, (4, 2, 16), 1, 40))
     n, theta = torch.full((1, 1), 40, device=DEVICE), torch.full((1, 1), 0.5, device=DEVICE)
-    settings = (SCALE, 0, "pre-softmax", K, "none", 1.0, True)
+    settings = (SCALE, 0, "pre-softmax", K, "exact", 1.0, False, True)
     checks = ("test_schema", "test_faketensor")
     int8 = two_tier.quantized(k)
     for tiers in ((None,) * 4, (int8.codes, int8.steps, int8.slacks, int8.mean)):
         decode = (q, k, v, n, None, None, theta, None, None, *tiers, None, *settings)
         torch.library.opcheck(gpu._decode, decode, test_utils=checks)
     n = torch.arange(1, 2, device=DEVICE)[None]
-    prefill = (q, k, v, n, 0, None, None, None, theta, None, None, None, *settings)
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    prefill = (q, k, v, n, first, None, None, None, theta, None, None, None, *settings)
     torch.library.opcheck(gpu._prefill, prefill, test_utils=checks)
 
 

@@ -143,7 +143,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     theta = theta.float().contiguous()
     table = None if table is None else table.float().contiguous()
     settings = (
-        call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc, spec.sdc_scale, count,
+        call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc, spec.sdc_scale,
+        spec.vmc, count,
     )  # fmt: skip
     if q_len == 1:
         v_sum = call.v_sum if spec.vmc else None
@@ -164,15 +165,13 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
             tiers = (int8.codes, int8.steps, int8.slacks, int8.mean)
         out, keep = _decode(q, k, v, rows.n, mask, span, theta, table, v_sum, *tiers, factor, *settings)
         return out, _counts(keep, rows.real, k.shape[1]) if count else None
-    first, mask = rows.first, None
-    if first is None and rows.mask is None:
-        first = 0
+    first, mask = rows.first_tensor(), None
     if first is None:
         assert rows.mask is not None
         mask = rows.mask[:, 0].contiguous()
     real = None if rows.real is None else rows.real.contiguous()
     key_real = None if rows.key_real is None else rows.key_real.contiguous()
-    v_mean = mean_of_visible(v, rows).contiguous() if spec.vmc else None
+    v_mean = mean_of_visible(v, rows).contiguous() if spec.vmc and first is None else None
     out, attn, vrow = _prefill(
         q, k, v, rows.n.contiguous(), first, mask, key_real, real, theta, table, v_mean, factor, *settings
     )
@@ -192,10 +191,6 @@ def _counts(keep: Tensor, real: Tensor | None, num_kv_heads: int) -> Counts:
     batch, num_heads, kv_len = keep.shape
     vrow = keep.view(batch, num_kv_heads, -1, kv_len).sum(dim=2, dtype=torch.int32)
     return Counts(attn=keep.sum(dim=-1), vrow=vrow)
-
-
-def _spec(selection: int, placement: str, k: int, sdc: str, sdc_scale: float) -> KernelSpec:
-    return KernelSpec(Selection(selection), placement, k, sdc, sdc_scale)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager:
@@ -226,6 +221,7 @@ def _decode(
     k_keep: int,
     sdc: str,
     sdc_scale: float,
+    vmc: bool,
     count: bool,
 ) -> tuple[Tensor, Tensor]:
     """`decode` of decode.py as an operator; the second output, which keys were kept, is empty unless
@@ -233,7 +229,7 @@ def _decode(
     # Imported here because this module must import without Triton.
     from toptheta.kernels.triton import decode as triton_decode
 
-    spec = _spec(selection, placement, k_keep, sdc, sdc_scale)
+    spec = KernelSpec(Selection(selection), placement, k_keep, sdc, sdc_scale, vmc)
     int8 = None
     if codes is not None:
         assert steps is not None and slacks is not None and k_mean is not None
@@ -248,7 +244,7 @@ def _decode(
 @_decode.register_fake
 def _(
     q, k, v, n, mask, span, theta, table, v_sum, codes, steps, slacks, k_mean, factor,
-    scale, selection, placement, k_keep, sdc, sdc_scale, count,
+    scale, selection, placement, k_keep, sdc, sdc_scale, vmc, count,
 ):  # fmt: skip
     shape = (q.shape[0], q.shape[1], k.shape[2]) if count else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.bool)
@@ -260,7 +256,7 @@ def _prefill(
     k: Tensor,
     v: Tensor,
     n: Tensor,
-    first: int | None,
+    first: Tensor | None,
     mask: Tensor | None,
     key_real: Tensor | None,
     real: Tensor | None,
@@ -274,12 +270,13 @@ def _prefill(
     k_keep: int,
     sdc: str,
     sdc_scale: float,
+    vmc: bool,
     count: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`prefill` of prefill.py as an operator: output `[B, Q, H, D]`, and counts, empty unless `count`."""
     from toptheta.kernels.triton import prefill as triton_prefill
 
-    spec = _spec(selection, placement, k_keep, sdc, sdc_scale)
+    spec = KernelSpec(Selection(selection), placement, k_keep, sdc, sdc_scale, vmc)
     with _on_device_of(q):
         out, counts = triton_prefill.prefill(
             q, k, v, n, first, mask, key_real, real, theta, table, v_mean, factor, spec, scale, count
@@ -292,7 +289,7 @@ def _prefill(
 @_prefill.register_fake
 def _(
     q, k, v, n, first, mask, key_real, real, theta, table, v_mean, factor,
-    scale, selection, placement, k_keep, sdc, sdc_scale, count,
+    scale, selection, placement, k_keep, sdc, sdc_scale, vmc, count,
 ):  # fmt: skip
     batch, num_heads, q_len, head_dim = q.shape
     attn = (batch, num_heads) if count else (0,)

@@ -25,12 +25,14 @@ from toptheta.kernels.triton.online import (
     smallest_kept_weighed,
     softmax_step,
 )
+from toptheta.kernels.triton.value_sums import BLOCK as SUM_BLOCK
+from toptheta.kernels.triton.value_sums import sums_before
 from toptheta.methods.base import KernelSpec
 
 # Rows and keys of a tile, warps and pipeline stages, for 16-bit types and head_dim up to 128.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 SKIP = True  # `prefill_kernel`'s SKIP in sparse attention; dense attention never skips
-VARYING = ["q_len", "kv_len", "first", "theta_len", "table_len"]  # one build serves every length
+VARYING = ["q_len", "kv_len", "theta_len", "table_len"]  # one build serves every length
 
 
 @triton.jit
@@ -78,6 +80,31 @@ def tile_of_v(
 
 
 @triton.jit
+def means_of_rows(
+    v, sums, key_real, query, row_n, first, block, group, batch, kv_len, v_row, key_real_batch,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_BLOCK: tl.constexpr, HAS_KEY_REAL: tl.constexpr,
+):  # fmt: skip
+    """Mean of V over the visible keys of a block of causal rows, `[M, D]`: what lies before the block of keys
+    that holds the first row is summed already (sums), the rest is a product with ones."""
+    d = tl.arange(0, BLOCK_D)
+    before = (first + block * BLOCK_M) // SUM_BLOCK
+    place = (group * (tl.cdiv(kv_len, SUM_BLOCK) + 1) + before) * HEAD_DIM
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total += tl.load(sums + place + d, mask=d < HEAD_DIM, other=0.0)[None, :]
+    stop = tl.minimum(kv_len, first + (block + 1) * BLOCK_M)
+    for at in range(before * SUM_BLOCK, stop, BLOCK_N):
+        key = at + tl.arange(0, BLOCK_N)
+        seen = (key < stop)[None, :] & (key[None, :] <= first + query[:, None])
+        if HAS_KEY_REAL:
+            real = tl.load(key_real + batch * key_real_batch + key, mask=key < stop, other=0) != 0
+            seen = seen & real[None, :]
+        v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, False)
+        total += tl.dot(seen.to(v_tile.dtype), v_tile, input_precision="ieee")
+    return total / tl.maximum(row_n, 1).to(tl.float32)[:, None]
+
+
+@triton.jit
 def weighed_scores(s, factor, at, stop, BLOCK_N: tl.constexpr):
     """score + log(factor) of a tile, `[M, N]`; factor: of this head, `[N]`."""
     key = at + tl.arange(0, BLOCK_N)
@@ -95,16 +122,19 @@ def add_counts(keep, vrow, attn, at, BLOCK_N: tl.constexpr, FLAT: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
-    q, k, v, mask, key_real, real_rows, n, theta, table, v_mean, factor, out, attn, vrow,
-    scale, sdc_scale, k_keep, first, q_len, kv_len, num_kv_heads, theta_len, table_len,
+    q, k, v, mask, key_real, real_rows, n, theta, table, v_mean, factor, first_at, out, attn, vrow,
+    scale, sdc_scale, k_keep, q_len, kv_len, num_kv_heads, theta_len, table_len,
     theta_stride, table_stride, n_stride, mask_batch, mask_row, key_real_batch, real_rows_batch,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_REAL: tl.constexpr, HAS_REAL_ROWS: tl.constexpr,
-    POST: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, COUNT: tl.constexpr,
+    POST: tl.constexpr, SDC: tl.constexpr, VMC: tl.constexpr, SUM_BLOCK: tl.constexpr, COUNT: tl.constexpr,
     SKIP: tl.constexpr, FLAT: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """out `[B, Q, H, D]`, and what is kept added to attn `[B, H]` and vrow `[B, H_kv, N]`.
+
+    first_at: `[1]` int64, the position of the first row, if CAUSAL. VMC: with CAUSAL v_mean holds
+    `sums_before`, for blocks of SUM_BLOCK keys, else the mean of each row `[B, H_kv, Q, D]`.
 
     SKIP: V of a tile where no row keeps any key is not read. Without SKIP it is read and multiplied with
     zeros, but Triton can then prefetch V, which it cannot do behind a condition.
@@ -128,8 +158,9 @@ def prefill_kernel(
     smallest_kept = next_above(row_theta)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
-    stop, full = kv_len, 0
+    stop, full, first = kv_len, 0, 0
     if CAUSAL:
+        first = tl.load(first_at).to(tl.int32)
         stop = tl.minimum(kv_len, first + (block + 1) * BLOCK_M)
         if not HAS_KEY_REAL:  # every row of the block sees every key of the tiles before this one
             full = tl.minimum(kv_len, first + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N
@@ -222,8 +253,16 @@ def prefill_kernel(
     result = acc / denominator[:, None]
     if VMC:
         missing_weight = tl.where(row_n > k_keep, 1.0 - kept_sum / denominator, 0.0)
-        at_mean = ((batch * num_kv_heads + kv_head) * q_len + query)[:, None] * HEAD_DIM + d[None, :]
-        result += missing_weight[:, None] * tl.load(v_mean + at_mean, mask=in_tile, other=0.0)
+        group = batch * num_kv_heads + kv_head
+        if CAUSAL:
+            means = means_of_rows(
+                v, v_mean, key_real, query, row_n, first, block, group, batch, kv_len, v_row, key_real_batch,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, SUM_BLOCK, HAS_KEY_REAL,
+            )  # fmt: skip
+        else:
+            at_mean = (group * q_len + query)[:, None] * HEAD_DIM + d[None, :]
+            means = tl.load(v_mean + at_mean, mask=in_tile, other=0.0)
+        result += missing_weight[:, None] * means
     at_out = ((batch * q_len + query)[:, None] * num_heads + head) * HEAD_DIM + d[None, :]
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=in_tile)
 
@@ -242,7 +281,7 @@ def prefill(
     k: Tensor,
     v: Tensor,
     n: Tensor,
-    first: int | None,
+    first: Tensor | None,
     mask: Tensor | None,
     key_real: Tensor | None,
     real: Tensor | None,
@@ -256,9 +295,10 @@ def prefill(
 ) -> tuple[Tensor, Counts | None]:
     """Attention of any rows (not Top-k), `[B, Q, H, D]`, and counts if `count`.
 
-    n, real: `[B or 1, Q]`. Visible are the keys that are causal from position `first` and `key_real` `[B, N]`
-    or, if first is None, those of mask `[B, Q, N]` bool. theta, table: `[H or 1, L]`; v_mean, needed by VMC:
-    `[B, H_kv, Q, D]` float32; factor: as in `decode`. The last dimension of every tensor is contiguous.
+    n, real: `[B or 1, Q]`. Visible are the keys that are causal from position `first`, `[1]` int64, and
+    `key_real` `[B, N]` or, if first is None, those of mask `[B, Q, N]` bool. theta, table: `[H or 1, L]`;
+    v_mean, needed by VMC where first is None: `[B, H_kv, Q, D]` float32; factor: as in `decode`. The last
+    dimension of every tensor is contiguous.
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -273,6 +313,8 @@ def prefill(
     chip = chip_of(q.device)
     tile = options(chip, q.dtype, block_d)
     grid = (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch)
+    if spec.vmc and first is not None:
+        v_mean = sums_before(v, key_real, first, q_len)
     # Arguments that a build does not use still need an address: that of q, n or theta.
     prefill_kernel[grid](
         q, k, v,
@@ -283,10 +325,11 @@ def prefill(
         theta if table is None else table,
         theta if v_mean is None else v_mean,
         theta if factor is None else factor,
+        n if first is None else first,
         out,
         n if counts is None else counts.attn,
         n if counts is None else counts.vrow,
-        scale, spec.sdc_scale, spec.k, first or 0, q_len, kv_len, num_kv_heads,
+        scale, spec.sdc_scale, spec.k, q_len, kv_len, num_kv_heads,
         theta.shape[1], 1 if table is None else table.shape[1],
         row_stride(theta), 0 if table is None else row_stride(table), row_stride(n),
         0 if mask is None else row_stride(mask), 0 if mask is None else mask.stride(1),
@@ -295,6 +338,7 @@ def prefill(
         GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, **tile,
         CAUSAL=first is not None, HAS_KEY_REAL=key_real is not None, HAS_REAL_ROWS=real is not None,
         POST=spec.sparse and spec.placement == "post-softmax", SDC=sdc_code(spec), VMC=v_mean is not None,
+        SUM_BLOCK=SUM_BLOCK,
         COUNT=count, SKIP=SKIP and spec.sparse, FLAT=chip.blackwell,
         WEIGHED=factor is not None,
     )  # fmt: skip
