@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.attention import MODELS, Case
-from bench.decode import METHODS, Bench
+from bench.decode import BASELINES, METHODS, Bench
 from tests.kernels.triton.helpers import DEVICE, here
 from toptheta.kernels import registry as kernels
 
@@ -15,7 +15,11 @@ def test_decode_benchmark_runs(monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", "triton")
     row = Bench("tiny", DEVICE, k=16, steps=1, blocks=1, eager=True).measure(1, 100)
     assert list(row["methods"]) == list(METHODS)
-    assert all(cell["ms"] > 0 for cell in row["methods"].values())
+    ran = {name: cell for name, cell in row["methods"].items() if "ms" in cell}
+    assert {"stock sdpa", "sdpa, grouped", "dense, ours", "Top-theta", "Top-k"} <= set(ran)
+    assert all(cell["ms"] > 0 for cell in ran.values()) and row["fastest dense"] in BASELINES
+    assert ran[row["fastest dense"]]["ratio"] == 1.0
+    assert all("not run" in row["methods"][name] for name in set(METHODS) - set(ran))
     assert 0.05 < row["kept"]["elements"] < 0.5 and row["kept"]["elements"] < row["kept"]["V rows"] < 1
 
 
