@@ -13,13 +13,12 @@ from topk_llama import set_params, update_model
 from toptheta.calibration.plan import RowPlan
 from toptheta.calibration.tables import CalibrationTables, load_tables
 from toptheta.models.control import (
-    announce_prompts,
     begin_calibration,
-    begin_prompts,
     calibrated_tables,
     get_params,
     reading_prompt,
 )
+from toptheta.models.planning import announce_prompts, begin_prompts
 
 K, FRAC = 6, 0.3
 LENGTHS = {"a": 40, "b": 33, "c": 40, "d": 9, "e": 25, "f": 5}

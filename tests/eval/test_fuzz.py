@@ -321,14 +321,14 @@ def test_a_calibration_under_way(tiny_model: Any, tmp_path: Path, fuzz: Callable
 
     update_model(tiny_model)
     set_params(tiny_model, mode=0, K=6, sdc="offline-calibrated", calibrate=True)
-    saved = Checkpoint(tmp_path / "state.safetensors", tiny_model)
+    saved = Checkpoint(tmp_path, tiny_model)
     with saved.counting(["one"]):
         tiny_model(prompts(1)[0])
     saved.save()
 
     def check(data: bytes) -> None:
         saved.path.write_bytes(data)
-        checkpoint = Checkpoint(saved.path, tiny_model)
+        checkpoint = Checkpoint(tmp_path, tiny_model)
         checkpoint.load()
         state = tensors.load(data)
         assert checkpoint.done == set(bytes(state["done"]).decode().split())

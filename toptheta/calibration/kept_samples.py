@@ -31,6 +31,12 @@ def read_calibration_samples(folder: Path | str) -> Samples:
     try:
         arrays = load_file(path)
         layers = sorted(int(name.removesuffix(".n")) for name in arrays if name.endswith(".n"))
-        return {layer: (arrays[f"{layer}.n"], arrays[f"{layer}.values"]) for layer in layers}
+        samples = {layer: (arrays[f"{layer}.n"], arrays[f"{layer}.values"]) for layer in layers}
+        for n, values in samples.values():
+            if n.dtype.kind != "i" or values.ndim != 2 or n.shape != values.shape[:1]:
+                raise ValueError("row lengths and values do not fit")
+            if (n < 1).any() or not np.isfinite(values).all():
+                raise ValueError("it has a length or value that makes no sense")
+        return samples
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({error}): remove it, and calibrate anew.") from None

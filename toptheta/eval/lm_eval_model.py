@@ -17,9 +17,10 @@ from toptheta.eval import processes
 from toptheta.eval.batches import Batches
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
-from toptheta.models.control import announce_prompts, begin_prompts, reading_prompt
+from toptheta.models.control import reading_prompt
 from toptheta.models.families import head_logits
 from toptheta.models.patch import model_device, update_model
+from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.recorder import Recorder
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError

@@ -1,6 +1,6 @@
 """Control of a patched model: parameters, calibration, look-up tables, statistics."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -80,25 +80,6 @@ def calibrations(model: nn.Module) -> dict[int, RowSampler]:
     """The calibrations under way, by layer."""
     states = [layer.toptheta for layer in patched_layers(model)]
     return {i: state.calibration for i, state in enumerate(states) if state.calibration is not None}
-
-
-def announce_prompts(model: nn.Module, spans: Mapping[str, tuple[int, int]]) -> None:
-    """Say, before the first is computed, which prompts calibrate: by key (start, stop) where their rows have
-    lengths start + 1 to stop. Rows are then drawn whatever order, chunks or batches they come in."""
-    plan = _plan(model)
-    if plan is not None:
-        plan.announce(spans)
-
-
-def begin_prompts(model: nn.Module, keys: Sequence[str]) -> None:
-    """The sequences that the model is shown from here on are those of these keys, in this order."""
-    plan = _plan(model)
-    if plan is not None:
-        plan.begin(keys)
-
-
-def _plan(model: nn.Module) -> RowPlan | None:
-    return next((one.plan for one in calibrations(model).values()), None)
 
 
 def calibrates_in_order(model: nn.Module) -> bool:

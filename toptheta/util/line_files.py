@@ -66,15 +66,16 @@ def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.Dat
     try:
         # The extra column takes what a line has too much, so that pandas cannot turn a first field into an
         # index.
-        frame = pd.read_csv(
-            io.BytesIO(plain),
-            sep=form.separator,
-            header=None,
-            names=[*form.columns, "extra"],
-            dtype={**form.columns, "extra": "object"},
-            encoding="latin-1",
-            quoting=csv.QUOTE_NONE,
-        )
+        with np.errstate(invalid="ignore"):  # of a whole number that is none: it is refused below
+            frame = pd.read_csv(
+                io.BytesIO(plain),
+                sep=form.separator,
+                header=None,
+                names=[*form.columns, "extra"],
+                dtype={**form.columns, "extra": "object"},
+                encoding="latin-1",
+                quoting=csv.QUOTE_NONE,
+            )
         extra = frame.pop("extra")
         if (
             not isinstance(frame.index, pd.RangeIndex)

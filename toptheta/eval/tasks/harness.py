@@ -122,8 +122,11 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
         config = {key: value for key, value in config.items() if key not in ("tag", "group")}
         try:
             task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
-        except (OSError, ValueError) as error:  # no network; a damaged file; a gated or missing data set
+        # No network; a damaged file; a gated or missing data set; rows of another form than the task's.
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            if not isinstance(error, (OSError, ValueError)):
+                reason = f"its rows are of another form, {type(error).__name__}: {reason}"
             raise UsageError(
                 f"the data of task {config['task']} cannot be loaded ({reason}): "
                 + (

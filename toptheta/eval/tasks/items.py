@@ -18,8 +18,8 @@ from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
 from toptheta.eval.tasks.lm_eval_tasks import task_defaults
 from toptheta.models import generation as chunked
-from toptheta.models.control import announce_prompts, begin_prompts
 from toptheta.models.patch import model_device
+from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import Answer, Metric
 from toptheta.report.tables import table

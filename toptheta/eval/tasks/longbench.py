@@ -22,7 +22,7 @@ from toptheta.eval.tasks.items import (
     mean_and_stderr,
     split_off,
 )
-from toptheta.eval.tasks.rows import LongBench, read_rows
+from toptheta.eval.tasks.rows import LongBench, read_file, read_rows
 from toptheta.models.loading import hub_reachable
 from toptheta.util.errors import UsageError
 
@@ -168,16 +168,11 @@ def load_rows(dataset: str, data_dir: str | None) -> tuple[list[dict[str, Any]],
         if path.is_file():
             train = path.with_name("train.jsonl")
             is_split = path.name == "test.jsonl" and train.is_file()
-            return _rows_of(path), _rows_of(train) if is_split else None
+            return read_file(path, LongBench), read_file(train, LongBench) if is_split else None
     raise UsageError(
         f"--data_dir {data_dir} holds neither {dataset}/test.jsonl nor {name}.jsonl: name the folder that "
         "does, or leave the flag out to use the hub."
     )
-
-
-def _rows_of(path: Path) -> list[dict[str, Any]]:
-    with open(path, "rb") as lines:
-        return read_rows(lines, path, LongBench)
 
 
 def _hub_rows(name: str) -> list[dict[str, Any]]:

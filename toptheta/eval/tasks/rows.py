@@ -89,8 +89,16 @@ SCHEMAS: dict[str, type[Struct]] = {
 def check_file(path: Path, task: str, used: bool) -> None:
     """Raise UsageError for a row of a task's file that is damaged. used: whether its questions are asked:
     other splits may come without answers."""
-    with open(path, "rb") as lines:
-        read_rows(lines, path, SCHEMAS.get(task) if used else None)
+    read_file(path, SCHEMAS.get(task) if used else None)
+
+
+def read_file(path: Path, schema: type[Struct] | None) -> list[dict[str, Any]]:
+    """`read_rows` of a file. Raises UsageError."""
+    try:
+        with open(path, "rb") as lines:
+            return read_rows(lines, path, schema)
+    except OSError as error:
+        raise UsageError(f"--data_dir: {path} cannot be read ({error.strerror}).") from None
 
 
 def read_rows(lines: Iterable[bytes], path: Path, schema: type[Struct] | None) -> list[dict[str, Any]]:
