@@ -21,7 +21,15 @@ from toptheta.util.files import log_line, remove_unfinished, timestamp, write_js
 from toptheta.util.options import to_flags
 from toptheta.util.schema import read_json
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+)
 
 
 @dataclass
@@ -207,5 +215,5 @@ def resumable(run: Run) -> Iterator[None]:
             raise
         raise UsageError(
             f"{error.filename or run.top} cannot be written ({error.strerror}). What was finished is kept; "
-            f"make room, then go on with: {run.resume_command}"
+            f"correct that, then go on with: {run.resume_command}"
         ) from None

@@ -208,8 +208,8 @@ def _finish(
     wrong = {name: one.value for name, one in outcome.metrics.items() if not math.isfinite(one.value)}
     for name, value in wrong.items():
         raise UsageError(
-            f"{cell.label}: {name} is {value}, because the model computed numbers that are not finite: try "
-            "--dtype float32."
+            f"{cell.label}: {name} is {value}, because the score of a question is not a finite number; where "
+            "the model overflows, --dtype float32 helps."
         )
     result = CellResult(
         method=cell.label,

@@ -34,11 +34,13 @@ from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
 from toptheta.util.options import at_least, check_options, option, options_of
+from toptheta.util.schema import read_json
 
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
 SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
 TEXT_FLAGS = {"text", "calib_text"}  # files of a table: their names are relative to --data_dir
+MACHINE = ("device_name", "device", "threads", "torch", "transformers", "lm_eval")  # that tables name
 STOP_SECONDS = 120.0  # that runs get to save what they have when the sweep is stopped
 
 
@@ -271,11 +273,12 @@ def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
                 key = answer_key(part.settings, cell)
                 try:
                     result = read_result(path / "results.json")
-                    config = json.loads((path / "config.json").read_text())
-                except (OSError, ValueError):
+                    machine = read_json(path / "config.json", dict, "run the cell again")["environment"]
+                    machine = {**machine, **{name: machine[name] for name in MACHINE}}
+                except (OSError, ValueError, KeyError, TypeError):
                     missing.add(key)
                     continue
-                extra = result.extra | {"environment": config["environment"]}
+                extra = result.extra | {"environment": machine}
                 found.results[key] = replace(result, folder=str(path), extra=extra)
         if missing and is_under_way(folder):
             found.under_way |= missing

@@ -27,6 +27,7 @@ from toptheta.util.line_files import (
     file_content,
     read_lines,
 )
+from toptheta.util.schema import parse_json
 
 _LENGTHS = LineFormat({"n": "int64"}, INT, "128")
 _COMPLETIONS = LineFormat({"prompt": "int64", "completion": "int64"}, rf"{INT} {INT}", "131 74")
@@ -211,10 +212,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(file_content(path).decode())
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}, line {error.lineno}: {error.msg}: correct it, or remove the file."
-        ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text: correct it, or remove the file.") from None
+        return parse_json(file_content(path))
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is damaged ({error}): correct it, or remove the file.") from None
