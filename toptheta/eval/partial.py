@@ -6,13 +6,26 @@ it held is computed again.
 """
 
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from toptheta.eval import processes
 from toptheta.util.console import say
 from toptheta.util.files import atomic_path
+
+DAMAGES = (  # what zipfile raises for them
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def write(partial: Path, files: Mapping[str, bytes]) -> str:
@@ -49,7 +62,7 @@ def remove_damaged(partial: Path) -> None:
         try:
             if path.suffix == ".zip" and zipfile.ZipFile(path).testzip() is None:
                 continue
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+        except DAMAGES:
             pass
         say(f"{path} is damaged or of an earlier version: what it holds is computed again.")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
