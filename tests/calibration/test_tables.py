@@ -109,3 +109,49 @@ def test_nan_is_refused(tiny_model: LlamaForCausalLM, tmp_path: Path, kind: str)
     (tmp_path / BINARY_NAME).unlink()
     with pytest.raises(UsageError, match=r"\.txt, line \d+: 'L1_H2:30 nan 4.*' is damaged"):
         set_params(tiny_model, **wanted)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("L0_H-1:20 0.5 2 6", "line 7: .* is damaged"),
+        ("L-1_H0:20 0.5 2 6", "line 7: .* is damaged"),
+        ("L0_H0:-20 0.5 2 6", "line 7: .* is damaged"),
+        ("L0_H0:20 1e400 2 6", "line 7: .* is damaged"),
+        ("L0_H0:20 0.5 -2 6", "line 7: .* is damaged"),
+        ("L0_H0:20 0.5 2 nan", "line 7: .* is damaged"),
+        ("L0_H0:20 0.5 2", "line 7: .* is damaged"),
+        ("L0_H0:20 0.5 2 6 9", "line 7: .* is damaged"),
+        ("0_H0:20 0.5 2 6", "line 7: .* is damaged"),
+        ("L0_H0:1e2 0.5 2 6", "line 7: .* is damaged"),
+        ("L0_H0:99999999 0.5 2 6", "layer 0: it has row length 99999999, but only 1 to 131072"),
+        ("L0_H0:0 0.5 2 6", "layer 0: it has row length 0"),
+        ("L0_H0:20 0.5 0 6", "layer 0: .* of no sample"),
+        ("L0_H0:9 0.75 2 6", "layer 0: a head and row length come twice, with different values"),
+        ("L1_H0:9 0.5 2 6", "layer 1: it lacks head 1"),
+        ("L0_H0:20 0.5 2 6.5", "layer 0: it mixes several K"),
+        ("L9_H0:9 0.5 2 6", "10 layers and 6 heads"),
+        ("L0_H99999999999:9 0.5 2 6", "1 layers and 100000000000 heads"),
+    ],
+)
+def test_a_line_that_makes_no_sense(line: str, message: str, tmp_path: Path) -> None:
+    good = [f"L0_H{head}:9 0.5 2 6" for head in range(6)]
+    (tmp_path / "th.txt").write_text("\n".join([*good, line, good[0]]) + "\n")
+    with pytest.raises(UsageError, match=message):
+        load_tables(tmp_path, 3, 6)
+
+
+def test_what_may_come_twice(tmp_path: Path) -> None:
+    """A th.txt of the published project that was copied onto itself; spaces, ends of lines, no last one."""
+    lines = [f"L0_H{head}:9 0.5 2 6.0" for head in range(6)]
+    (tmp_path / "th.txt").write_bytes("\r\n".join([*lines, "", *lines]).encode())
+    tables = load_tables(tmp_path, 3, 6)
+    assert tables.k == {0: 6} and (tables.theta[0].values[:, 9] == 0.5).all()
+
+
+def test_half_a_gzip_file(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(b"L0_H%d:9 0.5 2 6\n" % head for head in range(6)))
+    for data in (whole[:-9], whole[:20], b"", b"no gzip"):
+        (tmp_path / "th.txt.gz").write_bytes(data)
+        with pytest.raises(UsageError, match=r"th\.txt\.gz is (not a whole gzip file|empty)"):
+            load_tables(tmp_path, 3, 6)
