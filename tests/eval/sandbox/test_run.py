@@ -174,6 +174,42 @@ def test_a_program_that_takes_all_memory_fails_alone(isolation):
     assert run("pass", isolation).passed
 
 
+@needs_proc
+def test_processes_share_the_limit_of_memory(isolation):
+    """Each within the limit of a process; held as long as it takes, so that counting must end it."""
+    source = f"""
+{FORK}
+for _ in range(3):
+    if fork() == 0:
+        held = bytearray(150 << 20)
+        time.sleep(60)
+        os._exit(0)
+time.sleep(60)
+"""
+    limits = Limits(wall_s=20.0, memory_mb=300)
+    assert run(source, isolation, limits).result == "failed: more than 300 MiB of memory"
+
+
+@needs_proc
+@pytest.mark.parametrize("moment", ["idle", "busy"])
+def test_a_program_does_not_outlive_its_caller(isolation, moment):
+    """kill -9 leaves the caller no time to end anything."""
+    name = f"left{secrets.token_hex(4)}"
+    source = daemon(name, "while True: pass" if moment == "busy" else "time.sleep(60)")
+    caller = f"""
+import threading
+from toptheta.eval.sandbox.run import Limits, _run
+_run({source!r}, Limits(wall_s=60.0), {isolation!r}, threading.Event())
+"""
+    process = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT)
+    try:
+        assert wait_until(lambda: alive(name), 60.0)
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_until(lambda: not alive(name), 10.0)
+
+
 def test_output_goes_nowhere():
     def resident_mb() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20

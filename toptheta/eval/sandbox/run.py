@@ -2,7 +2,8 @@
 
 Where the kernel lets us, a program has its own network (an empty one), process and mount namespaces: it
 reaches no other machine and no other process, and every file but those of its own folder is read-only.
-Elsewhere the limits hold, and `isolation_notice` says what does not. What runs inside is child.py.
+Elsewhere the limits hold, and `isolation_notice` says what does not. What runs inside is child.py. When the
+caller dies, all of it ends; an empty folder may stay.
 
 Not kept from a program: reading the user's files (where it has no network, it can send them nowhere), and
 forging its own success by digging the token out of the interpreter's frames. Exiting early does not count as
@@ -29,7 +30,7 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 
 from toptheta.eval.sandbox import child as sandbox_child
-from toptheta.eval.sandbox.child import EXIT_CROWDED, EXIT_OK, EXIT_STOPPED, EXIT_TIMED_OUT
+from toptheta.eval.sandbox.child import EXIT_CROWDED, EXIT_MEMORY, EXIT_OK, EXIT_STOPPED, EXIT_TIMED_OUT
 from toptheta.util.errors import UsageError
 
 PASSED, TIMED_OUT = "passed", "timed out"
@@ -46,8 +47,9 @@ ISOLATION: dict[str, list[str] | None] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. Seconds of wall clock and of CPU; MiB of address space per process and of
-    files; processes at once (threads are bounded by the address space). Raises ValueError."""
+    """What a program may use. Seconds of wall clock and of CPU; MiB of memory, as address space of each
+    process and as what all of them hold together, and of files; processes at once (threads are bounded by the
+    address space). Raises ValueError."""
 
     wall_s: float = 10.0
     cpu_s: int = 10
@@ -231,6 +233,8 @@ def _judge(reply: str, token: str, code: int | None, limits: Limits) -> Outcome:
         return Outcome(False, TIMED_OUT)
     if code == EXIT_CROWDED:
         return Outcome(False, f"failed: more than {limits.processes} processes")
+    if code == EXIT_MEMORY:
+        return Outcome(False, f"failed: more than {limits.memory_mb} MiB of memory")
     if reply.startswith("failed: "):
         return Outcome(False, reply)
     if code in (EXIT_OK, EXIT_STOPPED, None):
