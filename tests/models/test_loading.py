@@ -1,9 +1,11 @@
 """Names of models: aliases, hub names, files and folders."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from tests.helpers.families import make
@@ -60,3 +62,21 @@ def test_families(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path / "gpt")
     with pytest.raises(UsageError, match="gpt is a model of type 'gpt2': use one of llama, smollm3, mistral"):
         load_config(find_model(str(tmp_path / "gpt")))
+
+
+def test_pickled_weights_are_refused(folder_model: str, tmp_path: Path) -> None:
+    """They are loaded only where a person says so; safetensors beside them are taken anyway."""
+    folder = tmp_path / "pickled"
+    shutil.copytree(folder_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    source = find_model(str(folder))
+    with pytest.raises(UsageError, match="has no safetensors. .* add --allow_pickle"):
+        load_model(source, "float32")
+    model = load_model(source, "float32", allow_pickle=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.state_dict()[name], weights[name])
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(source, "float32").state_dict()[name], weights[name])

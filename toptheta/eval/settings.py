@@ -131,6 +131,12 @@ class Settings(MethodOptions, CellOptions):
         group=RUN,
         choices=DTYPES,
     )
+    allow_pickle: bool = option(
+        False,
+        "also load weights that are pickled (pytorch_model.bin): such a file can hold programs",
+        group=RUN,
+        answers=False,
+    )
     batch_size: int = option(
         1,
         "prompts computed at once (default 1); auto, or 0: as many as memory holds, up to 64",

@@ -147,15 +147,23 @@ def load_tokenizer(source: ModelSource):
 
 
 def load_model(
-    source: ModelSource, dtype: str = "auto", device: str | dict[str, str | int] = "cpu", **kwargs
+    source: ModelSource,
+    dtype: str = "auto",
+    device: str | dict[str, str | int] = "cpu",
+    allow_pickle: bool = False,
+    **kwargs,
 ):
     """The stock model in evaluation mode on `device`. 'auto': spread by accelerate over GPUs, CPU and disk,
-    as far as each is needed; a dictionary says which part goes where, as `device_map` of from_pretrained."""
+    as far as each is needed; a dictionary says which part goes where, as `device_map` of from_pretrained.
+
+    Weights are read from safetensors or GGUF; pickled ones only with allow_pickle. Raises UsageError as
+    `load_config` does."""
     import torch
     from transformers import AutoModelForCausalLM
 
     source = unpacked(source)
     kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)} | kwargs
+    kwargs["use_safetensors"] = None if allow_pickle else True
     spread = device == "auto" or isinstance(device, dict)
     if spread:
         kwargs["device_map"] = device
@@ -178,6 +186,13 @@ def spread_notice(model: Any) -> str:
 
 def _why_not_loaded(source: ModelSource, error: Exception) -> str:
     text = str(error)
+    if "safetensors" in text and (
+        not source.is_local or list(Path(source.location).glob("pytorch_model*.bin"))
+    ):
+        return (
+            f"{source.flag} {source.location} has no safetensors. Pickled weights (pytorch_model.bin) can "
+            "hold programs: convert them, or add --allow_pickle if you trust who made them."
+        )
     if source.is_local:
         return f"{source.flag} {source.location} cannot be loaded: {' '.join(text.split())[:300]}"
     if "gated" in text or "401" in text or "403" in text:

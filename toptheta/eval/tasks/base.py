@@ -56,10 +56,15 @@ class Job(ABC):
 
     def load(self, source: ModelSource) -> Engine:
         """The model, once for all cells and jobs of a run."""
-        model = load_model(source, self.settings.dtype, processes.place(self.settings.device))
+        model = self.load_stock(source, self.settings.dtype)
         if notice := spread_notice(model):
             say(notice)
         return Engine(update_model(model))
+
+    def load_stock(self, source: ModelSource, dtype: str) -> Any:
+        """The model, unpatched, where this process has its place."""
+        place = processes.place(self.settings.device)
+        return load_model(source, dtype, place, self.settings.allow_pickle)
 
     @abstractmethod
     def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:

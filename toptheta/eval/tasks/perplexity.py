@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from toptheta.eval import processes
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Engine, Outcome
 from toptheta.eval.tasks.items import (
@@ -33,7 +32,7 @@ from toptheta.eval.tasks.items import (
 )
 from toptheta.models import divergence
 from toptheta.models import generation as chunked
-from toptheta.models.loading import ModelSource, load_model
+from toptheta.models.loading import ModelSource
 from toptheta.models.patch import model_device, update_model
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
@@ -88,7 +87,7 @@ class PerplexityJob(ItemJob):
     def load(self, source: ModelSource) -> Engine:
         engine, dtype = super().load(source), self.settings.reference_dtype
         if dtype != "auto" and getattr(torch, dtype) != engine.model.dtype:
-            judge = load_model(source, dtype, processes.place(self.settings.device))
+            judge = self.load_stock(source, dtype)
             self.judge = update_model(judge)
         return engine
 
