@@ -1,5 +1,9 @@
 """The tiny random Llama, token ids for it, and methods that steer it."""
 
+import copy
+import pickle
+from collections.abc import Iterator
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,3 +47,14 @@ def steer(model: LlamaForCausalLM, params: dict) -> None:
         for seed in range(3):
             model(tokens(length=60, seed=seed))
     set_params(model, **params, calibrate=False)
+
+
+def copies(model: LlamaForCausalLM, stock: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
+    """A deepcopy, and one by pickle, where transformers' own model can be pickled: with some releases and the
+    package `kernels` it cannot."""
+    yield copy.deepcopy(model)
+    try:
+        pickle.dumps(stock)
+    except AttributeError:
+        return
+    yield pickle.loads(pickle.dumps(model))

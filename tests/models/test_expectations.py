@@ -3,7 +3,6 @@ tokens of the stock model; where it is not, every way of generating finds the sa
 """
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, p
 
 from tests.helpers.families import make
 from tests.helpers.models import SPARSE as METHODS
-from tests.helpers.models import steer, tokens
+from tests.helpers.models import copies, steer, tokens
 from topk_llama import set_params, update_model
 from toptheta.models.patch import layer_states
 from toptheta.util.errors import UsageError
@@ -104,7 +103,7 @@ def test_copies(name: str) -> None:
     model = make(name)
     steer(model, METHODS["Top-theta"])
     sparse = model(tokens()).logits
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in copies(model, make(name)):
         assert torch.equal(other(tokens()).logits, sparse)
         set_params(other, mode=3, sdc="none", vmc=False)
         assert not torch.equal(other(tokens()).logits, sparse)

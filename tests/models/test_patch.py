@@ -1,7 +1,6 @@
 """The patched model: it runs our code in every layer, dense is stock bit for bit, a patch can be undone."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.helpers.calls import layer_spec
-from tests.helpers.models import SPARSE, steer, tiny_config, tokens
+from tests.helpers.models import SPARSE, copies, steer, tiny_config, tokens
 from topk_llama import TopK_LLamaAttention, restore_model, set_params, update_model
 from toptheta.models.control import record_statistics
 from toptheta.models.patch import layer_states, patched_layers
@@ -167,9 +166,10 @@ def test_models_of_one_config() -> None:
 
 
 def test_copies_have_a_state_of_their_own(tiny_model: LlamaForCausalLM) -> None:
+    stock = copy.deepcopy(tiny_model)
     steer(tiny_model, SPARSE["Top-theta offline"])
     sparse = tiny_model(tokens()).logits
-    for other in (copy.deepcopy(tiny_model), pickle.loads(pickle.dumps(tiny_model))):
+    for other in copies(tiny_model, stock):
         assert torch.equal(other(tokens()).logits, sparse)
         set_params(other, mode=3)
         assert not torch.equal(other(tokens()).logits, sparse)

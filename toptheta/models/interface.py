@@ -60,8 +60,8 @@ def toptheta_attention_forward(
     check_arguments(kwargs)
     if dropout > 0.0:
         raise UsageError(
-            f"attention_dropout is {dropout} while training, which sparse attention does not know: set "
-            "model.config.attention_dropout to 0 before the model is made, or call model.eval()."
+            f"attention_dropout is {dropout} while training, which sparse attention does not know: load the "
+            "model with attention_dropout=0.0, or call model.eval()."
         )
     rows = rows_of(attention_mask, q_len, kv_len, query.device)
     scale = module.scaling if scaling is None else scaling
@@ -182,7 +182,7 @@ def _rows_of_mask(
                 rows.real = key_real[:, rows.first : rows.first + q_length]
     if rows.first is None:
         at = torch.arange(q_length, device=mask.device) + (q_offset - kv_offset)
-        at = at[None, :, None].expand(mask.shape[0], -1, 1)
+        at = at.clamp(max=kv_length - 1)[None, :, None].expand(mask.shape[0], -1, 1)
         rows.real = mask[:, 0].gather(-1, at)[..., 0]  # a row of a sequence sees itself
     return rows
 
