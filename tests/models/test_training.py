@@ -177,3 +177,19 @@ def test_steps_hold_no_graph() -> None:
         layer.self_attn.toptheta._sums[cache.layers[i]]._sum for i, layer in enumerate(model.model.layers)
     ]
     assert not any(x is not None and x.requires_grad for x in sums)
+
+
+def test_gradient_checkpointing() -> None:
+    """Layers that are computed again in the backward pass keep the same: the gradients are the same."""
+    model, ids = update_model(make("gemma2")), tokens(2, length=14)
+    set_params(model, mode=1, K=4, sdc="exact", vmc=True)
+    model.train()
+    gradients = []
+    for enable in (lambda: None, model.gradient_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    assert model.is_gradient_checkpointing
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two)
