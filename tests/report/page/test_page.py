@@ -1,5 +1,7 @@
 """The report as a file: what it holds, how large it is, and what it refuses."""
 
+import base64
+import gzip
 import json
 import re
 import subprocess
@@ -22,9 +24,9 @@ from toptheta.util.files import write_json
 
 
 def page_data(html: str) -> dict:
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.DOTALL)
+    found = re.search(r'<script id="data" type="text/plain">(.*?)</script>', html)
     assert found is not None
-    return json.loads(found[1])
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
 
 
 def rows(chart: dict) -> list[dict]:

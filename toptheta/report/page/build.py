@@ -1,5 +1,7 @@
 """From folders of runs to one HTML file."""
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -49,7 +51,7 @@ def render(run: LoadedRun) -> str:
         runs=[_about(folder) for folder in run.folders],
         notes=run.notes,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        data=_script_json(page_data),
+        data=_packed(page_data),
         css=Markup((HERE / "page.css").read_text()),
         script=Markup((HERE / "page.js").read_text()),
         vega=Markup(_vega()),
@@ -134,10 +136,11 @@ def _about(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "command": None, "environment": {}, "settings": {}}
 
 
-def _script_json(value: Any) -> Markup:
-    """JSON that may stand in a script element: it holds no tag, whatever a model wrote."""
+def _packed(value: Any) -> str:
+    """JSON, compressed, as text that may stand in a script element: it holds no tag, whatever a model
+    wrote."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 @cache

@@ -1,8 +1,6 @@
 "use strict";
 // The page's life: choices, charts (drawn by Vega), the sortable table, answers side by side.
 
-const data = JSON.parse(document.getElementById("data").textContent);
-
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -223,5 +221,14 @@ class Samples {
   }
 }
 
-const parts = Object.entries(data).map(([id, about]) => new Part(id, about));
-Promise.all(parts.map((part) => part.drawn)).then(() => { root.dataset.drawn = "yes"; });
+// The data: JSON, gzip, base64.
+async function readData() {
+  const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), (one) => one.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
+readData().then(async (data) => {
+  const parts = Object.entries(data).map(([id, about]) => new Part(id, about));
+  await Promise.all(parts.map((part) => part.drawn));
+  root.dataset.drawn = "yes";
+});
