@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1180, 1240
+WIDTH, HEIGHT = 1180, 1075
 
 
 def launch(playwright: Any) -> Any:
