@@ -130,7 +130,11 @@ def metric_columns(results: Sequence[CellResult]) -> list[Column]:
     if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
         several = len(lengths) > 1
         columns = [_length_column(length, i) for i, length in enumerate(lengths)] if several else []
-        columns.append(Column("all" if several else "perplexity", lambda result: score(result.metrics.get("ppl"), False, 2)))
+        columns.append(
+            Column(
+                "all" if several else "perplexity", lambda result: score(result.metrics.get("ppl"), False, 2)
+            )
+        )
         return columns + [_text_column(*one) for one in TEXT_METRICS if _have(results, one[0])]
     return [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
 

@@ -137,15 +137,14 @@ class Part {
 // Answers side by side.
 class Samples {
   constructor(place, questions) {
-    Object.assign(this, { place, questions, at: 0 });
+    Object.assign(this, { place, questions });
     const cells = [...new Set(questions.flatMap((one) => one.answers.slice(1).map((answer) => answer.cell)))];
     this.cell = element("select", { name: "cell" }, ...cells.map((cell) => element("option", { textContent: cell })));
     this.question = element("select", { name: "question" });
     this.differing = element("input", { type: "checkbox", name: "differing" });
     const step = (by) => { this.question.selectedIndex = Math.min(Math.max(this.question.selectedIndex + by, 0),
       this.question.options.length - 1); this.show(); };
-    const cellLabel = element("label", {}, "beside", this.cell);
-    cellLabel.firstChild.textContent = "compare with";
+    const cellLabel = element("label", {}, "compare with", this.cell);
     cellLabel.hidden = !cells.length;
     place.querySelector(".choices").append(cellLabel, element("label", {}, "question", this.question),
       element("button", { type: "button", textContent: "previous", onclick: () => step(-1) }),
