@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # What `make matrix` tests, one after the other, in place of the pinned release.
 MATRIX := transformers-5.17.0 transformers-5.20.2 torch-2.11.0 torch-2.12.1
 
-.PHONY: setup demo test lint matrix notebooks clean
+.PHONY: setup demo test lint matrix notebooks gpu clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,9 @@ matrix: $(MATRIX:%=.matrix/%/.installed)
 
 notebooks: $(STAMP)
 	$(PY) notebooks/execute.py
+
+gpu: $(STAMP)
+	$(PY) bench/gpu.py
 
 clean:
 	rm -rf .venv .matrix .pytest_cache .mypy_cache .ruff_cache build

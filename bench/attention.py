@@ -196,6 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the attention call against torch's sdpa.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="a few shapes, one or two minutes")
+    parser.add_argument("--phase", choices=["decode", "prefill"], help="with --device cuda: this one alone")
+    parser.add_argument("--batch", type=int, help="with --device cuda: this one alone")
+    parser.add_argument("--tiny", action="store_true", help="with --device cuda: toys, to try the script")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on CPU"
@@ -212,9 +215,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.device == "cuda":
-        from bench.attention_gpu import table  # which itself takes a few things from here
+        from bench import attention_gpu  # which itself takes a few things from here
 
-        about, rows = table(args.quick, device)
+        if args.tiny:
+            attention_gpu.be_tiny()
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        phases = (args.phase,) if args.phase else attention_gpu.PHASES
+        about, rows = attention_gpu.table(args.quick, device, phases, args.batch)
         about |= {"torch": torch.__version__, "python": platform.python_version()}
         write(output, about, rows)
         return

@@ -14,8 +14,10 @@ copy, the K rows in question, the V rows kept; their share of the bandwidth of a
 
 import math
 import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +44,13 @@ FRACTIONS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 Call = Callable[[], Any]
 
 
+PHASES = ("decode", "prefill")
+
+
 def gpu_cases(quick: bool) -> list[tuple[Case, float | None]]:
     """Cases, each with the fraction to keep or None for calibrated thresholds."""
+    if MODEL == "tiny":
+        return [(Case(MODEL, phase, 100), None) for phase in PHASES]
     lengths, batches, prefills = (4096, 8192, 32768, 131072), (1, 4, 16), (8192, 16384, 32768)
     if quick:
         lengths, batches, prefills = (4096, 32768), (1, 4), (8192,)
@@ -193,8 +200,36 @@ class Problem:
         return found
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """The call as a graph, after a few runs that compile it."""
+def be_tiny() -> None:
+    """From now on cases are so small that the interpreter computes them: to try the scripts without a GPU."""
+    MODELS["tiny"] = (4, 2, 32)
+    globals().update(
+        K=16,
+        MODEL="tiny",
+        DTYPE=torch.float16,
+        COLD_BYTES=0,
+        THETA=replace(THETA, k=16),
+        POST=replace(POST, k=16),
+        TOPK=replace(TOPK, k=16),
+    )
+
+
+class Graph(Protocol):
+    def replay(self) -> Any: ...
+
+
+@dataclass
+class Plain:
+    """A call that is run as it is, where there are no graphs."""
+
+    replay: Call
+
+
+def captured(call: Call) -> Graph:
+    """The call as a graph, after a few runs that compile it; without a GPU the call itself."""
+    if not torch.cuda.is_available():
+        call()
+        return Plain(call)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -207,8 +242,15 @@ def captured(call: Call) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def median_times(graphs: dict[str, torch.cuda.CUDAGraph], repetitions: int) -> dict[str, float]:
+def median_times(graphs: dict[str, Graph], repetitions: int) -> dict[str, float]:
     """Median milliseconds of a replay of each graph, all in turn."""
+    if not torch.cuda.is_available():
+        spent = {}
+        for name, graph in graphs.items():
+            start = time.perf_counter()
+            graph.replay()
+            spent[name] = 1e3 * (time.perf_counter() - start)
+        return spent
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(repetitions):
         for name, graph in graphs.items():
@@ -223,7 +265,7 @@ def median_times(graphs: dict[str, torch.cuda.CUDAGraph], repetitions: int) -> d
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a plain copy of 1 GiB moves, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    source = torch.empty(1 << (30 if device.type == "cuda" else 20), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     graph = captured(lambda: target.copy_(source))
     return 2 * source.numel() / (median_times({"copy": graph}, 20)["copy"] / 1e3)
@@ -255,13 +297,15 @@ def measure(case: Case, fraction: float | None, device: torch.device, bandwidth:
     return {"shares": {name: round(value, 5) for name, value in shares.items()}, "methods": cells}
 
 
-def table(quick: bool, device: torch.device) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def table(
+    quick: bool, device: torch.device, phases: tuple[str, ...] = PHASES, batch: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Print and return all rows; on a machine without a GPU every row says "not run"."""
-    there = torch.cuda.is_available()
+    there = torch.cuda.is_available() or MODEL == "tiny"
     bandwidth = copy_bandwidth(device) if there else 0.0
     about = {
-        "device": torch.cuda.get_device_name(device) if there else "none",
-        "dtype": "bfloat16",
+        "device": torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none",
+        "dtype": str(DTYPE).removeprefix("torch."),
         "K": K,
         "copy bandwidth GB/s": round(bandwidth / 1e9) if there else "not run",
     }
@@ -269,6 +313,8 @@ def table(quick: bool, device: torch.device) -> tuple[dict[str, Any], list[dict[
     print("ms (of the best dense's time; of the copy bandwidth)\n")
     results = []
     for case, fraction in gpu_cases(quick):
+        if case.phase not in phases or batch not in (None, case.batch):
+            continue
         thresholds = "calibrated" if fraction is None else f"f={fraction}"
         label = f"{case.phase:8}batch {case.batch:<3} kv_len {case.kv_len:<7} {thresholds}"
         row: dict[str, Any] = {"phase": case.phase, "batch": case.batch, "kv_len": case.kv_len}
@@ -279,7 +325,8 @@ def table(quick: bool, device: torch.device) -> tuple[dict[str, Any], list[dict[
         else:
             with torch.no_grad():
                 row |= measure(case, fraction, device, bandwidth)
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             print(label, " ".join(f"{name} {value:.4f}" for name, value in row["shares"].items()))
             for name, cell in row["methods"].items():
                 print(f"  {name:18}" + ", ".join(f"{key} {value}" for key, value in cell.items()), flush=True)

@@ -19,18 +19,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import attention_gpu
 from bench.attention import Case
-from bench.attention_gpu import MODEL, THETA, Call, Problem, captured, median_times
+from bench.attention_gpu import Call, Problem, captured, median_times
 from toptheta.kernels.triton import decode as triton_decode
 from toptheta.kernels.triton import prefill as triton_prefill
 from toptheta.methods.params import LayerSpec
 
 Config = dict[str, Any]
-CASES = {
-    "decode": [Case(MODEL, "decode", 32768, 1), Case(MODEL, "decode", 32768, 16)],
-    "int8": [Case(MODEL, "decode", 131072, 4)],
-    "prefill": [Case(MODEL, "prefill", 8192)],
-}
+KINDS = ("decode", "int8", "prefill")
+
+
+def cases(kind: str, tiny: bool) -> list[Case]:
+    phase, model = "prefill" if kind == "prefill" else "decode", attention_gpu.MODEL
+    if tiny:
+        return [Case(model, phase, 150)]
+    sizes = {"decode": [(32768, 1), (32768, 16)], "int8": [(131072, 4)], "prefill": [(8192, 1)]}
+    return [Case(model, phase, *size) for size in sizes[kind]]
 
 
 def product(**choices: list) -> list[Config]:
@@ -88,7 +93,7 @@ def tune(kind: str, case: Case, configs: list[Config], device: torch.device) -> 
     """Every configuration with its "ms" and, in decode, "dense ms", or with the reason why it was "not
     run"."""
     problem = Problem(case, None, device)
-    calls = {"ms": problem.ours(THETA, two_tier=kind == "int8")}
+    calls = {"ms": problem.ours(attention_gpu.THETA, two_tier=kind == "int8")}
     if kind == "decode":
         calls["dense ms"] = problem.ours(LayerSpec())
     expected = {name: outputs(call) for name, call in calls.items()}
@@ -110,26 +115,32 @@ def tune(kind: str, case: Case, configs: list[Config], device: torch.device) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; default all")
+    parser.add_argument("--tiny", action="store_true", help="toys and few configurations, to try the script")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tune-gpu.json")
     args = parser.parse_args()
     for kind in args.kinds:
-        if kind not in CASES:
-            parser.error(f"{kind} is none of {', '.join(CASES)}")
-    if not torch.cuda.is_available():
+        if kind not in KINDS:
+            parser.error(f"{kind} is none of {', '.join(KINDS)}")
+    there = torch.cuda.is_available()
+    if args.tiny:
+        attention_gpu.be_tiny()
+    elif not there:
         parser.exit(2, "tune_gpu.py: this machine shows no CUDA GPU, so there is nothing to time.\n")
-    device = torch.device("cuda")
-    results = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "cases": []}
-    for kind in args.kinds or CASES:
-        for case in CASES[kind]:
+    device = torch.device("cuda" if there else "cpu")
+    name = torch.cuda.get_device_name(device) if there else "none"
+    results = {"device": name, "torch": torch.__version__, "cases": []}
+    for kind in args.kinds or KINDS:
+        for case in cases(kind, args.tiny):
             print(f"\n{kind}: batch {case.batch}, {case.kv_len} keys, {results['device']}", flush=True)
             torch.manual_seed(0)
             with torch.no_grad():
-                rows = tune(kind, case, CONFIGS[kind], device)
+                rows = tune(kind, case, CONFIGS[kind][: 2 if args.tiny else None], device)
             for row in rows[:12] + [row for row in rows[12:] if row["set"]]:
                 print("  " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             results["cases"].append({"kind": kind, "batch": case.batch, "kv_len": case.kv_len, "rows": rows})
-            torch.cuda.empty_cache()
+            if there:
+                torch.cuda.empty_cache()
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {args.output}")

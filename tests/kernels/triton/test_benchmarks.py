@@ -1,7 +1,6 @@
 """The GPU benchmarks of decode and of tiles run, on toys."""
 
 import pytest
-import torch
 
 from bench.attention import MODELS, Case
 from bench.decode import BASELINES, METHODS, Bench
@@ -32,19 +31,17 @@ def test_tuning_runs(kind, monkeypatch):
     from toptheta.kernels.triton import decode as triton_decode
     from toptheta.kernels.triton import prefill as triton_prefill
 
-    monkeypatch.setitem(MODELS, tune_gpu.MODEL, (4, 2, 32))
-    monkeypatch.setattr(attention_gpu, "DTYPE", torch.float16)
-    monkeypatch.setattr(attention_gpu, "COLD_BYTES", 0)
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(tune_gpu, "captured", lambda call: call)
-        monkeypatch.setattr(tune_gpu, "median_times", lambda calls, _: dict.fromkeys(calls, 1.0))
+    monkeypatch.setitem(MODELS, "tiny", (0, 0, 0))  # what is changed is restored afterwards
+    for name in ("K", "MODEL", "DTYPE", "COLD_BYTES", "THETA", "POST", "TOPK"):
+        monkeypatch.setattr(attention_gpu, name, getattr(attention_gpu, name))
+    attention_gpu.be_tiny()
     module = triton_prefill if kind == "prefill" else triton_decode
     before = {name: value for name, value in vars(module).items() if name.isupper()}
     if kind == "prefill":
         configs = [triton_prefill.TILE, {"BLOCK_M": 64, "SKIP": False}, {"BLOCK_N": 48}]
     else:
         configs = [{"tile": (64, 4)}, {"tile": (32, 2), "BLOCK_F": 64}, {"tile": (48, 4)}]
-    case = Case(tune_gpu.MODEL, "prefill" if kind == "prefill" else "decode", 700, 1)
+    case = Case("tiny", "prefill" if kind == "prefill" else "decode", 250, 1)
     rows = tune_gpu.tune(kind, case, configs, DEVICE)
     assert [("ms" in row, row["set"]) for row in rows] == [(True, True), (True, False), (False, False)]
     assert "not run" in rows[-1] and all(getattr(module, name) == before[name] for name in before)
