@@ -1,8 +1,10 @@
 """The rows of a mask: which keys each sequence sees."""
 
+import pytest
 import torch
 
 from toptheta.attention.rows import rows_of
+from toptheta.util.errors import UsageError
 
 
 def test_span_of_the_visible_keys():
@@ -12,3 +14,16 @@ def test_span_of_the_visible_keys():
     rows = rows_of(mask, 2, 9, torch.device("cpu"))
     assert rows.span().tolist() == [[2, 8], [8, 9], [0, 0]] and rows.span() is rows.span()
     assert rows_of(None, 1, 9, torch.device("cpu")).span() is None
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), -1e4, torch.finfo(torch.float32).min])
+def test_additive_masks(hidden: float):
+    """0 is visible, very low numbers are not; anything else would be a bias, which is no mask."""
+    visible = torch.ones(4, 4, dtype=torch.bool).tril()
+    mask = torch.where(visible, 0.0, hidden)[None, None]
+    assert torch.equal(rows_of(mask, 4, 4, mask.device).mask[0, 0], visible)
+    for bias in (-0.5, 2.0):
+        wrong = mask.clone()
+        wrong[0, 0, 2, 1] = bias
+        with pytest.raises(UsageError, match="adds numbers to the scores, which top_theta does not know"):
+            rows_of(wrong, 4, 4, mask.device)

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from toptheta.util.errors import UsageError
+
+# Numbers in an additive mask: as low as this they hide a key, between this and 0 they are a bias.
+HIDDEN = -1e4
+
 # The Rows of a mask that is alive. transformers makes the mask once for all layers and hands each of them the
 # tensor alone: this is the one place where what was found about it can wait for the layers.
 _rows_of_mask = WeakTensorKeyDictionary()
@@ -109,7 +114,8 @@ class Rows:
 def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Rows:
     """The Rows for the mask that an attention layer is handed; counted once for all layers.
 
-    A float mask is read as additive (0 = visible). Without a mask the rows are plain causal, aligned at the
+    A float mask is read as additive: 0 is visible, HIDDEN and below is not. Raises UsageError for other
+    numbers in it, outside torch.compile. Without a mask the rows are plain causal, aligned at the
     first key as scaled_dot_product_attention does; a single row then sees every key.
     """
     if mask is None:
@@ -121,6 +127,11 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     if known is not None:
         return known
     bool_mask = mask if mask.dtype == torch.bool else mask >= 0
+    if mask.dtype != torch.bool and not traced and bool(((mask > HIDDEN) & (mask != 0)).any()):
+        raise UsageError(
+            "the attention mask adds numbers to the scores, which top_theta does not know: give one of bool, "
+            "or of 0 and minus infinity."
+        )
     n = bool_mask.sum(dim=-1)[:, 0]
     # The queries are the last rows of the keys, so a real row sees itself: the diagonal that ends at the
     # corner.
