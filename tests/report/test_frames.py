@@ -71,5 +71,5 @@ def test_what_is_refused(run: Path) -> None:
     with pytest.raises(UsageError, match="choose from dense"):
         load(run).config("Top-k")
     (run / "mode3" / "results.json").write_text("{half")
-    with pytest.raises(UsageError, match="results.json, line 1"):
+    with pytest.raises(UsageError, match="results.json is damaged"):
         load(run)

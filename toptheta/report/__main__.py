@@ -49,6 +49,11 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: {path} cannot be written ({error.strerror}): name a file with --output.", file=sys.stderr
+        )
+        return 2
     for note in run.notes:
         print(note, file=sys.stderr)
     print(f"Report: {path}")

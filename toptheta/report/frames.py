@@ -1,6 +1,5 @@
 """Any run as pandas tables: `toptheta.report.load`."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from toptheta.report.plots.read import (
 )
 from toptheta.report.results import ANSWERS, PHASES, CellResult, read_answers
 from toptheta.util.errors import UsageError
+from toptheta.util.schema import read_json
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ def load(*folders: Path | str) -> LoadedRun:
 
 def _results(folder: Path) -> list[CellResult]:
     """Of every finished cell in `folder`; of a table or an example, which has no cells, those in its file."""
-    if (folder / "results.json").is_file() and isinstance(_json(folder / "results.json"), dict):
+    if (folder / "results.json").is_file() and isinstance(
+        read_json(folder / "results.json", Any, "run the cell again"), dict
+    ):
         cells = [folder]
     else:
         cells = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/results.json"))
@@ -145,13 +147,6 @@ def _results(folder: Path) -> list[CellResult]:
             "tasks or cells, or of a table."
         )
     return results
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UsageError(f"{path} is damaged: run the cell again.") from None
 
 
 def _kept(folder: Path, kind: str) -> Iterator[pd.DataFrame]:

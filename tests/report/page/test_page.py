@@ -125,6 +125,12 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "dense, bfloat16" in Path("both.html").read_text()
     code, _, error = run("a", "nowhere")
     assert code == 2 and error.count("\n") == 1 and "nowhere holds no finished cell" in error
+    (here / "c").write_text("a file")
+    code, _, error = run("a", "--output", "c/report.html")
+    assert code == 2 and "c/report.html cannot be written" in error
+    (here / "a" / "run.json").write_text("{half")
+    code, _, error = run("a")
+    assert code == 2 and "run.json is damaged" in error
     full = [sys.executable, "-m", "toptheta.report", "--wrong"]
     env = {"PYTHONPATH": str(ROOT)}
     assert_refused(subprocess.run(full, capture_output=True, text=True, timeout=120, env=env), "--help")

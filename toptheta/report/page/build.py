@@ -21,6 +21,7 @@ from toptheta.report.page.samples import samples
 from toptheta.report.results import CellResult
 from toptheta.util.environment import cache_folder
 from toptheta.util.files import write_text
+from toptheta.util.schema import read_json
 
 HERE = Path(__file__).resolve().parent
 REPORT = "report.html"
@@ -122,18 +123,19 @@ def _column(column: pd.Series) -> Any:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """How a run was made, from its run.json, or that of the run that a task or cell is of."""
+    """How a run was made, from its run.json, or that of the run that a task or cell is of. Raises UsageError
+    where that is damaged."""
+    saved: dict[str, Any] = {}
     for place in (folder, *folder.resolve().parents[:2]):
         if (place / "run.json").is_file():
-            saved = json.loads((place / "run.json").read_text())
-            environment = saved.get("environment") or {}
-            return {
-                "folder": str(folder),
-                "command": saved.get("command"),
-                "environment": {name: value for name, value in environment.items() if value is not None},
-                "settings": saved.get("settings") or {},
-            }
-    return {"folder": str(folder), "command": None, "environment": {}, "settings": {}}
+            saved = read_json(place / "run.json", dict[str, Any], "correct it, or remove it")
+            break
+    about: dict[str, Any] = {"folder": str(folder), "command": saved.get("command")}
+    for name in ("environment", "settings"):
+        values = saved.get(name)
+        known = values.items() if isinstance(values, dict) else ()
+        about[name] = {key: value for key, value in known if value is not None}
+    return about
 
 
 def _packed(value: Any) -> str:
