@@ -62,7 +62,8 @@ def test_generation_calibrates_on_a_task(folder_model: str, here: Path, dataset:
     evaluate(calibrating_settings(folder_model, task="arc_easy", num_fewshot=25, output_dir="own", **local))
     shared = {"llama": folder_model, "mode": (0,), "k": (16,), "calib_sample_frac": 1.0, "calib_samples": 3}
     (here / "text").write_text("One sentence follows the other, and all are alike. " * 200)
-    text = {"text": str(here / "text"), "max_seq_len": 256} if dataset == "perplexity" else {}
+    shared["max_seq_len"] = 256
+    text = {"text": str(here / "text")} if dataset == "perplexity" else {}
     evaluate(GenSettings(**shared, **local, **text, dataset=dataset, device="cpu", calib_task="arc_easy"))
     (run,), (own,) = (here.glob(f"{name}/*") for name in ("products", "own"))
     assert (run / "th.txt").read_text() == (own / "th.txt").read_text()
