@@ -8,8 +8,9 @@ For each kernel, the first prints the registers of a thread, the bytes of shared
 processor (SM) can hold at the same time, the bytes spilled and, for each loop in the machine code, the
 instructions of a warp, the barriers and the issue cycles. A processor issues instructions of four warps a
 cycle, so its time for a tile is at least warps / 4 times the instructions. Builds are for bfloat16, head_dim
-128 and 4 heads a group; "masked" ones are for padding or a static cache. --gate compiles every option for
-every chip, type and head_dim, and lists what does not build or does not fit; it takes hours for all of them.
+128 and 4 heads a group; "masked" ones are for padding or a static cache. --gate compiles every option, alone
+and all together, for every chip, type and head_dim, and lists what does not build or does not fit; some
+minutes for each of them.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def kernels(
     chip: str = "sm_90", dtype: str = "bf16", head_dim: int = 128, group: int = 4, every: bool = False
 ) -> Kernels:
     """For each kernel: the function, its constants and its compile options, as toptheta/kernels sets them for
-    the chip. every: all combinations of their options."""
+    the chip. every: all their options."""
     from toptheta.kernels.triton import decode as triton_decode
     from toptheta.kernels.triton import prefill as triton_prefill
     from toptheta.kernels.triton.filtered import filtered_kernel
@@ -91,10 +92,13 @@ def kernels(
     merge: dict[str, int] = {"num_warps": 4}
 
     def choices(**flags: tuple[Any, ...]) -> list[dict[str, Any]]:
-        """All combinations of flags or, unless `every`, the first values alone."""
-        if every:
-            return [dict(zip(flags, chosen)) for chosen in itertools.product(*flags.values())]
-        return [{name: values[0] for name, values in flags.items()}]
+        """The first values of all flags; if `every`, also each other value alone, and all the last ones."""
+        first = {name: values[0] for name, values in flags.items()}
+        if not every:
+            return [first]
+        alone = [first | {name: value} for name, values in flags.items() for value in values[1:]]
+        last = {name: values[-1] for name, values in flags.items()}
+        return [first, *alone, *([last] if last not in [first, *alone] else [])]
 
     both = (False, True)
     stores = {"COUNT": both, "STORE_SCORES": both}

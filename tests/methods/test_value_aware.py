@@ -11,13 +11,14 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from tests.helpers.calls import call
 from tests.helpers.kernel_cases import SCALE, case, inputs
 from tests.helpers.models import tokens
-from topk_llama import set_params, update_model
+from topk_llama import TopThetaCache, set_params, update_model
 from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.tables import save_tables
 from toptheta.methods.base import Block, RowTables, State, ValueNorms, parse_method
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_theta import TopTheta
 from toptheta.models.control import tables_of
+from toptheta.models.patch import dense_for
 from toptheta.util.errors import UsageError
 
 AWARE = {
@@ -80,19 +81,25 @@ def test_against_loops(kind: str, floor: int, monkeypatch) -> None:
                 assert counts.row[b, head, i] == (kept if real else 0), (b, i, head)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "top-theta"])
 def test_behind_a_cache(kind: str, tiny_model: LlamaForCausalLM) -> None:
     """In chunks and single steps, the logits are those of the whole; a repeated prompt likewise."""
     model = calibrated(tiny_model)
     ids = tokens(length=40)
     whole = model(ids).logits
-    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, 50)
+    static = StaticCache if kind == "static" else TopThetaCache
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else static(model.config, 50)
     parts = [
         model(ids[:, :15], past_key_values=cache).logits,
         model(ids[:, 15:33], past_key_values=cache).logits,
     ]
     parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(33, 40)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+    if kind == "top-theta":
+        layer = cache.layers[0]
+        weighed = layer.weighing.of(layer.values)[:, :, :40]
+        torch.testing.assert_close(layer.factor[:, :, :40], weighed, rtol=1e-4, atol=1e-5)
+        assert not layer.factor[:, :, 40:].any()
     if kind == "dynamic":
         assert cache.layers[0].method_state.tensors["factor"].shape == (1, 6, 40)
         cache.batch_repeat_interleave(2)
@@ -111,6 +118,22 @@ def test_another_method_was_at_work_before(tiny_model: LlamaForCausalLM) -> None
     model(ids[:, 30:31], past_key_values=cache)
     factor = cache.layers[1].method_state.tensors["factor"]
     assert factor.shape == (1, 6, 31) and (factor > 0).all()
+
+
+def test_the_caches_factors_after_another_method(tiny_model: LlamaForCausalLM) -> None:
+    """Rows that came while nothing weighed them are weighed later; a reset cache starts anew."""
+    model = calibrated(tiny_model)
+    ids, cache = tokens(length=40), TopThetaCache(model.config, 50)
+    model(ids[:, :20], past_key_values=cache)
+    with dense_for(model):
+        model(ids[:, 20:30], past_key_values=cache)
+    model(ids[:, 30:31], past_key_values=cache)
+    layer = cache.layers[1]
+    expected = layer.weighing.of(layer.values)[:, :, :31]
+    torch.testing.assert_close(layer.factor[:, :, :31], expected, rtol=1e-4, atol=1e-5)
+    cache.reset()
+    model(ids[:, :9], past_key_values=cache)
+    assert (layer.factor[:, :, :9] > 0).all() and not layer.factor[:, :, 9:].any()
 
 
 def test_files(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:

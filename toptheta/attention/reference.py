@@ -74,6 +74,7 @@ def sparse_attention(
             v=v[:, :, :end],
             own=rows.first is not None,
             values=call.values,
+            factor=None if call.factor is None else call.factor[:, :, :end],
             sinks=call.sinks,
         )
         weights, keep = sparse_weights(block, spec, call.tables_of(n), calibrator)

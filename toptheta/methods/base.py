@@ -145,7 +145,8 @@ class Block:
     visible keys of each row. real: `[B or 1, R]` rows that are not padding, or None (all). q: `[B, H, R, D]`
     scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last rows
     of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
-    keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated.
+    keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated;
+    factor: `[B, H, E]` what came of it, where the cache has it.
     decode: the rows are decode steps; else they belong to a prompt. are_weights: x holds weights. longest:
     `[B or 1]` visible keys of the longest row of the call. sinks: `[H]`, scores that are in the denominators
     of all rows, or None. share: `[B, H, R, 1]`, what the sinks leave of a row's weights, known once they are
@@ -165,6 +166,7 @@ class Block:
     v: Tensor | None = None
     own: bool = False
     values: ValueNorms | None = None
+    factor: Tensor | None = None
     decode: bool = False
     are_weights: bool = False
     longest: Tensor | None = None

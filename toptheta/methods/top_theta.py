@@ -59,10 +59,12 @@ class TopTheta(Method):
         assert tables.theta is not None
         x, row_max = block.x, block.row_max
         if self.value_aware:
-            assert block.state is not None and block.values is not None and block.v is not None
-            own = block.x.shape[2] if block.own else None
-            factor = value_factors(block.state, block.values, block.v, own)[:, :, None]
-            x = torch.where(block.visible, x * factor, NEG_INF)  # -inf times 0 is no number
+            factor = block.factor
+            if factor is None:
+                assert block.state is not None and block.values is not None and block.v is not None
+                own = block.x.shape[2] if block.own else None
+                factor = value_factors(block.state, block.values, block.v, own)
+            x = torch.where(block.visible, x * factor[:, :, None], NEG_INF)  # -inf times 0 is no number
             row_max = x.amax(dim=-1, keepdim=True)
         keep = keep_above(x, tables.theta, row_max)
         if self.floor > 1:

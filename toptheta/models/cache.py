@@ -1,5 +1,6 @@
 """A static cache that also keeps what a decode step would otherwise make from all of K and V: the sum of V,
-for V-mean compensation, and an int8 copy of K (kernels/int8_keys.py).
+for V-mean compensation, how much each value counts, for value-aware thresholds, and an int8 copy of K
+(kernels/int8_keys.py).
 
 All of it has fixed addresses and is changed in place, as the keys and values are, so torch.compile and CUDA
 graphs take it. With other caches value_sum.py carries the sum; the int8 copy needs this one.
@@ -16,16 +17,22 @@ from toptheta.attention.call import Int8Keys
 from toptheta.attention.rows import Rows
 from toptheta.kernels.int8_keys import quantized
 from toptheta.kernels.triton import backend as triton
+from toptheta.methods.base import ValueNorms
 from toptheta.util.errors import UsageError
 
 
 class TopThetaLayer(StaticLayer):
-    """One layer of a TopThetaCache. int8: the copy of the keys, or None."""
+    """One layer of a TopThetaCache. int8: the copy of the keys, or None; factor: `[B, H, N]` float32, how
+    much each key's value counts, or None."""
 
     def __init__(self, max_cache_len: int, two_tier: bool = False):
         super().__init__(max_cache_len)
         self.two_tier = two_tier
         self.int8: Int8Keys | None = None
+        self.factor: Tensor | None = None
+        self.weighing: ValueNorms | None = None  # what the caller of `update` weighs values by
+        self._weighed_by: ValueNorms | None = None  # what all entries of `factor` were weighed by
+        self._empty = True
         self.summing = False  # whether the caller of `update` will ask for the sum
         self._sum: Tensor  # `[B, H_kv, D]` float64, of all visible rows of V if `_known`
         self._known = True
@@ -62,7 +69,30 @@ class TopThetaLayer(StaticLayer):
         if not self.summing or self._new is not None:  # these rows, or the last ones, never come to the sum
             self._known = False
         self._new = value_states.detach() if self.summing else None
-        return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._weigh(value_states)
+        return keys, values
+
+    def _weigh(self, new: Tensor) -> None:
+        """Keep `factor` up to date after an update by the rows `new` `[B, H_kv, M, D]` of V."""
+        by, empty, self._empty = self.weighing, self._empty, False
+        if by is None:
+            self._weighed_by = None
+            return
+        if self._weighed_by is not by:
+            # Of an empty cache the new rows suffice; else rows came that were not weighed, or in another way.
+            shape = (self.values.shape[0], by.gram.shape[0], self.max_cache_len)
+            anew = torch.zeros(shape, device=new.device) if empty else by.of(self.values)
+            if self.factor is not None and self.factor.shape == anew.shape:
+                self.factor.copy_(anew)
+            else:
+                self.factor = anew
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(anew)
+            self._weighed_by = by
+        assert self.factor is not None
+        at = torch.arange(new.shape[2], device=new.device) + (self.cumulative_length - new.shape[2])
+        self.factor.index_copy_(2, at, by.of(new))
 
     def at(self, value: Tensor, rows: Rows) -> Tensor | None:
         """`[B, H_kv, D]` float32, sum of V over the visible keys of the only row, or None for more rows.
@@ -99,12 +129,15 @@ class TopThetaLayer(StaticLayer):
     def reset(self) -> None:
         super().reset()
         self._known, self._new = True, None
+        self._weighed_by, self._empty = None, True
         if self.is_initialized:
             self._sum.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._known = False
+        if self.factor is not None:
+            self.factor = self.factor.index_select(0, beam_idx.to(self.factor.device))
         if self.int8 is not None:
             old = self.int8
             parts = (old.codes, old.steps, old.slacks, old.mean)

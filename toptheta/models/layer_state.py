@@ -93,6 +93,8 @@ class LayerState(nn.Module):
         layer = layers[self.layer_idx]
         if isinstance(layer, TopThetaLayer):
             layer.summing = vmc
+            weighs = self.spec.sparse and self.spec.method.needs_values and self.calibration is None
+            layer.weighing = self.values if weighs else None
             now.extras = layer
         elif vmc and not torch.compiler.is_compiling():
             if layer not in self._sums:
@@ -139,8 +141,10 @@ class LayerState(nn.Module):
         extras = self.now.extras
         if extras is not None:
             call.int8 = extras.int8
+            if self.spec.method.needs_values:
+                call.factor = extras.factor
             call.v_sum = extras.at(call.v, call.rows) if self.spec.vmc else None
-        if self.spec.method.has_state:
+        if self.spec.method.has_state and call.factor is None:
             call.state = self.method_state()
 
     def method_state(self) -> State:

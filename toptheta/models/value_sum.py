@@ -16,7 +16,7 @@ from toptheta.attention.rows import Rows
 class VSum:
     """The sum over one layer of one cache."""
 
-    int8 = None  # see cache.py
+    int8 = factor = None  # see cache.py
 
     def __init__(self) -> None:
         # `[B, H_kv, D]` float64, whatever V's type: thousands of steps add up

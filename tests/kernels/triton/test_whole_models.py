@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, StaticCache
 
 from tests.helpers.models import SPARSE, steer, tiny_config, tokens
 from tests.kernels.triton.helpers import DEVICE, here
-from topk_llama import TopThetaCache
+from topk_llama import TopThetaCache, set_params, update_model
 from toptheta.kernels import int8_keys as two_tier
 from toptheta.kernels import registry as kernels
 from toptheta.models.control import record_statistics
@@ -71,12 +71,28 @@ CACHES = {
 }
 
 
+VALUE_AWARE = {
+    "method": "top_theta:value_aware",
+    "placement": "post-softmax",
+    "vmc": True,
+    "calib_to": "budget",
+    "calib_sample_frac": 1.0,
+    "K": 6,
+}
+
+
 @here
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", [*CACHES, "value-aware"])
 def test_whole_model_compiles_once(kind, monkeypatch):
     """A static cache: every step runs the one graph, without a break, and equals the plain path."""
     model = small_llama()
-    steer(model, SPARSE["Top-theta"])
+    if kind == "value-aware":
+        update_model(model)
+        set_params(model, **VALUE_AWARE, calibrate=True)
+        model(tokens(length=60).to(DEVICE))
+        set_params(model, calibrate=False)
+    else:
+        steer(model, SPARSE["Top-theta"])
     ids = tokens(length=23).to(DEVICE)
 
     def decode(step, cache) -> Tensor:
@@ -92,7 +108,7 @@ def test_whole_model_compiles_once(kind, monkeypatch):
     expected = decode(model.forward, StaticCache(config=model.config, max_cache_len=30))
     monkeypatch.setattr(kernels, "FORCED", "triton")
     torch._dynamo.reset()
-    cache = CACHES[kind](model.config)
+    cache = CACHES.get(kind, CACHES["with sum"])(model.config)
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = decode(torch.compile(model.forward, fullgraph=True, backend="aot_eager"), cache)
     # With two tiers exact SDC adds up estimates of the scores that were not computed.
@@ -100,6 +116,9 @@ def test_whole_model_compiles_once(kind, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=close, atol=close)
     for layer in cache.layers if kind != "static" else ():
         torch.testing.assert_close(layer._sum, layer.values[:, :, :23].sum(dim=2, dtype=torch.float64))
+    for layer in cache.layers if kind == "value-aware" else ():
+        weighed = layer.weighing.of(layer.values)[:, :, :23]
+        torch.testing.assert_close(layer.factor[:, :, :23], weighed, rtol=1e-4, atol=1e-5)
     for layer in cache.layers if kind == "two tiers" else ():
         fresh = two_tier.quantized(layer.keys, layer.int8.mean)
         assert torch.equal(layer.int8.codes[:, :, :23], fresh.codes[:, :, :23])
