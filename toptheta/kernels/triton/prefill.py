@@ -137,7 +137,9 @@ def prefill_kernel(
     `sums_before`, for blocks of SUM_BLOCK keys, else the mean of each row `[B, H_kv, Q, D]`.
 
     SKIP: V of a tile where no row keeps any key is not read. Without SKIP it is read and multiplied with
-    zeros, but Triton can then prefetch V, which it cannot do behind a condition.
+    zeros, but Triton can then prefetch V, which it cannot do behind a condition. FLAT: one number from a tile
+    is reduced from all its elements, not from the rows' own numbers: where products go through tensor memory,
+    Triton (3.7.1) cannot reduce a vector that was itself reduced from a product.
     """
     num_heads = num_kv_heads * GROUP
     head = tl.program_id(1)
@@ -235,7 +237,7 @@ def prefill_kernel(
                     keep = (s > float("-inf")) & (compared >= smallest_kept[:, None])
                     exps = tl.where(keep, exps, 0.0)
                     kept_sum += tl.sum(exps, axis=1)
-                    some = tl.max(keep.to(tl.int32))
+                    some = tl.max(keep.to(tl.int32)) if FLAT else tl.max(tl.max(exps, axis=1), axis=0)
                     if (not SKIP) or some > 0:
                         v_tile = tile_of_v(v, at, stop, v_row, HEAD_DIM, BLOCK_D, BLOCK_N, phase == 0)
                         acc += tl.dot(exps.to(v_tile.dtype), v_tile, input_precision="ieee")
