@@ -57,8 +57,15 @@ def test_probe(placement, prefill, monkeypatch):
     monkeypatch.setattr(gpu, "run", lambda call: calls.append(1) or run(call))
     kind = (DEVICE, torch.float32, 16, 2, 0, placement, prefill)
     assert gpu.probe(*kind, only_known=True) is None and not calls
-    traced = torch.compile(lambda x: x + (gpu.probe(*kind) is None), fullgraph=True, backend="aot_eager")
-    assert traced(torch.zeros(1)).item() == 1.0 and gpu.probe(*kind) is None and len(calls) == 1
+
+    def known(x):
+        asked = gpu.probe(x.device, x.dtype, *kind[2:]), gpu._too_old(x.device)
+        return x + (asked == (None, None))
+
+    traced = torch.compile(known, fullgraph=True, backend="aot_eager")
+    assert (
+        traced(torch.zeros(1, device=DEVICE)).item() == 1.0 and gpu.probe(*kind) is None and len(calls) == 1
+    )
 
 
 @needs_triton

@@ -1,8 +1,9 @@
-"""How many splits share the keys of a sequence in decode."""
+"""How many splits share the keys of a sequence in decode, and how many programs a processor runs."""
 
 import pytest
 
 from tests.kernels.triton.helpers import needs_triton
+from toptheta.kernels.triton.chips import KNOWN, Chip, too_old
 
 
 def time(batch_heads: int, tiles: int, at_once: int, splits: int) -> int:
@@ -31,3 +32,17 @@ def test_fills_the_processors():
 
     assert split_count(1, 2048, 396) > 300  # 128k keys of one KV head
     assert split_count(792, 64, 396) == 1  # two full waves
+
+
+def test_programs_of_a_processor():
+    hopper = KNOWN["sm_90"]
+    assert hopper.resident(168, 38912, 4) == 3  # by registers: 65,536 / (168 * 128)
+    assert hopper.resident(40, 98304, 4) == 2  # by shared memory: 228 KiB / 97 KiB
+    assert hopper.resident(255, 232448, 8) == 1
+    assert KNOWN["gfx942"].resident(100, 1000, 4) >= 1
+
+
+def test_old_chips_are_refused():
+    turing = Chip("cuda", 75, 40, 64 << 10, 64 << 10)
+    assert too_old(turing) == "the kernels need compute capability 8.0 or later, and this GPU has 7.5"
+    assert all(too_old(chip) is None for chip in KNOWN.values())

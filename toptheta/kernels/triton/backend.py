@@ -16,7 +16,7 @@ from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts, Int8Keys
 from toptheta.attention.reference import mean_of_visible
-from toptheta.attention.rows import Rows
+from toptheta.attention.rows import rows_of
 from toptheta.kernels.int8_keys import keys_read_of, serves
 from toptheta.kernels.triton.chips import chip_of, too_old
 from toptheta.methods.base import KernelSpec, Selection
@@ -42,7 +42,7 @@ def unsupported(call: AttentionCall) -> str | None:
     if not (dtype == call.k.dtype == call.v.dtype and dtype in DTYPES):
         return f"the kernels do float32, float16 and bfloat16, the same in q, k and v, not {dtype}"
     if kinds == {"cuda"}:
-        old = too_old(chip_of(call.q.device))
+        old = _too_old(call.q.device)
         if old is not None:
             return old
     if INTERPRETED and dtype == torch.bfloat16:
@@ -62,6 +62,11 @@ def unsupported(call: AttentionCall) -> str | None:
     if call.count_rows:
         return "the kernels do not count what single rows keep"
     return None
+
+
+@torch.compiler.assume_constant_result  # asking the driver cannot be traced
+def _too_old(device: torch.device) -> str | None:
+    return too_old(chip_of(device))
 
 
 def ready(call: AttentionCall) -> str | None:
@@ -98,11 +103,12 @@ def probe(
     method = {Selection.THRESHOLD: TopTheta, Selection.LARGEST: TopK, Selection.ALL: Dense}[
         Selection(selection)
     ]()
-    q_len, kv_len = 16 if prefill else 1, 128
+    q_len = kv_len = 128
+    if not prefill:
+        q_len = 1
     q = torch.zeros(1, group, q_len, head_dim, device=device, dtype=dtype)
     k = torch.zeros(1, 1, kv_len, head_dim, device=device, dtype=dtype)
-    mask = torch.ones(1, 1, q_len, kv_len, device=device, dtype=torch.bool)
-    rows = Rows(torch.full((1, q_len), kv_len, device=device), mask=mask)
+    rows = rows_of(None, q_len, kv_len, device)
     spec = LayerSpec(method, placement, 8, vmc=placement == "post-softmax")
     theta = torch.zeros(group, 1, device=device)
     try:

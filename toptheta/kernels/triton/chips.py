@@ -76,10 +76,3 @@ def too_old(chip: Chip) -> str | None:
     if isinstance(chip.arch, int) and chip.arch < 80:
         return f"the kernels need compute capability 8.0 or later, and this GPU has {chip.arch / 10}"
     return None
-
-
-def fitted(options: dict[str, int], bytes_of_stage: int, chip: Chip) -> dict[str, int]:
-    """Compile options with as many pipeline stages as the chip's shared memory has room for. bytes_of_stage:
-    of the tiles that one stage loads."""
-    room = max(1, (chip.shared - RESERVED) // max(bytes_of_stage, 1))
-    return options | {"num_stages": min(options["num_stages"], room)}
