@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,13 +116,14 @@ def test_help_waits_for_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
 
 
-def test_a_method_for_decode_reads_no_text(tmp_path: Path) -> None:
-    """Its numbers would be those of dense attention."""
+def test_a_method_for_decode_reads_no_prompt(tmp_path: Path) -> None:
+    """Where all of a text is a prompt, its numbers would be those of dense attention."""
     text = tmp_path / "text.txt"
     text.write_text("word " * 100)
     for name in ("quest", "snapkv", "tova", "h2o"):
-        with pytest.raises(
-            UsageError, match=f"--method {name} leaves prompts dense, and --dataset perplexity"
-        ):
-            check_settings(GenSettings(dataset="perplexity", text=str(text), method=("dense", name)))
-    check_settings(GenSettings(dataset="perplexity", text=str(text), method=("h2o:prefill=causal",)))
+        read = GenSettings(dataset="perplexity", text=str(text), method=("dense", name))
+        check_settings(read)
+        with pytest.raises(UsageError, match=f"--method {name} leaves prompts dense, and with --decode_from 0"):
+            check_settings(replace(read, decode_from=0))
+    causal = ("h2o:prefill=causal",)
+    check_settings(GenSettings(dataset="perplexity", text=str(text), method=causal, decode_from=0))
