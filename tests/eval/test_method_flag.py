@@ -2,8 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import fields
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,9 @@ def test_a_method_for_decode_reads_no_prompt(tmp_path: Path) -> None:
     for name in ("quest", "snapkv", "tova", "h2o"):
         read = GenSettings(dataset="perplexity", text=str(text), method=("dense", name))
         check_settings(read)
-        with pytest.raises(UsageError, match=f"--method {name} leaves prompts dense, and with --decode_from 0"):
+        with pytest.raises(
+            UsageError, match=f"--method {name} leaves prompts dense, and with --decode_from 0"
+        ):
             check_settings(replace(read, decode_from=0))
     causal = ("h2o:prefill=causal",)
     check_settings(GenSettings(dataset="perplexity", text=str(text), method=causal, decode_from=0))
