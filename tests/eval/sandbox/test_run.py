@@ -316,14 +316,15 @@ def test_the_environment_is_not_handed_on(isolation, monkeypatch):
         "import os\nfound = {'SECRET', 'PYTHONSTARTUP', 'PATH'} & set(os.environ)\nassert not found, found"
     )
     assert run(source, isolation).passed
-    assert run("import toptheta", isolation).result == "failed: No module named 'toptheta'"
+    # Whatever is installed may be imported, what this process finds by its own paths may not.
+    assert run("import tests.helpers", isolation).result == "failed: No module named 'tests'"
 
 
 def test_many_programs_keep_their_order(capsys):
     sources = [f"import time; time.sleep({0.1 * (3 - i)}); raise ValueError({i})" for i in range(4)]
     outcomes = run_programs(sources, Limits(wall_s=20.0), workers=4)
     assert [outcome.result for outcome in outcomes] == [f"failed: {i}" for i in range(4)]
-    assert "Running programs" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""  # a bar is for terminals
     assert run_programs([]) == []
 
 
