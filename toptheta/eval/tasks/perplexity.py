@@ -13,7 +13,6 @@ token by token (models/divergence.py).
 import csv
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,10 @@ class PerplexityJob(ItemJob):
         self.start = tokenizer("")["input_ids"]
         windows = self._windows(settings.text, "--text", 2)
         usual = min(CALIBRATION_ITEMS, max(1, len(windows) // 4))
-        if settings.calib_text:
+        first, rest = split_off(windows, settings, usual, "windows")
+        if settings.calib_text:  # the windows that it stands in for are not evaluated either
             others = self._windows(settings.calib_text, "--calib_text", 1)
             first = others[: calibration_count(settings, usual, len(others))]
-            rest: Sequence[Any] = windows[usual:]
-        else:
-            first, rest = map(list, split_off(windows, settings, usual, "windows"))
         self.calibration = [self._item(f"calibration{i}", window) for i, window in enumerate(first)]
         self.items = [self._item(f"window{i}", window) for i, window in enumerate(rest[: settings.num_tasks])]
         given = settings.decode_from
