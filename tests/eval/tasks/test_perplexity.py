@@ -104,7 +104,6 @@ def test_another_text_and_another_type(
         "text": "text.txt",
         "num_tasks": 2,
         "mode": (0, 3),
-        "calib_samples": None,
     }
     plain = evaluate(gen_settings(folder_model, **shared))
     assert read == [torch.float32] * 2
