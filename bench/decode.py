@@ -8,7 +8,7 @@ CPU). Every method decodes behind the same prompt of random tokens, over the sam
 by torch.compile in 'reduce-overhead' mode, which replays CUDA graphs (--eager: neither).
 
 Dense is the same model with transformers' own 'sdpa' (which, with a mask, repeats K and V for the heads of a
-group), 'sdpa' told not to repeat them, 'sdpa' by cuDNN, transformers' 'flash_attention_2', and our kernel
+group), 'sdpa' that does not repeat them, 'sdpa' by cuDNN, transformers' 'flash_attention_2', and our kernel
 with thresholds that drop nothing. The ratio is to the fastest of them that ran, which the table names. All
 methods take turns, a block of steps each; the numbers are medians
 of blocks. Thresholds (K=512, calib_tac) are calibrated on another prompt's last rows; "kept" is what they

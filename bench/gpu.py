@@ -39,7 +39,7 @@ TESTS = "tests/kernels/triton"
 
 @dataclass(frozen=True)
 class Part:
-    """command: arguments of Python; with a table it is told where to write it."""
+    """command: arguments of Python; with a table, where to write it is added."""
 
     name: str
     command: tuple[str, ...]

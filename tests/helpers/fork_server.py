@@ -32,16 +32,16 @@ def serve() -> None:
     for line in sys.stdin:
         job, started = json.loads(line), time.monotonic()
         reading, writing = os.pipe()
-        told, telling = os.pipe()
+        read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            _run(job, writing, telling)
+            _run(job, writing, write_end)
         os.close(writing)
-        os.close(telling)
+        os.close(write_end)
         with open(reading, "rb") as output:
             text = output.read().decode(errors="replace")
-        with open(told, "rb") as output:
+        with open(read_end, "rb") as output:
             events = len(output.read())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         seconds = time.monotonic() - started

@@ -300,8 +300,8 @@ def _read_binary(path: Path, sizes: _Sizes) -> CalibrationTables:
             if header.get("format") != "toptheta-calibration-1":
                 raise ValueError("it is no calibration table of this program")
             sizes.found(int(header["num_layers"]), int(header["num_heads"]), exactly=True)
-            told = typed({name: parse_json(header[name]) for name in ("k", "meta")}, _Header)
-            tables = CalibrationTables(sizes.num_layers, sizes.num_heads, told["k"], meta=told["meta"])
+            facts = typed({name: parse_json(header[name]) for name in ("k", "meta")}, _Header)
+            tables = CalibrationTables(sizes.num_layers, sizes.num_heads, facts["k"], meta=facts["meta"])
             for key in file.keys():
                 kind, layer, what = key.split(".")
                 if not 0 <= int(layer) < sizes.num_layers or kind not in ("theta", "sdc", "value"):
