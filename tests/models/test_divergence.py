@@ -99,7 +99,7 @@ def test_rows_behind_a_prompt_are_decode_steps(tiny_model: LlamaForCausalLM, par
     cache = DynamicCache(config=tiny_model.config)
     tiny_model(ids[:, :30], past_key_values=cache)
     record_statistics(tiny_model, recorder)
-    if get_params(tiny_model).method.by_row:  # the prompt is dense here, whatever the method
+    if not get_params(tiny_model).method.needs_prompt:  # the prompt is dense here, whatever the method
         with dense_for(tiny_model):
             cache = DynamicCache(config=tiny_model.config)
             tiny_model(ids[:, :30], past_key_values=cache)

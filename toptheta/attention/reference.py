@@ -47,7 +47,7 @@ def sparse_attention(
 
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
     if spec.sparse:
-        step = spec.method.rows_of_block(step)
+        step = 1 if call.decode and not spec.method.by_row else spec.method.rows_of_block(step)
     longest = rows.n.amax(dim=1)
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)

@@ -109,7 +109,8 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     table = _choose(options.table, tables["tables"], "--table")
     if options.data_dir and not Path(options.data_dir).is_dir():
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
-    cells = _plan(table, tables["methods"], options, parsers)
+    parts = [row for part in table["parts"] for row in _rows(part, tables.get("groups", {}))]
+    cells = _plan(table | {"parts": parts}, tables["methods"], options, parsers)
     if options.only:
         cells = _only(cells, options.only)
     found = scan(Path(options.output_dir), {cell.script for cell in cells})
@@ -157,6 +158,15 @@ def _choose(name: str, among: dict[str, Any], flag: str) -> Any:
         return among[name]
     near = get_close_matches(name, among, n=3, cutoff=0.4) or list(among)
     raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near)}.")
+
+
+def _rows(part: dict[str, Any], groups: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part of a table for each row of its group, whose methods, K and flags others may share; a part
+    without one is its own."""
+    if "group" not in part:
+        return [part]
+    rows = _choose(part["group"], groups, "reproduce.json: group")
+    return [part | row | {"flags": part.get("flags", {}) | row.get("flags", {})} for row in rows]
 
 
 def _plan(

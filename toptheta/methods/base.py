@@ -205,7 +205,8 @@ class Method:
     has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
     calibrated with thresholds. samples_sdc: what it drops from prompts says what it drops, so that SDC can be
     calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
-    by_row: a decode step keeps what its own row says, so that one call may compute many of them at once.
+    by_row: a decode step keeps what its own row says, whatever the steps before kept; else several of them in
+    one call are computed one by one. needs_prompt: what it remembers is of the prompt, which it has to see.
     reads_all_keys: it needs the score of every visible key, else K of what it keeps alone. stores: what it
     stores in addition to the cache, in bytes for each token and KV head.
     """
@@ -225,6 +226,7 @@ class Method:
     stores: ClassVar[str] = "nothing"
     decode_only: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
+    needs_prompt: ClassVar[bool] = False
 
     def leaves_dense(self, layer: int) -> bool:
         """Whether the layer of this index is dense, whatever its K."""

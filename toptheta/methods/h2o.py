@@ -42,6 +42,7 @@ class H2O(Method):
     source = "H2O: Heavy-Hitter Oracle, arXiv 2306.14048"
     has_state = True
     samples_sdc = False
+    needs_prompt = True
     by_row = False
     reads_all_keys = False
     stores = "4 for each query head of the group: its sum of weights"

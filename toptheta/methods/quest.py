@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from toptheta.methods.base import NEG_INF, Block, Method, RowTables, register
@@ -36,7 +37,6 @@ class Quest(Method):
     source = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
     samples_sdc = False
     decode_only = True
-    by_row = False
     reads_all_keys = False
     stores = "the largest and smallest key of each page: as much as K / 8 with pages of 16"
 
@@ -50,38 +50,51 @@ class Quest(Method):
         if not block.decode:
             return block.visible
         assert block.q is not None and block.k is not None
-        batch, num_heads, _, end = block.x.shape
-        num_kv_heads = block.k.shape[1]
-        visible = block.visible[:, 0, 0]  # all heads see the same keys
-        page, pages = self._pages(visible)
-        scores = self._scores(block.q[:, :, 0], block.k, visible, page, pages)
+        visible, rows = block.visible[:, 0], block.x.shape[2]  # all heads see the same keys
+        if block.own:  # each row sees what the one before sees, and itself
+            return self._keep(block.q, block.k, visible, block.budget)
+        each = (slice(i, i + 1) for i in range(rows))
+        kept = [self._keep(block.q[:, :, at], block.k, visible[:, at], block.budget) for at in each]
+        return torch.cat(kept, dim=2)
+
+    def _keep(self, q: Tensor, k: Tensor, visible: Tensor, budget: int) -> Tensor:
+        """`[B, H, R, E]` bool. q: `[B, H, R, D]`, k: `[B, H_kv, E, D]`, visible: `[B, R, E]`."""
+        num_heads, num_kv_heads = q.shape[1], k.shape[1]
+        place = (visible[:, -1].cumsum(dim=-1) - 1).clamp_min(0)
+        scores = self._scores(q, k, visible, place)
         if self.group:
-            scores = scores.view(batch, num_kv_heads, -1, pages).sum(dim=2)
-        chosen = keep_largest(scores, max(LEAST_PAGES, block.budget // self.page), earlier=True)
+            scores = scores.unflatten(1, (num_kv_heads, -1)).sum(dim=2)
+        chosen = keep_largest(scores, max(LEAST_PAGES, budget // self.page), earlier=True)
         chosen = chosen.repeat_interleave(num_heads // chosen.shape[1], dim=1)
-        keep = chosen.gather(-1, page[:, None].expand(-1, num_heads, -1)) & visible[:, None]
-        return keep[:, :, None]
+        page = (place // self.page)[:, None, None].expand(-1, *chosen.shape[1:3], -1)
+        return chosen.gather(-1, page) & visible[:, None]
 
-    def _pages(self, visible: Tensor) -> tuple[Tensor, int]:
-        """The page of each key, `[B, E]`, and how many there are: of visible `[B, E]`, in order."""
-        place = (visible.cumsum(dim=-1) - 1).clamp_min(0)
-        return place // self.page, -(-visible.shape[-1] // self.page)
-
-    def _scores(self, q: Tensor, k: Tensor, visible: Tensor, page: Tensor, pages: int) -> Tensor:
-        """Upper bounds of the scores of each page's keys, `[B, H, pages]`, -inf for a page without keys: the
-        sum over channels of max(q * largest k, q * smallest k). q: `[B, H, D]`, k: `[B, H_kv, E, D]`."""
-        batch, num_kv_heads, _, head_dim = k.shape
-        index = page[:, None, :, None].expand_as(k)
-        bounds = []
-        for how, neutral in (("amax", NEG_INF), ("amin", -NEG_INF)):
-            start = k.new_full((batch, num_kv_heads, pages, head_dim), neutral)
-            hidden = k.masked_fill(~visible[:, None, :, None], neutral)
-            bounds.append(start.scatter_reduce(2, index, hidden, how))
-        exists = bounds[0][..., 0] > NEG_INF
-        largest, smallest = (bound.masked_fill(~exists[..., None], 0.0).transpose(2, 3) for bound in bounds)
-        grouped = q.view(batch, num_kv_heads, -1, head_dim)
-        scores = grouped.clamp_min(0.0) @ largest + grouped.clamp_max(0.0) @ smallest
-        return scores.masked_fill(~exists[:, :, None], NEG_INF).view(batch, -1, pages)
+    def _scores(self, q: Tensor, k: Tensor, visible: Tensor, place: Tensor) -> Tensor:
+        """Upper bounds of the scores of each page's keys, `[B, H, R, pages]`, -inf for a page of which a row
+        sees no key: the sum over channels of max(q * largest k, q * smallest k). Of a row's newest page only
+        the keys that it sees count. place: `[B, E]`, which of its sequence's keys each is."""
+        batch, num_kv_heads, end, head_dim = k.shape
+        pages, count = -(-end // self.page), visible.sum(dim=-1)
+        newest = (count - 1).clamp_min(0)  # [B, R]
+        at = place[:, None, :, None].expand_as(k)
+        of_newest = newest[:, None, :, None].expand(-1, num_kv_heads, -1, head_dim)
+        grouped = q.view(batch, num_kv_heads, -1, *q.shape[2:])
+        whole, newest_page = [], []
+        for sign in (1.0, -1.0):  # the largest, and the largest of -k
+            seen = (sign * k).masked_fill(~visible[:, -1, None, :, None], NEG_INF)
+            start = k.new_full((batch, num_kv_heads, pages * self.page, head_dim), NEG_INF)
+            by_place = start.scatter_reduce(2, at, seen, "amax").unflatten(2, (pages, self.page))
+            running = by_place.cummax(dim=3).values
+            largest = running[:, :, :, -1]
+            part = (sign * grouped).clamp_min(0.0)
+            whole.append(part @ largest.masked_fill(largest == NEG_INF, 0.0).transpose(2, 3)[:, :, None])
+            bound = running.flatten(2, 3).gather(2, of_newest)
+            newest_page.append((part * bound.masked_fill(bound == NEG_INF, 0.0)[:, :, None]).sum(dim=-1))
+        scores = (whole[0] + whole[1]).flatten(1, 2)
+        page = (newest // self.page)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
+        scores = scores.scatter(-1, page, sum(newest_page).flatten(1, 2)[..., None])
+        beyond = torch.arange(pages, device=q.device) * self.page >= count[..., None]
+        return scores.masked_fill(beyond[:, None], NEG_INF)
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.page < 1:

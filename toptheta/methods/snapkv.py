@@ -47,7 +47,7 @@ class SnapKV(Method):
     has_state = True
     samples_sdc = False
     decode_only = True
-    by_row = False
+    needs_prompt = True
     reads_all_keys = False
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:

@@ -29,6 +29,7 @@ class TOVA(Method):
     has_state = True
     samples_sdc = False
     decode_only = True
+    needs_prompt = True
     by_row = False
     reads_all_keys = False
     stores = "nothing: the weights that rank are those of the step before"

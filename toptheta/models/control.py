@@ -61,8 +61,7 @@ def reading_prompt(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def reading_steps(model: nn.Module) -> Iterator[None]:
-    """All rows that come meanwhile are decode steps: rows of a known text may come many at once, where the
-    method is `by_row`."""
+    """All rows that come meanwhile are decode steps: those of a known text may come many at once."""
     shared = model_state(model)
     shared.in_steps = True
     try:

@@ -81,8 +81,8 @@ def against_dense(
     - 1 of `input_ids` `[B, Q]` (no padding), each given all before it.
 
     The first `decode_from` tokens go through the model dense, for any method, and are not counted; the others
-    are decode steps. Without such tokens all are rows of a prompt. A method that is `by_row` computes many
-    steps in one call, others one by one, and see the prompt themselves, for their state.
+    are decode steps, computed layer by layer. Without such tokens all are rows of a prompt. A method that
+    `needs_prompt` sees it, for its state.
     dense: what `read_dense` found for the same tokens, by `judge`; judge: the model that is dense, in another
     type for example; None: this one.
     """
@@ -112,13 +112,12 @@ def _read(
     if not decode_from:
         cache = DynamicCache(config=model.config) if prefill_chunk is not None else None
         return torch.cat(list(hidden_states(model, rest, cache, prefill_chunk)), dim=1)
-    by_row = params.method.by_row or not params.sparse
-    if by_row and dense is not None:
+    sees_prompt = params.sparse and params.method.needs_prompt
+    if dense is not None and not sees_prompt:
         cache = copy.deepcopy(dense.cache)
     else:
-        cache = _read_prompt(model, input_ids[:, :decode_from], prefill_chunk, by_row)
-    chunk = prefill_chunk if by_row else 1
-    return torch.cat(list(hidden_states(model, rest, cache, chunk, reading_steps)), dim=1)
+        cache = _read_prompt(model, input_ids[:, :decode_from], prefill_chunk, not sees_prompt)
+    return torch.cat(list(hidden_states(model, rest, cache, prefill_chunk, reading_steps)), dim=1)
 
 
 def _read_prompt(model: Any, prompt: Tensor, prefill_chunk: int | None, dense: bool) -> DynamicCache:
