@@ -46,6 +46,7 @@ def weights(
     chunks: list[int] | None = None,
     padded: slice | None = None,
     tail: int = 0,
+    theta: Tensor | None = None,
 ) -> Tensor:
     """Weights `[B, H, T, T]` of rows that come as a prompt, in chunks, and then one by one. padded: places of
     the second sequence that are padding; tail: of a static cache."""
@@ -66,6 +67,7 @@ def weights(
             rows_of(mask, rows, kv_len, q.device),
             spec,
             SCALE,
+            theta,
             state=state,
             decode=number >= len(chunks or [prompt]),
         )
@@ -88,7 +90,7 @@ def check(
     q, key = inputs(heads)
     spec = LayerSpec(method, options.get("placement", "pre-softmax"), k)
     given = LAYOUTS[layout]
-    got = weights(spec, q, key, **given)
+    got = weights(spec, q, key, theta=options.get("theta"), **given)
     real = real_tokens(2, LENGTH, given.get("padded"))
     for b in range(2):
         at = real[b].nonzero()[:, 0]

@@ -42,7 +42,8 @@ def tokens(batch: int = 1, length: int = 40, seed: int = 1) -> torch.Tensor:
 def steer(model: LlamaForCausalLM, params: dict) -> None:
     """Patch, and calibrate on a few prompts where the parameters need it."""
     update_model(model)
-    if params.get("mode") == 0 or params.get("sdc") == "offline-calibrated":
+    thresholds = params.get("mode") == 0 or params.get("method", "").startswith("top_theta")
+    if thresholds or params.get("sdc") == "offline-calibrated":
         set_params(model, **params, calibrate=True, calib_sample_frac=1.0)
         for seed in range(3):
             model(tokens(length=60, seed=seed))

@@ -87,6 +87,7 @@ METHODS = [
     {"method": "h2o", "K": 8},
     {"method": "tova", "K": 8},
     {"method": "snapkv:window=4", "K": 8},
+    {"method": "top_theta:key_copy=int4", "K": 8},
 ]
 
 

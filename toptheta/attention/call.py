@@ -146,13 +146,14 @@ class AttentionCall:
 class Counts:
     """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep
     a V row. row: `[B, H, Q]` int32 kept elements of each row, and row_vrows: `[B, H_kv, Q]` int32 V rows that
-    any head of a group keeps for a row, or None (not asked for). Rows that are padding count nowhere, and
-    have 0 in both."""
+    any head of a group keeps for a row, or None (not asked for). keys: `[B, H_kv, Q]` int32 K rows that are
+    read for a row, where not all are, else None. Rows that are padding count nowhere, and have 0."""
 
     attn: Tensor
     vrow: Tensor
     row: Tensor | None = None
     row_vrows: Tensor | None = None
+    keys: Tensor | None = None
 
     @cached_property
     def vrows(self) -> Tensor:
@@ -163,7 +164,8 @@ class Counts:
         """The counts by decode step, each of which counts as a sequence of its own: `[B * Q, ...]`."""
         if self.row is None or self.row_vrows is None:
             return self
-        steps = Counts(self.row.transpose(1, 2).flatten(0, 1).long(), self.vrow)
+        keys = None if self.keys is None else self.keys.transpose(1, 2).flatten(0, 1)[..., None]
+        steps = Counts(self.row.transpose(1, 2).flatten(0, 1).long(), self.vrow, keys=keys)
         steps.vrows = self.row_vrows.transpose(1, 2).flatten(0, 1)
         return steps
 
@@ -178,11 +180,12 @@ class Counts:
             row_vrows=torch.zeros(batch, call.k.shape[1], q_len, **ints) if call.count_steps else None,
         )
 
-    def add(self, keep: Tensor, real: Tensor | None, start: int) -> None:
+    def add(self, keep: Tensor, real: Tensor | None, start: int, read: Tensor | None = None) -> None:
         """Add what the rows from `start` on keep, `[B, H, R, E]` bool; rows where `real` is False count
-        nowhere."""
+        nowhere. read: the keys that they read, likewise; None: all."""
         if real is not None:
             keep = keep & real[:, None, :, None]
+            read = None if read is None else read & real[:, None, :, None]
         batch, _, _, end = keep.shape
         per_key = keep.sum(dim=2, dtype=torch.int32)
         self.attn += per_key.sum(dim=-1)
@@ -190,6 +193,9 @@ class Counts:
         stop = start + keep.shape[2]
         if self.row is not None:
             self.row[:, :, start:stop] = keep.sum(dim=-1)
+        if read is not None:
+            keys = read[:, :: read.shape[1] // self.vrow.shape[1]].sum(dim=-1, dtype=torch.int32)
+            self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
         if self.row_vrows is not None:
             by_group = keep.view(batch, self.vrow.shape[1], -1, stop - start, end).any(dim=2)
             self.row_vrows[:, :, start:stop] = by_group.sum(dim=-1)

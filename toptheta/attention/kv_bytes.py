@@ -57,7 +57,9 @@ def kv_bytes(call: AttentionCall, counts: Counts, keys_read: Tensor | None = Non
     v_rows = counts.vrows
     # A sum over all visible keys, of weights or of a denominator, needs every score.
     all_scores = method.reads_all_keys or spec.placement == "post-softmax" or spec.sdc == "exact"
-    if keys_read is not None:
+    if counts.keys is not None:
+        read = (counts.keys[..., 0] + v_rows) * row
+    elif keys_read is not None:
         read = (keys_read + v_rows) * row + n * (head_dim + INT8_EXTRA)
     else:
         read = ((n if all_scores else v_rows) + v_rows) * row

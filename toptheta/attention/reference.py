@@ -76,8 +76,12 @@ def sparse_attention(
             values=call.values,
             factor=None if call.factor is None else call.factor[:, :, :end],
             sinks=call.sinks,
+            softcap=call.softcap,
         )
-        weights, keep = sparse_weights(block, spec, call.tables_of(n), calibrator)
+        tables = call.tables_of(n)
+        if spec.sparse and call.decode:
+            spec.method.estimate(block, tables, spec.placement)
+        weights, keep = sparse_weights(block, spec, tables, calibrator)
         if spec.sparse:
             spec.method.after(block, weights.detach())
         grouped = weights.view(batch, num_kv_heads, -1, end)
@@ -87,7 +91,7 @@ def sparse_attention(
             block_out = add_mean(block_out, weights, mean, spec.may_drop(n), block.share)
         out[:, :, start:stop] = block_out
         if counts is not None:
-            counts.add(keep, block.real, start)
+            counts.add(keep, block.real, start, block.read)
     return out, counts
 
 

@@ -150,7 +150,8 @@ class Block:
     decode: the rows are decode steps; else they belong to a prompt. are_weights: x holds weights. longest:
     `[B or 1]` visible keys of the longest row of the call. sinks: `[H]`, scores that are in the denominators
     of all rows, or None. share: `[B, H, R, 1]`, what the sinks leave of a row's weights, known once they are
-    computed; None without sinks: all.
+    computed; None without sinks: all. softcap: see AttentionCall. read: `[B, H, R, E]` bool, keys whose
+    scores are computed from K, of the others x has estimates; None: all.
     """
 
     x: Tensor
@@ -172,6 +173,8 @@ class Block:
     longest: Tensor | None = None
     sinks: Tensor | None = None
     share: Tensor | None = None
+    softcap: float | None = None
+    read: Tensor | None = None
 
     @property
     def visible(self) -> Tensor:
@@ -236,6 +239,10 @@ class Method:
         """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller
         leaves dense (n <= K) are filled up afterwards."""
         raise NotImplementedError
+
+    def estimate(self, block: Block, tables: RowTables, placement: str) -> None:
+        """Before the softmax of decode steps: give `block` estimates of scores, and `read`, in a method that
+        does not compute all from K."""
 
     def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         """Bytes that a decode step reads in addition to K and V for each KV head, `[B, 1]` or `[B, H_kv]`

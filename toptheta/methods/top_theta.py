@@ -1,7 +1,7 @@
 """Top-theta: what is strictly greater than a calibrated threshold (arXiv 2502.08363, section 3)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from toptheta.methods.base import (
     ValueNorms,
     register,
 )
+from toptheta.methods.key_copy import BITS, STEP_BYTES, candidates, estimated
 from toptheta.methods.top_k import TopK, keep_largest
 from toptheta.util.errors import UsageError
 
@@ -27,11 +28,13 @@ class TopTheta(Method):
     """capk: of what passes the threshold, keep the K most recent only. value_aware (ours, not the paper's):
     compare weight times what the key's value can move the output, see `ValueNorms`; one number a key and head
     is stored in addition to the cache. floor (ours, too): how many of its largest a row keeps at least, where
-    a threshold alone guarantees one."""
+    a threshold alone guarantees one. key_copy (ours, too): none, int8 or int4; decode steps read K only for
+    keys that a copy of it in so many bits does not rule out, see key_copy.py."""
 
     capk: bool = False
     value_aware: bool = False
     floor: int = 1
+    key_copy: str = "none"
 
     name = "top_theta"
     title = "Top-theta"
@@ -42,43 +45,73 @@ class TopTheta(Method):
 
     @property
     def has_state(self) -> bool:  # type: ignore[override]
-        return self.value_aware
+        return self.value_aware or self.key_copy != "none"
 
     @property
     def needs_values(self) -> bool:  # type: ignore[override]
         return self.value_aware
 
     def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
-        return n * (4 * kept.shape[-1] if self.value_aware else 0)
+        read = n * (4 * kept.shape[-1] if self.value_aware else 0)
+        if self.key_copy != "none":  # in proportion to a 16-bit cache, which float32 would make look cheap
+            read = read + n * ((head_dim * BITS[self.key_copy] // 8 + STEP_BYTES) * element_size // 2)
+        return read
 
     @property
     def stores(self) -> str:  # type: ignore[override]
-        return "4 for each query head of the group: its value's factor" if self.value_aware else "nothing"
+        stored = []
+        if self.value_aware:
+            stored.append("4 for each query head of the group: its value's factor")
+        if self.key_copy != "none":
+            stored.append(f"a copy of K in {BITS[self.key_copy]} bits, and {STEP_BYTES}: its step")
+        return "; ".join(stored) or "nothing"
+
+    def estimate(self, block: Block, tables: RowTables, placement: str) -> None:
+        if self.key_copy == "none":
+            return
+        assert tables.theta is not None and block.k is not None
+        guess = estimated(block, BITS[self.key_copy])
+        seen = replace(block, x=guess, row_max=guess.amax(dim=-1, keepdim=True))
+        compared = seen.weights if placement == "post-softmax" else guess
+        if self.value_aware:
+            compared = compared * self._factor(block)[:, :, None]
+        visible = block.visible
+        block.read = candidates((compared > tables.theta) & visible, visible[:, :1], block.k.shape[1])
+        block.x = torch.where(block.read, block.x, guess)
+        block.row_max = block.x.amax(dim=-1, keepdim=True)
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert tables.theta is not None
         x, row_max = block.x, block.row_max
-        if self.value_aware:
-            factor = block.factor
-            if factor is None:
-                assert block.state is not None and block.values is not None and block.v is not None
-                own = block.x.shape[2] if block.own else None
-                factor = value_factors(block.state, block.values, block.v, own)
-            x = torch.where(block.visible, x * factor[:, :, None], NEG_INF)  # -inf times 0 is no number
+        if self.value_aware:  # -inf times 0 is no number
+            x = torch.where(block.visible, x * self._factor(block)[:, :, None], NEG_INF)
+        if block.read is not None:
+            x = x.masked_fill(~block.read, NEG_INF)
+        if x is not block.x:
             row_max = x.amax(dim=-1, keepdim=True)
-        keep = keep_above(x, tables.theta, row_max)
+        keep = keep_above(x, tables.theta, row_max) & (x > NEG_INF)
         if self.floor > 1:
             keep |= keep_largest(x, self.floor)
         return keep_recent(keep, block.budget) if self.capk else keep
 
+    def _factor(self, block: Block) -> Tensor:
+        """`[B, H, E]`, how much each key's value counts."""
+        if block.factor is None:
+            assert block.state is not None and block.values is not None and block.v is not None
+            own = block.x.shape[2] if block.own else None
+            block.factor = value_factors(block.state, block.values, block.v, own)
+        return block.factor
+
     def kernel_spec(self) -> KernelSpec | None:
-        if self.floor > 1:
+        if self.floor > 1 or self.key_copy != "none":
             return None
         return KernelSpec(Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware)
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.floor < 1:
             raise UsageError(f"{flag('floor')} is {self.floor}: give a whole number of at least 1.")
+        if self.key_copy not in ("none", *BITS):
+            raise UsageError(f"{flag('key_copy')} is {self.key_copy!r}: choose none, {' or '.join(BITS)}.")
 
     def while_calibrating(self, tac: bool) -> Method:
         return TopK() if tac else super().while_calibrating(tac)

@@ -144,7 +144,7 @@ class LayerState(nn.Module):
             if self.spec.method.needs_values:
                 call.factor = extras.factor
             call.v_sum = extras.at(call.v, call.rows) if self.spec.vmc else None
-        if self.spec.method.has_state and call.factor is None:
+        if self.spec.method.has_state and (call.factor is None or call.kernel is None):
             call.state = self.method_state()
 
     def method_state(self) -> State:
