@@ -59,7 +59,7 @@ def options(tables: Path, /, **changes) -> SweepOptions:
 
 def plan(file: Path):
     content = json.loads(file.read_text())
-    return _plan(content["tables"]["tiny"], content["methods"], options(file), PARSERS)
+    return _plan(content["tables"]["tiny"], content, options(file), PARSERS)
 
 
 def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -112,6 +112,38 @@ def test_unfinished_runs_are_resumed_and_never_count(tables: Path, tmp_path: Pat
     assert key in scan(Path("products"), PARSERS).results
     (run / "results.json").write_text("{half")
     assert key not in scan(Path("products"), PARSERS).results
+
+
+def test_groups_and_runs_together(tables: Path) -> None:
+    """Parts of a table share the rows of a group; cells that differ in --method alone are one run."""
+    content = json.loads(tables.read_text())
+    content["methods"] |= {"H2O": {"method": "h2o"}, "Top-p": {"method": "top_p"}, "TOVA": {"method": "tova"}}
+    content["groups"] = {
+        "peers": [
+            {"methods": ["H2O", "TOVA"], "k": [8, 16]},
+            {"methods": ["Top-p"], "k": [8], "flags": {"seed": 1}},
+        ]
+    }
+    (part, *_) = content["tables"]["tiny"]["parts"]
+    content["tables"]["tiny"]["parts"] = [
+        {"script": part["script"], "tasks": part["tasks"], "group": "peers"}
+    ]
+    tables.write_text(json.dumps(content))
+    cells = plan(tables)
+    assert [(cell.method, cell.k) for cell in cells] == [
+        ("H2O", 8),
+        ("H2O", 16),
+        ("TOVA", 8),
+        ("TOVA", 16),
+        ("Top-p", None),
+    ]
+    together, alone = missing_runs(cells, Found(), "products")
+    assert together[together.index("--method") + 1] == "h2o,tova" and "8,16" in together
+    assert alone[alone.index("--method") + 1] == "top_p" and alone[alone.index("--seed") + 1] == "1"
+    content["tables"]["tiny"]["parts"][0]["group"] = "pears"
+    tables.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="reproduce.json: group 'pears' is unknown: near it are peers"):
+        plan(tables)
 
 
 def test_a_run_under_way_is_left_alone(tables: Path, tmp_path: Path) -> None:
@@ -230,12 +262,13 @@ def test_every_table_of_the_project_is_sound(tmp_path: Path) -> None:
     """Each cell of reproduce.json is a command line that the scripts accept."""
     content = json.loads((ROOT / "reproduce.json").read_text())
     for name, table in content["tables"].items():
-        texts = {part["flags"][flag] for part in table["parts"] for flag in TEXT_FLAGS & part["flags"].keys()}
+        flags = [table.get("flags", {}), *(part.get("flags", {}) for part in table["parts"])]
+        texts = {given[flag] for given in flags for flag in TEXT_FLAGS & given.keys()}
         for text in texts:
             (tmp_path / text).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / text).touch()
         data_dir = str(tmp_path) if texts else None
-        cells = _plan(table, content["methods"], SweepOptions(table=name, data_dir=data_dir), PARSERS)
+        cells = _plan(table, content, SweepOptions(table=name, data_dir=data_dir), PARSERS)
         assert len({cell.key for cell in cells}) == len(cells) >= 4
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     table = _choose(options.table, tables["tables"], "--table")
     if options.data_dir and not Path(options.data_dir).is_dir():
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
-    parts = [row for part in table["parts"] for row in _rows(part, tables.get("groups", {}))]
-    cells = _plan(table | {"parts": parts}, tables["methods"], options, parsers)
+    cells = _plan(table, tables, options, parsers)
     if options.only:
         cells = _only(cells, options.only)
     found = scan(Path(options.output_dir), {cell.script for cell in cells})
@@ -171,13 +171,13 @@ def _rows(part: dict[str, Any], groups: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _plan(
     table: dict[str, Any],
-    methods: dict[str, dict[str, Any]],
+    tables: dict[str, Any],
     options: SweepOptions,
     parsers: dict[str, Callable[[], Parser]],
 ) -> list[SweepCell]:
-    """The table's cells, each checked like a command line. Raises UsageError."""
-    cells = []
-    for part in table["parts"]:
+    """The cells of one of the `tables`, each checked like a command line. Raises UsageError."""
+    cells, methods = [], tables["methods"]
+    for part in (row for part in table["parts"] for row in _rows(part, tables.get("groups", {}))):
         script = part["script"]
         if script not in KINDS:
             raise UsageError(f"reproduce.json: script {script!r} is none of {', '.join(KINDS)}.")
@@ -263,8 +263,9 @@ def answer_key(settings: Settings, cell: AttentionParams) -> str:
         facts |= {"k": cell_k(cell), "layerk": settings.layerk}
     if not cell.needs_calibration:
         facts = {name: value for name, value in facts.items() if not name.startswith("calib_")}
-    if facts.get("data_dir"):
-        facts["data_dir"] = str(Path(facts["data_dir"]).resolve())
+    for name in ("data_dir", *TEXT_FLAGS):
+        if facts.get(name):
+            facts[name] = str(Path(facts[name]).resolve())
     return json.dumps(facts, sort_keys=True)
 
 
@@ -313,9 +314,18 @@ def missing_runs(cells: list[SweepCell], found: Found, output_dir: str) -> list[
         ks = groups.setdefault((cell.script, cell.arguments), [])
         if cell.k is not None:
             ks.append(cell.k)
+    together: dict[tuple[str, ...], list[str]] = {}  # what differs in --method alone is one run
     for (script, arguments), ks in groups.items():
-        k = ["--k", ",".join(map(str, ks))] if ks else []
-        commands.append([script, *arguments, *k, "--output_dir", output_dir])
+        k = ("--k", ",".join(map(str, ks))) if ks else ()
+        line, method = [script, *arguments, *k, "--output_dir", output_dir], ""
+        if "--method" in line:
+            at = line.index("--method")
+            method, line[at + 1] = line[at + 1], ""
+        together.setdefault(tuple(line), []).append(method)
+    for line, methods in together.items():
+        commands.append(
+            [",".join(methods) if before == "--method" else x for before, x in pairwise(("", *line))]
+        )
     return commands
 
 
