@@ -200,9 +200,7 @@ def test_texts_of_a_table(tables: Path, tmp_path: Path) -> None:
     }
     flags = {"text": "novel.txt", "calib_text": "news.txt"}
     content["tables"]["tiny"] = {"parts": [part | {"k": [8], "flags": flags}]}
-    cells = _plan(
-        content["tables"]["tiny"], content["methods"], options(tables, data_dir=str(tmp_path)), PARSERS
-    )
+    cells = _plan(content["tables"]["tiny"], content, options(tables, data_dir=str(tmp_path)), PARSERS)
     assert [cell.name for cell in cells] == ["novel dense", "novel Top-theta K=8"]
     for cell in cells:
         assert str(tmp_path / "novel.txt") in cell.arguments and "--data_dir" not in cell.arguments

@@ -177,7 +177,7 @@ def _plan(
 ) -> list[SweepCell]:
     """The cells of one of the `tables`, each checked like a command line. Raises UsageError."""
     cells, methods = [], tables["methods"]
-    for part in (row for part in table["parts"] for row in _rows(part, tables.get("groups", {}))):
+    for part in [row for given in table["parts"] for row in _rows(given, tables.get("groups", {}))]:
         script = part["script"]
         if script not in KINDS:
             raise UsageError(f"reproduce.json: script {script!r} is none of {', '.join(KINDS)}.")
