@@ -216,7 +216,7 @@ def test_methods_by_name(tables: Path) -> None:
     table = content["tables"]["tiny"]
     table["flags"]["calib_task"] = "everyday_science"
     table["parts"][0]["methods"] += ["capped", "named"]
-    cells = _plan(table, content["methods"], options(tables), PARSERS)
+    cells = _plan(table, content, options(tables), PARSERS)
     by_name = {cell.name: cell for cell in cells}
     assert len(cells) == 9
     # The key is the cell's, however its method was named.
@@ -224,10 +224,12 @@ def test_methods_by_name(tables: Path) -> None:
     assert by_name["everyday_science capped K=8"].key != by_name["everyday_science Top-theta K=8"].key
     assert {cell.method for cell in cells if "--calib_task" in cell.arguments} == {"Top-theta", "capped"}
     for wrong in ({"vmc": True}, {"mode": 1, "method": "top_k"}):
+        content["methods"]["named"] = wrong
         with pytest.raises(UsageError, match="method 'named' wants 'method' or 'mode'"):
-            _plan(table, content["methods"] | {"named": wrong}, options(tables), PARSERS)
+            _plan(table, content, options(tables), PARSERS)
+    content["methods"]["named"] = {"method": "topk"}
     with pytest.raises(UsageError, match="--method is 'topk'"):
-        _plan(table, content["methods"] | {"named": {"method": "topk"}}, options(tables), PARSERS)
+        _plan(table, content, options(tables), PARSERS)
 
 
 @pytest.mark.parametrize(
