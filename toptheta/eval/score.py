@@ -36,7 +36,11 @@ def score_folder(folder: str) -> None:
         _score_answers(path, rows)
         results_file = path / "results.json"
         result = read_result(results_file) if results_file.is_file() else CellResult(path.name)
-        result = replace(result, metrics=metrics)
+        together = scoring.judged_together(rows)
+        for count in together.values():
+            say(f"{count} of {len(rows)} programs ran with their tests, and could forge their success.")
+        extra = {name: value for name, value in result.extra.items() if name != "judged_together"}
+        result = replace(result, metrics=metrics, extra=extra | together)
         write_json(results_file, result.to_json())
         results.append(replace(result, folder=str(path)))
     print("\n" + results_table(paired_with_dense(results)[0]))

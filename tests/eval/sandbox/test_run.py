@@ -192,7 +192,7 @@ time.sleep(60)
 
 @needs_proc
 @pytest.mark.parametrize("moment", ["idle", "busy"])
-def test_a_program_does_not_outlive_its_caller(isolation, moment):
+def test_neither_a_program_nor_its_folder_outlives_its_caller(isolation, moment, tmp_path):
     """kill -9 leaves the caller no time to end anything."""
     name = f"left{secrets.token_hex(4)}"
     source = daemon(name, "while True: pass" if moment == "busy" else "time.sleep(60)")
@@ -201,13 +201,17 @@ import threading
 from toptheta.eval.sandbox.run import Limits, _run
 _run({source!r}, Limits(wall_s=60.0), {isolation!r}, threading.Event())
 """
-    process = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT, env=environment)
     try:
         assert wait_until(lambda: alive(name), 60.0)
+        # Where the program has a file system of its own, there is no folder to leave.
+        assert len(list(tmp_path.iterdir())) == (isolation != "full")
     finally:
         process.kill()
         process.wait()
     assert wait_until(lambda: not alive(name), 10.0)
+    assert wait_until(lambda: not list(tmp_path.iterdir()), 10.0)
 
 
 def test_output_goes_nowhere():

@@ -8,13 +8,19 @@ import sys
 import pytest
 
 from tests.helpers.paths import ROOT
-from toptheta.eval.sandbox.run import Limits, run_program
+from toptheta.eval.sandbox.run import Limits, run_program, run_programs
 from toptheta.eval.tasks.humaneval.completion import (
     chat_message,
     completion_from_reply,
     truncate_base_completion,
 )
-from toptheta.eval.tasks.humaneval.scoring import load_problems, pass_at_k, program, score_samples
+from toptheta.eval.tasks.humaneval.scoring import (
+    judged_together,
+    load_problems,
+    pass_at_k,
+    program,
+    score_samples,
+)
 from toptheta.report.results import Metric
 from toptheta.util.errors import UsageError
 
@@ -156,6 +162,33 @@ def test_the_message_shows_the_prompt():
 )
 def test_a_base_completion_ends_at_a_stop_sequence(text, kept):
     assert truncate_base_completion(text) == kept
+
+
+def test_all_reference_solutions_pass_out_of_their_reach_and_alone(problems):
+    programs = [program(problem, problem["canonical_solution"]) for problem in problems.values()]
+    apart = run_programs(programs, LIMITS)
+    assert [outcome for outcome in apart if not (outcome.passed and outcome.judged_apart)] == []
+    alone = run_programs([one.together for one in programs[::8]], LIMITS)
+    assert [outcome for outcome in alone if not outcome.passed or outcome.judged_apart] == []
+
+
+def test_a_helper_of_the_prompt_is_the_prompts(problems):
+    """HumanEval/32 tests the zero that a program finds of a polynomial by the prompt's `poly`."""
+    problem = problems["HumanEval/32"]
+    forged = "    return 0.0\n\ndef poly(*_):\n    return 0.0\n"
+    outcome = run_program(program(problem, forged), LIMITS)
+    assert not outcome.passed and outcome.judged_apart
+    assert run_program(program(problem, forged).together, LIMITS).passed  # what it would be without
+
+
+def test_a_task_that_passes_functions_is_marked(problems):
+    problem = problems["HumanEval/0"]
+    test = "def check(candidate):\n    assert candidate([1.0, 2.0], type('F', (float,), {})(3.0))"
+    samples = [{"task_id": "HumanEval/0", "completion": problem["canonical_solution"]}]
+    for one, apart in ((problem, True), (problem | {"test": test}, False)):
+        rows = score_samples(samples, {"HumanEval/0": one}, [1], LIMITS)[1]
+        assert (rows[0]["passed"], rows[0]["judged_apart"]) == (True, apart)
+        assert judged_together(rows) == ({} if apart else {"judged_together": 1})
 
 
 def test_reference_solutions_pass_and_others_say_why(problems):

