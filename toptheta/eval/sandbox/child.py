@@ -17,6 +17,7 @@ import types
 from typing import Any, NoReturn
 
 from toptheta.eval.sandbox.calls import Candidate, CannotJudge, ProgramEnded, serve
+from toptheta.eval.sandbox.seccomp import deny_calls
 
 ENDED, UNJUDGED = " ended", " cannot judge: "  # what a test says after its token, if not that all is right
 EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED, EXIT_MEMORY = 0, 70, 71, 72, 73
@@ -142,7 +143,7 @@ def _be_the_program(request: dict[str, Any]) -> NoReturn:
     ):
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
             resource.setrlimit(limit, (soft, hard))
-    _drop_rights()
+    _drop_rights(request["isolation"] == "full")
     if request["isolation"] != "full":
         for owner, names in GUARDED.items():
             for name in names:
@@ -199,9 +200,9 @@ def _prctl(option: int, value: int) -> int:
     return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) if sys.platform == "linux" else -1
 
 
-def _drop_rights() -> None:
-    """No setuid programs, no capabilities: nothing of the namespaces can be undone. Best effort for a user
-    without namespaces, who has no capabilities."""
+def _drop_rights(fully: bool) -> None:
+    """No setuid programs, no capabilities, no calls of the kernel that reach past namespaces: nothing of them
+    can be undone. Best effort unless fully, which raises OSError."""
     if sys.platform != "linux":
         return
     _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
@@ -209,6 +210,11 @@ def _drop_rights() -> None:
         _prctl(24, capability)  # PR_CAPBSET_DROP
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
     ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
+    try:
+        deny_calls()
+    except OSError:
+        if fully:
+            raise
 
 
 def _seal_files(size_mb: int) -> str:
