@@ -1,5 +1,5 @@
-"""The lm-eval side: a model class that patches its model, shares prompts between answers, and keeps what is
-done."""
+"""The lm-eval side: a model class that patches its model, shares prompts between answers and beginnings
+between prompts, and keeps what is done."""
 
 import hashlib
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -11,16 +11,19 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StoppingCriteriaList
 
 from toptheta.eval import processes
 from toptheta.eval.batches import Batches
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
+from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.models.control import reading_prompt
 from toptheta.models.families import head_logits
+from toptheta.models.generation import LeavingGreedy, StopTexts
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.planning import announce_prompts, begin_prompts
+from toptheta.models.prefix import Prefix, can_share, read_prefix
 from toptheta.models.recorder import Recorder
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
@@ -28,6 +31,8 @@ from toptheta.util.errors import UsageError
 Request = tuple[tuple[str, str], list[int], list[int]]
 Group = tuple[tuple[int, ...], dict[str, tuple[int, ...]]]  # a prompt, and its answers by the request's key
 Groups = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # many of them
+# Options of generation that ask nothing of the cache, nor for more sequences than prompts.
+PLAIN = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 class TopThetaLM(HFLM):
@@ -43,6 +48,10 @@ class TopThetaLM(HFLM):
         self.tokens: dict[str, dict[str, int]] = {}
         self.reply_ids: dict[str, list[int]] = {}
         self._generated_lengths: list[int] = []
+        self._lengths: dict[tuple[int, ...], int] = {}  # of what prompts share, while they are computed
+        self._prefix: Prefix | None = None  # the last that was read
+        self._keys: list[str] = []  # of the batch that is generated next
+        self._begins_with: Prefix | None = None  # what the batch that is generated next has in its cache
         super().__init__(*args, **kwargs)
         if not isinstance(self.pretrained, str):
             self._device = model_device(self.pretrained)
@@ -55,7 +64,7 @@ class TopThetaLM(HFLM):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy?) of every continuation. Answers to one prompt share its pass through the
-        model.
+        model, and prompts what they begin with.
 
         Unlike the stock version, padding is masked: it must reach neither calibration nor statistics.
         """
@@ -75,7 +84,8 @@ class TopThetaLM(HFLM):
         batches = Batches(self.batch_size)
         # Longest first: then memory runs out at once or not at all.
         order = sorted(groups.items(), key=lambda item: (-len(item[0]), item[0]))
-        todo = _without([order[i : i + batches.size] for i in range(0, len(order), batches.size)], done)
+        self._lengths = shared_lengths(groups) if can_share(self.model) else {}
+        todo = _without(in_batches(order, lambda group: self._shared(group[0]), batches.size), done)
         total, left = len(set(keys)), sum(len(group) for batch in todo for _, group in batch)
 
         def run(batch: list[Group]) -> None:
@@ -93,10 +103,14 @@ class TopThetaLM(HFLM):
             for key in group[1]:
                 self._skip(key)
 
-        with self._bar(total, total - left, "answer", disable_tqdm) as advance:
-            share = processes.share(todo)
-            while share := _without(share, done):  # memory that ran out may have undone some
-                batches.run(share, run, self._undo, failed)
+        try:
+            with self._bar(total, total - left, "answer", disable_tqdm) as advance:
+                share = processes.share(todo)
+                while share := _without(share, done):  # memory that ran out may have undone some
+                    batches.run(share, run, self._undo, failed)
+        finally:
+            self._lengths = {}
+            self._forget()
         self._join()
         results = [tuple(answers.get(key, (0.0, False))) for key in keys]
         for (request, _, _), result in zip(requests, results):
@@ -126,11 +140,12 @@ class TopThetaLM(HFLM):
     def _take(
         self, found: dict[str, Any], answers: dict[str, Any], decode_steps: np.ndarray | None = None
     ) -> None:
-        """Hand a batch's answers to the cell, whose answers `answers` are; without one, to `answers`."""
+        """Hand a batch's answers to the cell, whose answers `answers` are; without one, to `answers`, and
+        nothing keeps what was counted."""
+        prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
         if self.cell is None:
             answers.update(found)
             return
-        prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
         self.cell.add(found, prefill, decode, decode_steps)
 
     def _bar(
@@ -138,8 +153,27 @@ class TopThetaLM(HFLM):
     ) -> AbstractContextManager[Callable[[int, int], None]]:
         return processes.progress(total, done, unit, self.description, not disable and self.rank == 0)
 
+    def _shared(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """What a prompt begins with and shares with others; nothing if it shares nothing."""
+        prompt = tuple(prompt)
+        return prompt[: self._lengths.get(prompt, 0)]
+
+    def _read(self, ids: tuple[int, ...]) -> Prefix | None:
+        """What prompts begin with, read unless it was read last; None if it is nothing."""
+        if not ids:
+            return None
+        if self._prefix is None or self._prefix.ids != ids:
+            self._prefix = None  # before the next one takes memory
+            self._prefix = read_prefix(self.model, ids)
+        return self._prefix
+
+    def _forget(self) -> None:
+        """Give back the memory of what prompts begin with."""
+        self._prefix = self._begins_with = None
+
     def _undo(self) -> None:
         """Forget what a batch that was not finished has left."""
+        self._forget()
         if self.recorder is not None:
             self.recorder.drain()
         if self.progress is not None:
@@ -163,17 +197,23 @@ class TopThetaLM(HFLM):
 
     @torch.no_grad()
     def _score(self, batch: list[Group]) -> dict[str, tuple[float, bool]]:
-        """Log-likelihoods of all continuations of a batch of prompts: one pass over the prompts, one over the
-        answers."""
-        prompts = [list(context) for context, _ in batch]
-        tokens, mask = self._padded(prompts)
+        """Log-likelihoods of all continuations of a batch of prompts, which share what they begin with: one
+        pass over the prompts, one over the answers."""
+        prefix = self._read(self._shared(batch[0][0]))
+        at = 0 if prefix is None else len(prefix.ids)
+        tokens, mask = self._padded([list(context[at:]) for context, _ in batch])
+        last_rows = mask.sum(dim=1) - 1
+        mask = torch.cat([mask.new_ones(len(batch), at), mask], dim=1)
         lengths = mask.sum(dim=1)
-        cache = DynamicCache(config=self.config)
+        if prefix is None:
+            cache: Cache = DynamicCache(config=self.config)
+        else:
+            cache = prefix.begin(self.model, len(batch))
         self._begin(_key(prompt) for prompt, _ in batch)
         hidden = self.model.model(
             tokens, attention_mask=_unless_full(mask), past_key_values=cache, use_cache=True
         )
-        last = hidden.last_hidden_state[torch.arange(len(batch), device=self.device), lengths - 1]
+        last = hidden.last_hidden_state[torch.arange(len(batch), device=self.device), last_rows]
         first_logits = self._log_probs(last)
 
         owner = [i for i, (_, group) in enumerate(batch) for _ in group]
@@ -234,7 +274,9 @@ class TopThetaLM(HFLM):
             announce_prompts(self.model, spans)
         batches = Batches(self.batch_size)
         order = sorted(by_key, key=lambda key: (-len(by_key[key].args[0]), key))
-        todo = _left([order[i : i + batches.size] for i in range(0, len(order), batches.size)], done)
+        ids_of = dict(zip(keys, map(tuple, prompts)))
+        self._lengths = shared_lengths(ids_of.values()) if can_share(self.model) else {}
+        todo = _left(in_batches(order, lambda key: self._shared(ids_of[key]), batches.size), done)
         sizes = dict(zip(keys, map(len, prompts)))
 
         def run(batch: list[str]) -> None:
@@ -253,10 +295,14 @@ class TopThetaLM(HFLM):
             else:
                 self._skip(key)
 
-        with self._bar(len(order), len(order) - sum(map(len, todo)), "text", disable_tqdm) as advance:
-            share = processes.share(todo)
-            while share := _left(share, done):
-                batches.run(share, run, self._undo, failed)
+        try:
+            with self._bar(len(order), len(order) - sum(map(len, todo)), "text", disable_tqdm) as advance:
+                share = processes.share(todo)
+                while share := _left(share, done):
+                    batches.run(share, run, self._undo, failed)
+        finally:
+            self._lengths = {}
+            self._forget()
         self._join()
         replies = [answers.get(key, "") for key in keys]
         for ids, request, text in zip(prompts, requests, replies):
@@ -266,16 +312,54 @@ class TopThetaLM(HFLM):
         return replies
 
     def tok_batch_encode(self, strings: list[str], *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The texts that are generated from next, in the order of the batch."""
-        self._begin(_key(options=text) for text in strings)
-        return super().tok_batch_encode(strings, *args, **kwargs)
+        """The texts that are generated from next, in the order of the batch, padded behind what they share,
+        else at the left."""
+        self._keys = [_key(options=text) for text in strings]
+        self._begin(self._keys)
+        tokens, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        rows = [tuple(row[real.bool()].tolist()) for row, real in zip(tokens, mask)]
+        shared = self._shared(rows[0])  # nothing, if it was cut
+        padded = not bool(mask.all())
+        self._begins_with = None
+        if not shared or any(self._shared(row) != shared for row in rows):
+            return tokens, mask
+        prefix = self._read(shared)
+        assert prefix is not None
+        if padded and prefix.has_window:
+            return tokens, mask
+        self._begins_with = prefix
+        return _padded_behind(tokens, mask, len(shared))
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs
     ) -> Tensor:
-        out = super()._model_generate(context, max_length, stop, **generation_kwargs)
-        self._generated_lengths = generated_lengths(out[:, context.shape[1] :], self.eot_token_id)
+        plain = generation_kwargs.keys() <= PLAIN and self.mixed_precision_dtype is None
+        if self._begins_with is not None and plain:
+            cache = self._begins_with.begin(self.model, len(context))
+            generation_kwargs["past_key_values"] = cache
+        if not plain or not _is_greedy(generation_kwargs):
+            out = super()._model_generate(context, max_length, stop, **generation_kwargs)
+            self._generated_lengths = generated_lengths(out[:, context.shape[1] :], self.eot_token_id)
+            return out
+        keys = self._keys
+        greedy = LeavingGreedy(lambda going: self._begin([keys[i] for i in going]))
+        out = self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=StoppingCriteriaList([StopTexts(self.tokenizer, stop, context.shape[1])]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            custom_generate=greedy,
+            **generation_kwargs | {"do_sample": False, "temperature": None},
+        )
+        self._generated_lengths = greedy.lengths
         return out
+
+
+def _is_greedy(options: dict[str, Any]) -> bool:
+    """As lm-eval reads options of generation."""
+    do_sample = options.get("do_sample")
+    return do_sample is False or do_sample is None and options.get("temperature", 0.0) == 0.0
 
 
 def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
@@ -288,6 +372,14 @@ def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
         ends |= tokens == token
     first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
     return first.tolist()
+
+
+def _padded_behind(tokens: Tensor, mask: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    """`[B, L]` ids and their mask, padded at the left, with the padding behind the first `at` tokens."""
+    start = (mask == 0).sum(dim=1, keepdim=True)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    places = torch.where(places < at, places + start, torch.where(places < at + start, places - at, places))
+    return tokens.gather(1, places), mask.gather(1, places)
 
 
 def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Group]]:

@@ -210,6 +210,8 @@ class Method:
     calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
     by_row: a decode step keeps what its own row says, whatever the steps before kept; else several of them in
     one call are computed one by one. needs_prompt: what it remembers is of the prompt, which it has to see.
+    by_call: what a row of a prompt keeps depends on which rows are computed in its call, so that a prompt
+    cannot be cut anywhere.
     reads_all_keys: it needs the score of every visible key, else K of what it keeps alone. stores: what it
     stores in addition to the cache, in bytes for each token and KV head.
     """
@@ -230,6 +232,7 @@ class Method:
     decode_only: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = False
+    by_call: ClassVar[bool] = False
 
     def leaves_dense(self, layer: int) -> bool:
         """Whether the layer of this index is dense, whatever its K."""

@@ -53,6 +53,7 @@ class SkipSoftmax(Method):
     title = "skip softmax"
     source = "BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding, arXiv 2512.12087"
     uses_k = False
+    by_call = True
 
     def rows_of_block(self, rows: int) -> int:
         return max(rows // self.tile, 1) * self.tile

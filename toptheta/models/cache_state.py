@@ -2,6 +2,7 @@
 repeated, copied or reset.
 """
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -58,3 +59,18 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
         layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
         layer.method_state = State()
     return layer.method_state
+
+
+def branch(cache_: Cache, batch: int) -> Cache:
+    """A cache of `batch` sequences that all begin as the only one of `cache_`, a DynamicCache, which stays as
+    it is."""
+    own = copy.copy(cache_)
+    own.layers = [copy.copy(layer) for layer in cache_.layers]  # an update makes new tensors
+    for layer in own.layers:
+        state = getattr(layer, "method_state", None)
+        if state is not None:
+            tensors = {name: x.clone() for name, x in state.tensors.items()}
+            layer.method_state = State(tensors, dict(state.numbers), state.owner)
+    if batch > 1:
+        own.batch_repeat_interleave(batch)
+    return own

@@ -1,4 +1,5 @@
-"""Long prompts in pieces: generation and teacher-forced likelihood, with the prompt cut into chunks.
+"""Long prompts in pieces: generation and teacher-forced likelihood, with the prompt cut into chunks; and
+batches that finished sequences leave.
 
 A chunk of C tokens over N cached ones needs memory for C rows of attention instead of N. Rows see the same
 keys as without chunks, so results agree within float noise. Statistics and calibration see every row once.
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from toptheta.models.control import end_prompt, reading_prompt
+from toptheta.models.control import end_prompt, reading_prompt, recorder_of
 from toptheta.models.families import head_logits
 
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
@@ -50,6 +51,88 @@ def generate(
             **arguments,
         )
     return out[:, tokens["input_ids"].shape[1] :]
+
+
+class StopTexts(StoppingCriteria):
+    """Finishes each sequence by itself where lm-eval's own criterion waits until all have shown `stop`, one
+    of the texts. start: tokens of the prompts."""
+
+    def __init__(self, tokenizer: Any, stop: list[str], start: int):
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        # A text may come in other tokens than its own.
+        self.longest = (
+            max((len(tokenizer.encode(text, add_special_tokens=False)) for text in stop), default=0) + 2
+        )
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :][:, -self.longest :])
+        done = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class LeavingGreedy:
+    """Greedy decoding for `generate(custom_generate=...)` of a patched model. A sequence leaves its batch
+    when it is finished, by whatever stopping criterion: what is left computes faster, and statistics count
+    for each sequence its own steps alone, whatever it shares a batch with.
+
+    lengths: tokens of each reply, the last included, when all is done. going_on: is told which sequences of
+    the batch are left, by number.
+    """
+
+    def __init__(self, going_on: Callable[[list[int]], None]):
+        self.going_on = going_on
+        self.lengths: list[int] = []
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """`[B, L + T]`: `input_ids` `[B, L]`, whose first tokens may be in the cache, and replies, padded at
+        the right."""
+        cache, mask = arguments.pop("past_key_values"), arguments.pop("attention_mask", None)
+        batch, start = input_ids.shape
+        at = cache.get_seq_length()
+        new = input_ids[:, at:]
+        positions = arguments.pop("position_ids").expand(batch, -1)[:, at:]
+        rows, going, recorder = list(input_ids), torch.arange(batch), recorder_of(model)
+        while True:
+            logits = model(
+                input_ids=new,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                **arguments,
+            ).logits[:, -1]
+            scores = logits_processor(input_ids, logits.float().to(input_ids.device))
+            new = scores.argmax(dim=-1, keepdim=True)
+            input_ids = torch.cat([input_ids, new], dim=1)
+            done = stopping_criteria(input_ids, scores)
+            for i in done.nonzero()[:, 0].tolist():
+                rows[int(going[i])] = input_ids[i]
+            left = (~done).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            positions = positions[:, -1:] + 1
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if len(left) < len(going):
+                going = going[left.cpu()]
+                cache.batch_select_indices(left)
+                input_ids, new, positions = input_ids[left], new[left], positions[left]
+                mask = None if mask is None else mask[left]
+                if recorder is not None:
+                    recorder.go_on(going, batch)
+                self.going_on(going.tolist())
+        self.lengths = [len(row) - start for row in rows]
+        pad = generation_config.pad_token_id
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad or 0)
 
 
 @torch.no_grad()

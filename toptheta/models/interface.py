@@ -52,7 +52,9 @@ def toptheta_attention_forward(
     if not spec.sparse and state.calibration is None:
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
-            recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key, decode))
+            before = None if decode else recorder.prefix_of(state.layer_idx)
+            kv = dense_bytes(rows, key, decode, before)
+            recorder.add(state.layer_idx, rows, 0, None, shape, decode, kv)
         return _dense(
             module, state.base, query, key, value, attention_mask, scaling, dropout, special | kwargs
         )
@@ -76,7 +78,9 @@ def toptheta_attention_forward(
     out, counts = registry.attend(call)
     if recorder is not None:
         assert counts is not None
-        kv, k = kv_bytes(call, counts, registry.keys_read(call)), spec.k if spec.method.uses_k else 0
+        before = None if decode else recorder.prefix_of(state.layer_idx)
+        kv = kv_bytes(call, counts, registry.keys_read(call), before)
+        k = spec.k if spec.method.uses_k else 0
         recorder.add(state.layer_idx, rows, k, counts, shape, decode, kv)
     return out.transpose(1, 2).contiguous(), None
 

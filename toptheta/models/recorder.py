@@ -5,7 +5,7 @@ Covers counting during calls and handing the counts over in bulk after a request
 eval/cell.py's job.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,17 @@ class _Open:
     n: Tensor
     kv_read: Tensor
     kv_dense: Tensor
+    key_real: Tensor | None = None  # of the last call: which keys are not padding
+
+
+@dataclass
+class PrefixCounts:
+    """What was counted of the rows of one sequence that several prompts begin with, for
+    `Recorder.begin_behind`, by layer. one_call: they came in one call, and so would have the whole prompt."""
+
+    opened: dict[int, _Open]
+    histograms: dict[int, Tensor]
+    one_call: bool
 
 
 def count_steps(steps: list[LayerRecord], k: int, live: np.ndarray | None = None) -> np.ndarray:
@@ -78,8 +89,10 @@ class Recorder:
         self.num_heads, self.keep_popularity, self.effective_k = num_heads, keep_popularity, effective_k
         self._histograms: dict[int, Tensor] = {}
         self._open: dict[int, _Open] = {}
+        self._prefixes: dict[int, Tensor] = {}  # `[1, H_kv, P]`, of prefixes that the next call goes on from
         self._steps: dict[int, list[Tensor]] = {}
         self._step_popularity: dict[int, list[Tensor]] = {}
+        self._going: tuple[Tensor, int] | None = None  # see go_on
 
     def add(
         self,
@@ -97,8 +110,11 @@ class Recorder:
         batch, num_heads, num_kv_heads, kv_len = shape
         n = rows.n if rows.real is None else rows.n * rows.real
         n = n.expand(batch, -1)
+        # For popularities; what is dense is not counted key by key, and a sliding cache does not pad.
+        counted = self.keep_popularity and counts is not None and not rows.offset
+        key_real = rows.key_real if counted else None
         if decode:
-            self._add_steps(layer, n, k, counts, shape, kv)
+            self._add_steps(layer, n, k, counts, shape, kv, key_real)
             return
         full = n.sum(dim=-1)
         topk = n.clamp(max=k).sum(dim=-1) if k > 0 else full
@@ -121,7 +137,8 @@ class Recorder:
             count_rows(self._histograms[layer], kept, n, n > k)
         before = self._open.get(layer)
         if before is None:
-            self._open[layer] = _Open(attn.clone(), vrow.int(), full, topk, longest, kv.read, kv.dense)
+            parts = (attn.clone(), vrow.int(), full, topk, longest, kv.read, kv.dense)
+            self._open[layer] = _Open(*parts, key_real)
             return
         if kv_len < before.vrow.shape[2] or batch != before.vrow.shape[0]:
             raise RuntimeError(
@@ -137,6 +154,7 @@ class Recorder:
             torch.maximum(before.n, longest),
             before.kv_read + kv.read,
             before.kv_dense + kv.dense,
+            key_real,
         )
 
     def _add_steps(
@@ -147,6 +165,7 @@ class Recorder:
         counts: Counts | None,
         shape: tuple[int, int, int, int],
         kv: KVBytes | None,
+        key_real: Tensor | None,
     ) -> None:
         """Add decode steps, as many as n `[B, Q]` has columns. Popularity is the call's: fits one step."""
         batch, num_heads, num_kv_heads, kv_len = shape
@@ -161,22 +180,59 @@ class Recorder:
         topk = keys.clamp(max=k) if k > 0 else keys
         numbers = torch.stack([keys, topk, keys, kv.dense], dim=1)
         packed = torch.cat([attn, vrows, kv.read, numbers], dim=1).view(batch, n.shape[1], -1)
+        packed = self._of_all(packed)
         self._steps.setdefault(layer, []).extend(packed.unbind(dim=1))
         if self.keep_popularity:
             if counts is None:
                 seen = torch.arange(kv_len, device=n.device) < n[:, -1:]
                 vrow = seen[:, None].expand(-1, num_kv_heads, -1)
             else:
-                vrow = counts.vrow
-            self._step_popularity.setdefault(layer, []).append(vrow.int())
+                vrow = _without_padding(counts.vrow, key_real)
+            self._step_popularity.setdefault(layer, []).append(self._of_all(vrow.int()))
+
+    def _of_all(self, counts: Tensor) -> Tensor:
+        """`[B, ...]`, 0 for sequences that are finished, of counts of those that are not."""
+        if self._going is None:
+            return counts
+        going, batch = self._going
+        whole = counts.new_zeros(batch, *counts.shape[1:])
+        whole[going.to(counts.device)] = counts
+        return whole
 
     def repeat(self, index: Tensor) -> None:
         """Reorder or repeat the sequences of the open prefill, as the cache is: `[new B]` indices of
         sequences."""
         for layer, o in self._open.items():
             at = index.to(o.attn.device)
-            parts = (o.attn, o.vrow, o.full, o.topk, o.n, o.kv_read, o.kv_dense)
-            self._open[layer] = _Open(*(part[at] for part in parts))
+            parts = (o.attn, o.vrow, o.full, o.topk, o.n, o.kv_read, o.kv_dense, o.key_real)
+            self._open[layer] = _Open(*(None if part is None else part[at] for part in parts))  # type: ignore[arg-type]
+
+    def go_on(self, going: Tensor, batch: int) -> None:
+        """The decode steps from here on are those of the sequences `going`, `[rest]` numbers, of the `batch`
+        that the request began with; for the others they count nothing."""
+        self._going = (going, batch)
+
+    def take_prefix(self, one_call: bool) -> PrefixCounts:
+        """End a prefill, of one sequence, that other prompts begin with, and hand over its counts."""
+        counts = PrefixCounts(self._open, self._histograms, one_call)
+        self._open, self._histograms = {}, {}
+        return counts
+
+    def begin_behind(self, prefix: PrefixCounts, batch: int) -> None:
+        """Begin prefills of `batch` sequences whose first rows are those of `prefix`: they count as if they
+        were computed anew."""
+        self._histograms = {layer: histogram * batch for layer, histogram in prefix.histograms.items()}
+        for layer, o in prefix.opened.items():
+            if prefix.one_call:  # what the whole prompt reads, in one call, is known at its end
+                self._prefixes[layer] = o.vrow
+                o = replace(o, kv_read=torch.zeros_like(o.kv_read), kv_dense=torch.zeros_like(o.kv_dense))
+            self._open[layer] = o
+        self.repeat(torch.zeros(batch, dtype=torch.int64))
+
+    def prefix_of(self, layer: int) -> Tensor | None:
+        """`[1, H_kv, P]`, how often each V row was kept by the rows of a prefix that is to be counted as a
+        part of the layer's next call, of which this asks."""
+        return self._prefixes.pop(layer, None)
 
     def drain(self) -> tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]]:
         """End the request: its prefill record and its decode records, by layer, as numpy arrays."""
@@ -189,7 +245,9 @@ class Recorder:
                 n=o.n.cpu().numpy(),
                 kv_read=o.kv_read.cpu().numpy(),
                 kv_dense=o.kv_dense.cpu().numpy(),
-                popularity=o.vrow.cpu().numpy() if self.keep_popularity else None,
+                popularity=_without_padding(o.vrow, o.key_real).cpu().numpy()
+                if self.keep_popularity
+                else None,
                 histogram=self._histograms[layer].cpu().numpy() if layer in self._histograms else None,
             )
             for layer, o in self._open.items()
@@ -213,4 +271,13 @@ class Recorder:
             for record, vrow in zip(decode[layer], self._step_popularity.get(layer, [])):
                 record.popularity = vrow.cpu().numpy()
         self._open, self._steps, self._step_popularity, self._histograms = {}, {}, {}, {}
+        self._prefixes, self._going = {}, None
         return prefill, decode
+
+
+def _without_padding(vrow: Tensor, key_real: Tensor | None) -> Tensor:
+    """`[B, H_kv, N]` by key, with the keys that are not padding, `[B, N]`, in front; None: there is none."""
+    if key_real is None:
+        return vrow
+    order = (~key_real).int().argsort(dim=1, stable=True)
+    return vrow.gather(2, order[:, None].expand_as(vrow))

@@ -55,7 +55,8 @@ def task_configs(
 ) -> list[dict[str, Any]]:
     """lm-eval configs of a task or of its calibration twin; one, or one per sub-task (mmlu).
 
-    data_dir: folder with `<task>/<split>.jsonl` files of the hub's row format; None: the hub. Raises
+    data_dir: folder with `<task>/<split>.jsonl` files of the hub's row format, or `<data set>/<split>.jsonl`
+    (gsm8k for gsm8k_cot); None: the hub. Raises
     UsageError for an unknown task or missing data; `flag` is what named the task.
     """
     configs = [_bundled()] if name == BUNDLED_TASK else _stock_configs(name, flag)
@@ -76,7 +77,7 @@ def check_task(name: str, data_dir: str | None, flag: str = "--task") -> None:
         if not folder.is_dir():
             raise UsageError(f"--data_dir {data_dir}: there is no such folder.")
         local = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        if name not in local:
+        if name not in local and not _has_rows_of_another(name, folder, flag):
             raise UsageError(
                 f"--data_dir {data_dir} has no folder {name!r} for {flag} {name}: it holds "
                 f"{', '.join(local) or 'none'}."
@@ -84,6 +85,19 @@ def check_task(name: str, data_dir: str | None, flag: str = "--task") -> None:
     if name not in TASKS and name not in _all_tasks():
         near = get_close_matches(name, {*TASKS, *_all_tasks()}, n=4)
         raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near) or ', '.join(TASKS)}.")
+
+
+def _has_rows_of_another(name: str, data_dir: Path, flag: str) -> bool:
+    """Whether a task's rows are there under the name of its data set, which other tasks have too."""
+    if name in TASKS or name not in _all_tasks():
+        return False
+    return any(_folder(name, config, data_dir).is_dir() for config in _stock_configs(name, flag))
+
+
+def _folder(name: str, config: dict[str, Any], data_dir: Path) -> Path:
+    """Where a task's rows lie: under its own name, else under that of its data set."""
+    own = data_dir / name
+    return own if own.is_dir() else data_dir / str(config["dataset_path"]).rpartition("/")[2]
 
 
 _index: dict[str, Any] = {}
@@ -139,7 +153,7 @@ def _with_local_data(
 ) -> list[dict[str, Any]]:
     local = []
     for config in configs:
-        folder = data_dir / name
+        folder = _folder(name, config, data_dir)
         if len(configs) > 1:  # a sub-task's folder has the name of its part of the hub's data set
             folder = folder / str(config["dataset_name"])
             if not folder.is_dir():
