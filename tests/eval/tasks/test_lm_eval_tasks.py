@@ -16,6 +16,13 @@ def test_tasks(tmp_path: Path) -> None:
     (tmp_path / "arc_easy").mkdir()
     with pytest.raises(UsageError, match="holds no test.jsonl"):
         task_configs("arc_easy", str(tmp_path), False)
+    # Rows that tasks share lie under the name of their data set.
+    (tmp_path / "gsm8k").mkdir()
+    row = '{"question": "What is 1 and 1?", "answer": "#### 2"}\n'
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(row)
+    check_task("gsm8k_cot", str(tmp_path))
+    (config,) = task_configs("gsm8k_cot", str(tmp_path), False)
+    assert config["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "gsm8k" / "test.jsonl")}
     for name in TASKS:
         for config, twin in zip(task_configs(name, None, False), task_configs(name, None, True)):
             assert twin["task"] == config["task"] + "_calibration"
