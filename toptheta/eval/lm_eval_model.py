@@ -20,6 +20,7 @@ from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.models.control import reading_prompt
 from toptheta.models.families import head_logits
+from toptheta.models.finite import checked
 from toptheta.models.generation import LeavingGreedy, StopTexts
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.planning import announce_prompts, begin_prompts
@@ -30,6 +31,7 @@ from toptheta.util.errors import UsageError
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Group = tuple[tuple[int, ...], dict[str, tuple[int, ...]]]  # a prompt, and its answers by the request's key
+QUOTED = 60  # characters of a prompt in a message
 Groups = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # many of them
 # Options of generation that ask nothing of the cache, nor for more sequences than prompts.
 PLAIN = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
@@ -90,7 +92,7 @@ class TopThetaLM(HFLM):
 
         def run(batch: list[Group]) -> None:
             with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
-                found = self._score(batch)
+                found = checked(self.model, self._score, batch, lambda group: self._named(group[0]))
             self._take(found, answers)
             advance(len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch))
 
@@ -117,6 +119,11 @@ class TopThetaLM(HFLM):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, result)
         return results
+
+    def _named(self, prompt: str | Sequence[int]) -> str:
+        """A prompt for people to know it by."""
+        end = prompt if isinstance(prompt, str) else self.tok_decode(list(prompt[-QUOTED:]))
+        return f"the prompt that ends in {end[-QUOTED:]!r}"
 
     def _counting(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """What the model computes for these requests within the block counts for the calibration under way,
@@ -279,12 +286,13 @@ class TopThetaLM(HFLM):
         todo = _left(in_batches(order, lambda key: self._shared(ids_of[key]), batches.size), done)
         sizes = dict(zip(keys, map(len, prompts)))
 
+        def texts_of(batch: list[str]) -> list[str]:
+            return super(TopThetaLM, self).generate_until([by_key[key] for key in batch], disable_tqdm=True)
+
         def run(batch: list[str]) -> None:
             self._generated_lengths = []
             with self._counting(batch):
-                texts = super(TopThetaLM, self).generate_until(
-                    [by_key[key] for key in batch], disable_tqdm=True
-                )
+                texts = checked(self.model, texts_of, batch, lambda key: self._named(by_key[key].args[0]))
             found = dict(zip(batch, texts))
             self._take(found, answers, np.array(self._generated_lengths) - 1)
             advance(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))

@@ -18,6 +18,7 @@ from toptheta.eval.tasks import harness
 from toptheta.eval.tasks.base import Engine, Job, Outcome
 from toptheta.eval.tasks.lm_eval_tasks import task_defaults
 from toptheta.models import generation as chunked
+from toptheta.models.finite import checked
 from toptheta.models.patch import model_device
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.recorder import Recorder
@@ -108,11 +109,14 @@ class ItemJob(Job):
         todo = _batches(self.calibration, batches.size, progress.done)
         total = len(self.calibration)
 
+        def show(batch: list[Item]) -> None:
+            begin_prompts(engine.model, [item.key for item in batch])
+            self.calibrate_on(engine.model, batch)
+
         def run(batch: list[Item]) -> None:
             keys = [item.key for item in batch]
             with progress.counting(keys):
-                begin_prompts(engine.model, keys)
-                self.calibrate_on(engine.model, batch)
+                checked(engine.model, show, batch, lambda item: item.key)
             advance(len(batch), sum(len(item.ids) for item in batch))
 
         def failed(item: Item) -> None:
@@ -133,7 +137,7 @@ class ItemJob(Job):
             return recorder.drain() if recorder is not None else ({}, {})
 
         def run(batch: list[Item]) -> None:
-            answers = self.run(engine.model, batch)
+            answers = checked(engine.model, lambda some: self.run(engine.model, some), batch, lambda i: i.key)
             by_key = {item.key: answer for item, answer in zip(batch, answers)}
             lines = [self.lines(answer) for answer in answers]
             prefill, decode = drain()

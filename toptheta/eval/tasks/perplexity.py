@@ -66,6 +66,7 @@ class PerplexityJob(ItemJob):
         self.decode_from = settings.max_seq_len // 2 if given is None else given
         self.bounds = bucket_bounds(settings.max_seq_len, self.decode_from)
         self.judge: Any = None  # the dense model, where it is another one
+        self._several_cells = len(settings.cells()) > 1
         self._readings: dict[tuple[str, ...], divergence.DenseReading] = {}
 
     def _windows(self, path: str, flag: str, least: int) -> list[list[int]]:
@@ -117,12 +118,15 @@ class PerplexityJob(ItemJob):
         ]
 
     def _dense_reading(self, judge: Any, ids: torch.Tensor, batch: list[Item]) -> divergence.DenseReading:
-        """What dense attention makes of a batch: the same in every cell, so it is kept, as far as there is
-        room."""
+        """What dense attention makes of a batch: the same in every cell, so it is kept for the others, as far
+        as there is room."""
         key = tuple(item.key for item in batch)
         if key not in self._readings:
             found = divergence.read_dense(judge, ids, self.decode_from, self.settings.prefill_chunk)
-            if found.nbytes + sum(one.nbytes for one in self._readings.values()) > READINGS_BYTES:
+            full = found.nbytes + sum(one.nbytes for one in self._readings.values()) > READINGS_BYTES
+            if (
+                full or not self._several_cells or not found.hidden.isfinite().all()
+            ):  # that is for `checked` to see again
                 return found
             self._readings[key] = found
         return self._readings[key]
