@@ -316,15 +316,15 @@ def missing_runs(cells: list[SweepCell], found: Found, output_dir: str) -> list[
             ks.append(cell.k)
     together: dict[tuple[str, ...], list[str]] = {}  # what differs in --method alone is one run
     for (script, arguments), ks in groups.items():
-        k = ("--k", ",".join(map(str, ks))) if ks else ()
+        k = ["--k", ",".join(map(str, ks))] if ks else []
         line, method = [script, *arguments, *k, "--output_dir", output_dir], ""
         if "--method" in line:
             at = line.index("--method")
             method, line[at + 1] = line[at + 1], ""
         together.setdefault(tuple(line), []).append(method)
-    for line, methods in together.items():
+    for whole, methods in together.items():
         commands.append(
-            [",".join(methods) if before == "--method" else x for before, x in pairwise(("", *line))]
+            [",".join(methods) if before == "--method" else x for before, x in pairwise(("", *whole))]
         )
     return commands
 
