@@ -3,6 +3,7 @@ each text."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -13,20 +14,20 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from toptheta.report.plots.style import (
+    COLOURS,
     GREY,
     MARKERS,
     add_legend,
     look,
     new_figure,
     save_figure,
-    series_colours,
 )
 from toptheta.report.results import DECODE, CellResult, Metric
 from toptheta.util.errors import UsageError
 
 ALL_OF_K = 50.0  # % of dense: what a method reads that needs the score of every key
 COLUMNS = 2  # panels side by side
-TICKS = (1, 2, 5, 10, 20, 50, 100)
+TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
 
 
 def draw_divergence(panels: dict[str, Sequence[CellResult]], path: Path | str, title: str) -> None:
@@ -50,19 +51,17 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     rows = -(-len(panels) // columns)
     figure = new_figure(5.2 * columns + 0.4, 4.0 * rows + 1.1, title)
     all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    looks = dict(zip(lines, zip(series_colours(len(lines)), MARKERS * len(lines))))
+    looks = {line: _look(i) for i, line in enumerate(lines)}
     for axes, (name, results) in zip(all_axes, panels.items()):
         for line in lines:
-            _draw_line(axes, [result for result in results if result.family == line], *looks[line])
+            _draw_line(axes, [result for result in results if result.family == line], looks[line])
         _draw_floors(axes, results)
         axes.set_title(name, parse_math=False)
         axes.set(xscale="log", yscale="log")
     for axes in list(all_axes)[len(panels) :]:
         axes.remove()
     _label(figure, columns)
-    handles: list[Artist] = [
-        Line2D([], [], color=c, marker=m, ms=5, lw=1.2, label=line) for line, (c, m) in looks.items()
-    ]
+    handles: list[Artist] = [Line2D([], [], label=line, **looks[line]) for line in lines]
     if any(result.dense for results in panels.values() for result in results):
         handles.append(Patch(color=GREY, alpha=0.35, lw=0, label="dense attention of another type"))
     handles.append(Line2D([], [], color="black", lw=0.9, ls=":", label="all of K is read"))
@@ -81,14 +80,21 @@ def _kl(result: CellResult) -> Metric | None:
     return metric if metric is not None and metric.value > 0.0 else None
 
 
-def _draw_line(axes: Axes, results: Sequence[CellResult], colour: object, marker: str) -> None:
+def _look(i: int) -> dict[str, Any]:
+    """Of the i-th line: colours that can be told apart, and where there are more lines, dashes."""
+    again, number = divmod(i, len(COLOURS))
+    marker = MARKERS[(i + again) % len(MARKERS)]
+    return {"color": COLOURS[number], "ls": ("-", "--", ":")[again % 3], "marker": marker, "ms": 5, "lw": 1.2}
+
+
+def _draw_line(axes: Axes, results: Sequence[CellResult], look_of_it: dict[str, Any]) -> None:
     points = []
     for result in results:
         metric, read = result.metrics["kl"], (result.kv_bytes or {})[DECODE]
         points.append((100.0 * (read or 0.0), metric.value, metric.stderr or 0.0))
     x, y, errors = np.array(sorted(points)).reshape(-1, 3).T
     errors = np.minimum(errors, 0.999 * y)  # the axis is logarithmic
-    axes.errorbar(x, y, errors, color=colour, marker=marker, ms=5, lw=1.2, elinewidth=0.9, capsize=2.0)
+    axes.errorbar(x, y, errors, elinewidth=0.9, capsize=2.0, **look_of_it)
 
 
 def _draw_floors(axes: Axes, results: Sequence[CellResult]) -> None:
