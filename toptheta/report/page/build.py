@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from toptheta.report import tables
 from toptheta.report.frames import LoadedRun, load
-from toptheta.report.page.charts import Chart, charts
+from toptheta.report.page.chart import Chart
+from toptheta.report.page.charts import charts
 from toptheta.report.page.samples import samples
 from toptheta.report.results import CellResult
 from toptheta.util.environment import cache_folder
