@@ -10,7 +10,8 @@ from pathlib import Path
 import gen_llama
 import test_llama
 from toptheta.eval.cli import Parser, run_main
-from toptheta.eval.sweep import SweepOptions, run_sweep
+from toptheta.eval.sweep import run_sweep
+from toptheta.eval.table_cells import SweepOptions
 from toptheta.util.options import add_flags, from_flags
 
 

@@ -11,7 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 import test_llama
 from tests.eval.helpers import gen_settings, qa_settings
 from tests.helpers.paths import ROOT
-from toptheta.eval.sweep import SweepOptions, run_sweep
+from toptheta.eval.sweep import run_sweep
+from toptheta.eval.table_cells import SweepOptions
 from toptheta.report.paired import compare
 from toptheta.report.results import CellResult, read_answers
 from toptheta.util.errors import UsageError

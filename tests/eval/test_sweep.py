@@ -15,16 +15,9 @@ import gen_llama
 import test_llama
 from tests.helpers.paths import ROOT
 from toptheta.eval.settings import QASettings
-from toptheta.eval.sweep import (
-    TEXT_FLAGS,
-    Found,
-    SweepOptions,
-    _plan,
-    answer_key,
-    missing_runs,
-    run_sweep,
-    scan,
-)
+from toptheta.eval.sweep import Found, missing_runs, run_sweep, scan
+from toptheta.eval.table_cells import TEXT_FLAGS, SweepOptions, answer_key
+from toptheta.eval.table_cells import plan as cells_of
 from toptheta.util.errors import UsageError
 
 PARSERS = {"test_llama.py": test_llama.make_parser, "gen_llama.py": gen_llama.make_parser}
@@ -59,7 +52,7 @@ def options(tables: Path, /, **changes) -> SweepOptions:
 
 def plan(file: Path):
     content = json.loads(file.read_text())
-    return _plan(content["tables"]["tiny"], content, options(file), PARSERS)
+    return cells_of(content["tables"]["tiny"], content, options(file), PARSERS)
 
 
 def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -200,7 +193,7 @@ def test_texts_of_a_table(tables: Path, tmp_path: Path) -> None:
     }
     flags = {"text": "novel.txt", "calib_text": "news.txt"}
     content["tables"]["tiny"] = {"parts": [part | {"k": [8], "flags": flags}]}
-    cells = _plan(content["tables"]["tiny"], content, options(tables, data_dir=str(tmp_path)), PARSERS)
+    cells = cells_of(content["tables"]["tiny"], content, options(tables, data_dir=str(tmp_path)), PARSERS)
     assert [cell.name for cell in cells] == ["novel dense", "novel Top-theta K=8"]
     for cell in cells:
         assert str(tmp_path / "novel.txt") in cell.arguments and "--data_dir" not in cell.arguments
@@ -216,7 +209,7 @@ def test_methods_by_name(tables: Path) -> None:
     table = content["tables"]["tiny"]
     table["flags"]["calib_task"] = "everyday_science"
     table["parts"][0]["methods"] += ["capped", "named"]
-    cells = _plan(table, content, options(tables), PARSERS)
+    cells = cells_of(table, content, options(tables), PARSERS)
     by_name = {cell.name: cell for cell in cells}
     assert len(cells) == 9
     # The key is the cell's, however its method was named.
@@ -226,10 +219,10 @@ def test_methods_by_name(tables: Path) -> None:
     for wrong in ({"vmc": True}, {"mode": 1, "method": "top_k"}):
         content["methods"]["named"] = wrong
         with pytest.raises(UsageError, match="method 'named' wants 'method' or 'mode'"):
-            _plan(table, content, options(tables), PARSERS)
+            cells_of(table, content, options(tables), PARSERS)
     content["methods"]["named"] = {"method": "topk"}
     with pytest.raises(UsageError, match="--method is 'topk'"):
-        _plan(table, content, options(tables), PARSERS)
+        cells_of(table, content, options(tables), PARSERS)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +261,7 @@ def test_every_table_of_the_project_is_sound(tmp_path: Path) -> None:
             (tmp_path / text).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / text).touch()
         data_dir = str(tmp_path) if texts else None
-        cells = _plan(table, content, SweepOptions(table=name, data_dir=data_dir), PARSERS)
+        cells = cells_of(table, content, SweepOptions(table=name, data_dir=data_dir), PARSERS)
         assert len({cell.key for cell in cells}) == len(cells) >= 4
 
 

@@ -21,7 +21,7 @@ from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.models.control import reading_prompt
 from toptheta.models.families import head_logits
 from toptheta.models.finite import checked
-from toptheta.models.generation import LeavingGreedy, StopTexts
+from toptheta.models.generation import LeavingGreedy, StopTexts, generated_lengths, padded_behind
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.prefix import Prefix, can_share, read_prefix
@@ -336,7 +336,7 @@ class TopThetaLM(HFLM):
         if padded and prefix.has_window:
             return tokens, mask
         self._begins_with = prefix
-        return _padded_behind(tokens, mask, len(shared))
+        return padded_behind(tokens, mask, len(shared))
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs
@@ -368,26 +368,6 @@ def _is_greedy(options: dict[str, Any]) -> bool:
     """As lm-eval reads options of generation."""
     do_sample = options.get("do_sample")
     return do_sample is False or do_sample is None and options.get("temperature", 0.0) == 0.0
-
-
-def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
-    """Tokens of each row of generated `[B, T]` ids up to its first end-of-sequence token, that one included.
-
-    What follows is padding: generate() goes on with finished sequences as long as any is not.
-    """
-    ends = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
-        ends |= tokens == token
-    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
-    return first.tolist()
-
-
-def _padded_behind(tokens: Tensor, mask: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    """`[B, L]` ids and their mask, padded at the left, with the padding behind the first `at` tokens."""
-    start = (mask == 0).sum(dim=1, keepdim=True)
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    places = torch.where(places < at, places + start, torch.where(places < at + start, places - at, places))
-    return tokens.gather(1, places), mask.gather(1, places)
 
 
 def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Group]]:

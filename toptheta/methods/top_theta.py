@@ -89,7 +89,7 @@ class TopTheta(Method):
             x = x.masked_fill(~block.read, NEG_INF)
         if x is not block.x:
             row_max = x.amax(dim=-1, keepdim=True)
-        keep = keep_above(x, tables.theta, row_max) & (x > NEG_INF)
+        keep = keep_above(x, tables.theta, row_max)
         if self.floor > 1:
             keep |= keep_largest(x, self.floor)
         return keep_recent(keep, block.budget) if self.capk else keep

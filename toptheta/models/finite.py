@@ -1,7 +1,7 @@
 """Finding out that a model computes what is no finite number, and where it begins.
 
-Noticing costs a pass over the last layer's output and the logits, and one wait for the device at the end of a
-batch. Where it begins is found by computing again.
+Noticing costs a pass over the last layer's output, the logits and, in sparse layers, queries and new keys;
+and one wait for the device at the end of a batch. Where it begins is found by computing again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from toptheta.models.control import record_statistics
 from toptheta.models.families import eager_of
 from toptheta.models.interface import IMPLEMENTATION, toptheta_attention_forward
-from toptheta.models.patch import patched_layers
+from toptheta.models.patch import model_state, patched_layers
 from toptheta.util.errors import UsageError
 
 T = TypeVar("T")
@@ -28,32 +28,26 @@ def checked(model: Any, run: Callable[[list[T]], R], batch: list[T], name: Calla
     """What `run(batch)` returns, which shows the patched model a batch of requests. Raises UsageError where
     scores of attention, the last layer's output or logits were no finite numbers, with a request's name, and
     the layer and head where it begins."""
-    calls: list[
-        tuple[float, Tensor, Tensor, Tensor, Tensor]
-    ] = []  # of attention, since the model's last output
+    shared = model_state(model)
     finite: dict[torch.device, Tensor] = {}
-
-    def note_call(attention: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-            # A sparse method may drop a score that is no number, and nobody would know.
-            new = key[:, :, -query.shape[2] :]
-            calls.append((module.scaling, *query.detach().aminmax(), *new.detach().aminmax()))
-            return attention(module, query, key, *args, **kwargs)
-
-        return noted
 
     def note_output(module: nn.Module, args: Any, output: Any) -> None:
         by_device: dict[torch.device, list[Tensor]] = {}
+        calls, shared.extremes = shared.extremes or [], []
         for _, *ends in calls:
             by_device.setdefault(ends[0].device, []).extend(ends)
         scale = max([abs(one[0]) for one in calls], default=1.0)
-        calls.clear()
         found = [_scores_finite(ends, scale) for ends in by_device.values()]
         for one in [*found, torch.stack(_tensor(output).detach().aminmax()).isfinite().all()]:
             finite[one.device] = finite[one.device] & one if one.device in finite else one
 
-    with _attention(note_call), _hooked([model.model, model.lm_head], note_output):
-        found = run(batch)
+    # A sparse method may drop a score that is no number, and nobody would know; dense attention shows it.
+    shared.extremes = []
+    try:
+        with _hooked([model.model, model.lm_head], note_output):
+            found = run(batch)
+    finally:
+        shared.extremes = None
     if all(map(bool, finite.values())):
         return found
     record_statistics(model, None)  # what comes now is no request

@@ -75,8 +75,8 @@ class LeavingGreedy:
     when it is finished, by whatever stopping criterion: what is left computes faster, and statistics count
     for each sequence its own steps alone, whatever it shares a batch with.
 
-    lengths: tokens of each reply, the last included, when all is done. going_on: is told which sequences of
-    the batch are left, by number.
+    lengths: tokens of each reply, its last one included, once the call has returned. going_on: called with
+    the numbers of the sequences that are left.
     """
 
     def __init__(self, going_on: Callable[[list[int]], None]):
@@ -133,6 +133,26 @@ class LeavingGreedy:
         self.lengths = [len(row) - start for row in rows]
         pad = generation_config.pad_token_id
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad or 0)
+
+
+def generated_lengths(tokens: Tensor, eos: int | list[int] | None) -> list[int]:
+    """Tokens of each row of generated `[B, T]` ids up to its first end-of-sequence token, that one included.
+
+    What follows is padding: generate() goes on with finished sequences as long as any is not.
+    """
+    ends = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        ends |= tokens == token
+    first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
+    return first.tolist()
+
+
+def padded_behind(tokens: Tensor, mask: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    """`[B, L]` ids and their mask, padded at the left, with the padding behind the first `at` tokens."""
+    start = (mask == 0).sum(dim=1, keepdim=True)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    places = torch.where(places < at, places + start, torch.where(places < at + start, places - at, places))
+    return tokens.gather(1, places), mask.gather(1, places)
 
 
 @torch.no_grad()

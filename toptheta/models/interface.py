@@ -66,8 +66,11 @@ def toptheta_attention_forward(
             "model with attention_dropout=0.0, or call model.eval()."
         )
     rows = rows_of(attention_mask, q_len, kv_len, query.device)
-    scale = module.scaling if scaling is None else scaling
-    call = AttentionCall(query, key, value, rows, spec, scale, softcap=softcap, sinks=s_aux)  # type: ignore[arg-type]
+    scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]
+    if state.shared.extremes is not None:
+        new = key[:, :, -q_len:]
+        state.shared.extremes.append((scale, *query.detach().aminmax(), *new.detach().aminmax()))
+    call = AttentionCall(query, key, value, rows, spec, scale, softcap=softcap, sinks=s_aux)
     if state.calibration is not None:
         out = registry.calibrate(call, state.calibration)
         return out.transpose(1, 2).contiguous(), None

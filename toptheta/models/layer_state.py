@@ -27,7 +27,8 @@ from toptheta.util.errors import UsageError
 class ModelState:
     """What the layers of one model share: the parameters as set_params left them, and the tables in use.
     in_prompt: all rows that come belong to a prompt, even a single one behind others; in_steps: all are
-    decode steps, even several in one call."""
+    decode steps, even several in one call. extremes: takes from each sparse or calibrating call its scale and
+    the lowest and highest number of its queries and new keys, see finite.py; None: nobody asks."""
 
     def __init__(self) -> None:
         self.params = AttentionParams()
@@ -35,6 +36,7 @@ class ModelState:
         self.recorder: Recorder | None = None
         self.prompt_hook: Any = None  # while a calibration keeps prompts
         self.in_prompt = self.in_steps = False
+        self.extremes: list[tuple[float, Tensor, Tensor, Tensor, Tensor]] | None = None
 
     def is_decode(self, q_len: int, kv_len: int) -> bool:
         """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single one behind others

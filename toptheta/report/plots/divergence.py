@@ -81,7 +81,7 @@ def _kl(result: CellResult) -> Metric | None:
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Of the i-th line: colours that can be told apart, and where there are more lines, dashes."""
+    """Of the i-th line: a colour of its own, and dashed lines once the colours are used up."""
     again, number = divmod(i, len(COLOURS))
     marker = MARKERS[(i + again) % len(MARKERS)]
     return {"color": COLOURS[number], "ls": ("-", "--", ":")[again % 3], "marker": marker, "ms": 5, "lw": 1.2}

@@ -1,0 +1,194 @@
+"""The cells of a table of reproduce.json, each checked like a command line."""
+
+import fnmatch
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from toptheta.eval.cli import Parser, parse_settings
+from toptheta.eval.settings import CellOptions, GenSettings, QASettings, Settings, cell_k, resolve_device
+from toptheta.eval.tasks.lm_eval_tasks import check_task
+from toptheta.methods.params import AttentionParams, MethodOptions
+from toptheta.util.errors import UsageError
+from toptheta.util.options import at_least, option, options_of
+
+KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
+TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
+SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
+TEXT_FLAGS = {"text", "calib_text"}  # files of a table: their names are relative to --data_dir
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The flags of reproduce.py."""
+
+    table: str | None = option(None, "the table to make; without it, the tables are listed", metavar="NAME")
+    dry_run: bool = option(False, "print the commands that are left to run, and stop")
+    table_only: bool = option(False, "run nothing: build the table of what is finished")
+    only: str | None = option(
+        None, "only cells whose name (task, method, K=64) holds one of these", metavar="TEXT[,TEXT]"
+    )
+    samples: str | None = option(
+        None, "questions and HumanEval tasks of each cell, instead of the table's", metavar="N"
+    )
+    data_dir: str | None = option(None, "local data of the tasks: see test_llama.py --help", metavar="DIR")
+    jobs: int = option(
+        1, "runs at a time: a GPU each, or a share of the CPU cores", metavar="N", rule=at_least(1)
+    )
+    slurm: str | None = option(
+        None, "submit the runs to a Slurm cluster instead, and stop", metavar="PARTITION"
+    )
+    slurm_hours: int = option(24, "time limit of each Slurm job (default 24)", metavar="H", rule=at_least(1))
+    file: str | None = option(
+        None, "the file of tables (default reproduce.json next to this script)", metavar="FILE"
+    )
+    output_dir: str = option("products", "where runs and tables go (default products)", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One row of a table. task: the table's name for it; arguments: of the script, but for --k; k: None for
+    dense."""
+
+    task: str
+    method: str
+    k: int | None
+    script: str
+    arguments: tuple[str, ...]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.method}" + ("" if self.k is None else f" K={self.k}")
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    try:
+        tables = json.loads(path.read_text())
+        assert isinstance(tables["methods"], dict) and isinstance(tables["tables"], dict)
+        return tables
+    except OSError as error:
+        raise UsageError(f"--file {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(
+            f"--file {path} is no file of tables ({error}): it needs 'methods' and 'tables'."
+        ) from None
+
+
+def choose(name: str, among: dict[str, Any], flag: str) -> Any:
+    if name in among:
+        return among[name]
+    near = get_close_matches(name, among, n=3, cutoff=0.4) or list(among)
+    raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near)}.")
+
+
+def _rows(part: dict[str, Any], groups: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part of a table for each row of its group, whose methods, K and flags others may share; a part
+    without one is its own."""
+    if "group" not in part:
+        return [part]
+    rows = choose(part["group"], groups, "reproduce.json: group")
+    return [part | row | {"flags": part.get("flags", {}) | row.get("flags", {})} for row in rows]
+
+
+def plan(
+    table: dict[str, Any],
+    tables: dict[str, Any],
+    options: SweepOptions,
+    parsers: dict[str, Callable[[], Parser]],
+) -> list[SweepCell]:
+    """The cells of one of the `tables`, each checked like a command line. Raises UsageError."""
+    cells, methods = [], tables["methods"]
+    for part in [row for given in table["parts"] for row in _rows(given, tables.get("groups", {}))]:
+        script = part["script"]
+        if script not in KINDS:
+            raise UsageError(f"reproduce.json: script {script!r} is none of {', '.join(KINDS)}.")
+        for task in part["tasks"]:
+            if script == "test_llama.py":
+                check_task(task, options.data_dir)
+            for name in part["methods"]:
+                method = choose(name, methods, "reproduce.json: method")
+                if len(method.keys() & {"mode", "method"}) != 1:
+                    raise UsageError(
+                        f"reproduce.json: method {name!r} wants 'method' or 'mode', one of them."
+                    )
+                flags = table.get("flags", {}) | part.get("flags", {}) | method
+                flags[TASK_FLAG[script]] = task
+                if options.samples is not None:
+                    flags[SAMPLES_FLAG[script]] = options.samples
+                for file in TEXT_FLAGS & flags.keys():
+                    flags[file] = str(Path(options.data_dir or ".") / flags[file])
+                if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
+                    flags["data_dir"] = options.data_dir
+                ks = ",".join(map(str, part["k"]))
+                arguments, settings = _settings(script, flags, ks, parsers)
+                for cell in settings.cells():
+                    key = answer_key(settings, cell)
+                    shown = part.get("name", task)
+                    cells.append(SweepCell(shown, name, cell_k(cell), script, tuple(arguments), key))
+    return cells
+
+
+def _settings(
+    script: str, flags: dict[str, Any], ks: str, parsers: dict[str, Callable[[], Parser]]
+) -> tuple[list[str], Settings]:
+    """Arguments of a script, but for --k, and the settings they give. Raises UsageError.
+
+    A table's calib_task and calib_text are for its calibrated methods; the scripts refuse them where they do
+    nothing.
+    """
+
+    def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
+        arguments = _arguments(flags)
+        namespace = parsers[script]().parse_args([*arguments, "--k", ks])
+        return arguments, resolve_device(parse_settings(KINDS[script], namespace))
+
+    calibrating = ("calib_task", "calib_text")
+    arguments, settings = read({name: value for name, value in flags.items() if name not in calibrating})
+    if flags.keys() & set(calibrating) and any(cell.needs_calibration for cell in settings.cells()):
+        return read(flags)
+    return arguments, settings
+
+
+def _arguments(flags: dict[str, Any]) -> list[str]:
+    arguments = []
+    for name, value in flags.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not False and value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            arguments += [f"--{name}", text]
+    return arguments
+
+
+def only_named(cells: list[SweepCell], only: str) -> list[SweepCell]:
+    chosen: set[SweepCell] = set()
+    for text in (part.strip() for part in only.split(",")):
+        found = [c for c in cells if fnmatch.fnmatch(c.name.lower(), f"*{text.lower()}*")]
+        if not found:
+            words = dict.fromkeys(word for cell in cells for word in (cell.task, cell.method))
+            near = get_close_matches(text, words, n=3, cutoff=0.4) or list(words)
+            raise UsageError(f"--only {text!r} fits no cell: near it are {', '.join(near)}.")
+        chosen.update(found)
+    return [cell for cell in cells if cell in chosen]
+
+
+def answer_key(settings: Settings, cell: AttentionParams) -> str:
+    """Names a cell by everything that changes its answer: its method, and the settings that can."""
+    method_options = [f.name for f in fields(MethodOptions)]
+    of_cell = {*method_options, *(f.name for f in fields(CellOptions))}
+    answering = [name for name, facts, _ in options_of(settings) if facts.answers]
+    facts: dict[str, Any] = {name: getattr(settings, name) for name in answering if name not in of_cell}
+    if cell.sparse:
+        facts |= {name: getattr(cell, name) for name in method_options} | {"method": cell.method.spec}
+    if cell_k(cell) is not None:
+        facts |= {"k": cell_k(cell), "layerk": settings.layerk}
+    if not cell.needs_calibration:
+        facts = {name: value for name, value in facts.items() if not name.startswith("calib_")}
+    for name in ("data_dir", *TEXT_FLAGS):
+        if facts.get(name):
+            facts[name] = str(Path(facts[name]).resolve())
+    return json.dumps(facts, sort_keys=True)
