@@ -130,14 +130,15 @@ def main() -> None:
         raise SystemExit("dense through us chose other answers than the stock harness")
     prompts = [tuple(ours.tok_encode(question[0].args[0])) for question in questions]
     shared = {} if args.anew else shared_lengths(prompts)
+    beginnings = {prompt[:length] for prompt, length in shared.items()}
     about = {
         "device": device_name(torch.device("cpu")),
         "threads": args.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "task": f"{args.task}, {len(questions)} questions, batches of {args.batch_size}",
-        "tokens of a prompt": round(sum(map(len, prompts)) / len(prompts), 1),
-        "of them shared": round(sum(shared.values()) / len(prompts), 1),
+        "tokens of the prompts": sum(map(len, prompts)),
+        "of them computed": sum(map(len, beginnings)) + sum(len(p) - shared.get(p, 0) for p in prompts),
         "dense answers as stock": f"{same} of {len(questions)}",
     }
     if generates:
