@@ -201,8 +201,12 @@ def peak_memory() -> dict[str, Any]:
     return cells
 
 
-def print_peak(name: str) -> None:
+def print_peak(name: str, layers: int | None) -> None:
+    """layers: of the model's first ones, None: all."""
     model = load_model(find_model("smollm2"), "float32", "cpu").eval()
+    if layers is not None:
+        del model.model.layers[layers:]
+        model.config.num_hidden_layers = layers
     ids = text_tokens()[:, :MEMORY_LENGTH]
     if name != "stock sdpa":
         update_model(model)
@@ -227,12 +231,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of repetitions for each row")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "end_to_end-cpu.json")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     if args.memory_of:
-        print_peak(args.memory_of)
+        print_peak(args.memory_of, args.layers)
         return
 
     about = {

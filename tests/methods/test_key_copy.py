@@ -38,8 +38,10 @@ def table(theta: float, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("placement, theta", [("post-softmax", 0.04), ("pre-softmax", 0.6)])
-@pytest.mark.parametrize("copy, largest", [("int4", 7), ("int8", 127)])
+@pytest.mark.parametrize(
+    "copy, largest, placement, theta",
+    [("int4", 7, "post-softmax", 0.04), ("int8", 127, "pre-softmax", 0.6)],
+)
 def test_against_loops(layout: str, placement: str, theta: float, copy: str, largest: int) -> None:
     heads, per_group, missed = (4, 2), 2, []
 
