@@ -36,12 +36,12 @@ from toptheta.attention.call import AttentionCall
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.calibration.interpolation import nearest_lookup
 from toptheta.kernels import registry as kernels
+from toptheta.kernels.drawn import SCORE_SPREAD
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
 
 K = 64
-SCORE_SPREAD = 1.5
 COLD_BYTES = 256 << 20  # of K and V that decode calls take turns with
 MAX_BYTES = 6 << 30  # of K and V of one case
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # query heads, KV heads, head_dim

@@ -6,26 +6,22 @@ graph goes over as many copies of them as fill several times the L2 cache. The b
 torch's scaled_dot_product_attention, FlashAttention and FlashInfer where they are installed, and our kernel
 without thresholds. Thresholds come with VMC. Leaves out the rest of the model and the growing of caches.
 
-Scores are normal with standard deviation 1.5; the query heads of a group share SHARED of their variance, as
+Scores are normal with standard deviation 1.5; the query heads of a group share most of their variance, as
 heads of a model do (the table says how many V rows a group keeps). Thresholds are calibrated for K=512 on
 other draws or, in the sweep, set to keep a fraction f. Bytes are what an ideal kernel moves: K or its int8
 copy, the K rows in question, the V rows kept; their share of the bandwidth of a plain copy is beside them.
 """
 
-import math
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.attention import MODELS, SCORE_SPREAD, Case, calibrated
-from toptheta.attention.call import AttentionCall, Int8Keys
-from toptheta.attention.rows import rows_of
-from toptheta.kernels.int8_keys import candidate_keys, quantized
+from bench.attention import MODELS, Case, calibrated
+from toptheta.kernels.drawn import COLD_BYTES, Drawn, Sizes, threshold
+from toptheta.kernels.int8_keys import candidate_keys
+from toptheta.kernels.timing import Call, captured, median_times
 from toptheta.kernels.triton import backend as gpu
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_k import TopK
@@ -33,16 +29,11 @@ from toptheta.methods.top_theta import TopTheta
 
 K = 512
 MODEL = "Llama-3-8B"
-SHARED = 0.8
 DTYPE = torch.bfloat16
-COLD_BYTES = 400 << 20  # several times the L2 cache of any GPU so far
 THETA = LayerSpec(TopTheta(), "pre-softmax", K, "exact", vmc=True)
 POST = LayerSpec(TopTheta(), "post-softmax", K, vmc=True)
 TOPK = LayerSpec(TopK(), "pre-softmax", K)
 FRACTIONS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
-Call = Callable[[], Any]
-
 
 PHASES = ("decode", "prefill")
 
@@ -62,68 +53,20 @@ def gpu_cases(quick: bool) -> list[tuple[Case, float | None]]:
     return found + [(Case(MODEL, "prefill", prefills[0]), f) for f in FRACTIONS]
 
 
-def draw_queries(case: Case, device: torch.device) -> Tensor:
-    """q `[B, H, Q, D]`; the heads of a group are correlated."""
-    num_heads, num_kv_heads, head_dim = MODELS[case.model]
-    shape = (case.batch, case.q_len, num_kv_heads)
-    own = torch.randn(*shape, num_heads // num_kv_heads, head_dim, device=device, dtype=DTYPE)
-    group = torch.randn(*shape, 1, head_dim, device=device, dtype=DTYPE)
-    q = SCORE_SPREAD * (math.sqrt(SHARED) * group + math.sqrt(1 - SHARED) * own)
-    return q.flatten(2, 3).transpose(1, 2)
-
-
-def int8_copy(k: Tensor) -> Int8Keys:
-    """Of `k` `[B, H_kv, N, D]`, a sequence at a time, which spares memory."""
-    parts = [quantized(one) for one in k.split(1)]
-    fields = ("codes", "steps", "slacks", "mean")
-    return Int8Keys(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
-
-
-class Problem:
+class Problem(Drawn):
     """The tensors of one case, and the methods to run on them."""
 
     def __init__(self, case: Case, fraction: float | None, device: torch.device):
-        _, num_kv_heads, head_dim = MODELS[case.model]
-        self.case, self.device, self.scale = case, device, 1 / math.sqrt(head_dim)
-        self.bytes_k = 2 * case.batch * num_kv_heads * case.kv_len * head_dim
-        copies = 1 if case.phase == "prefill" else 1 + COLD_BYTES // (2 * self.bytes_k)
-        shape = (copies, case.batch, num_kv_heads, case.kv_len, head_dim)
-        self.k, self.v = (torch.randn(shape, device=device, dtype=DTYPE) for _ in range(2))
-        self.q = draw_queries(case, device)
-        self.rows = rows_of(None, case.q_len, case.kv_len, device)
-        self.theta = calibrated(case, "pre-softmax", device, K)
-        self.theta_post = calibrated(case, "post-softmax", device, K)
+        self.case = case
+        sizes = Sizes(*MODELS[case.model], DTYPE, case.phase, case.batch, case.kv_len)
+        super().__init__(sizes, device, COLD_BYTES)
+        self.bytes_k = self.sizes.bytes_k
+        self.thetas = {spec.placement: calibrated(case, spec.placement, device, K) for spec in (THETA, POST)}
         if fraction is not None:
-            quantile = torch.distributions.Normal(0.0, SCORE_SPREAD).icdf(torch.tensor(1.0 - fraction))
-            self.theta[:, K + 1 :] = float(quantile)
-        self.int8: list[Int8Keys] = []
-        # In decode the model has the sum of V beside its cache, for VMC.
-        self.v_sums = self.v.sum(dim=3, dtype=torch.float32)
+            self.thetas["pre-softmax"][:, K + 1 :] = threshold(fraction, "pre-softmax", case.kv_len)
 
-    def over_copies(self, one: Callable[[Tensor, Tensor, int], Tensor]) -> Call:
-        return lambda: [one(k, v, i) for i, (k, v) in enumerate(zip(self.k, self.v))]
-
-    def ours(self, spec: LayerSpec, two_tier: bool = False) -> Call:
-        theta = self.theta_post if spec is POST else self.theta
-        if two_tier and not self.int8:
-            self.int8 = [int8_copy(k) for k in self.k]
-        decode = self.case.phase == "decode"
-
-        def one(k: Tensor, v: Tensor, i: int) -> Tensor:
-            call = AttentionCall(self.q, k, v, self.rows, spec, self.scale, theta)
-            call.int8 = self.int8[i] if two_tier else None
-            call.v_sum = self.v_sums[i] if decode else None
-            return gpu.run(call)[0]
-
-        return self.over_copies(one)
-
-    def sdpa(self) -> Call:
-        causal = self.case.phase == "prefill"
-        return self.over_copies(
-            lambda k, v, _: torch.nn.functional.scaled_dot_product_attention(
-                self.q, k, v, is_causal=causal, scale=self.scale, enable_gqa=True
-            )
-        )
+    def method(self, spec: LayerSpec, two_tier: bool = False) -> Call:
+        return self.ours(spec, self.thetas.get(spec.placement), two_tier)
 
     def flash_attention(self) -> Call:
         """Its own layout, `[B, N, H, D]`. Raises ImportError where it is not installed."""
@@ -164,29 +107,29 @@ class Problem:
 
     def methods(self) -> dict[str, Callable[[], Call]]:
         found: dict[str, Callable[[], Call]] = {
-            "sdpa": self.sdpa,
+            "sdpa": lambda: self.dense("sdpa"),
             "flash-attn": self.flash_attention,
             "flashinfer": self.flash_infer,
-            "dense, ours": lambda: self.ours(LayerSpec()),
-            "Top-theta": lambda: self.ours(THETA),
-            "Top-theta post": lambda: self.ours(POST),
+            "dense, ours": lambda: self.method(LayerSpec()),
+            "Top-theta": lambda: self.method(THETA),
+            "Top-theta post": lambda: self.method(POST),
         }
         if self.case.phase == "decode":
-            found["Top-theta int8 K"] = lambda: self.ours(THETA, two_tier=True)
-            found["Top-k"] = lambda: self.ours(TOPK)
+            found["Top-theta int8 K"] = lambda: self.method(THETA, two_tier=True)
+            found["Top-k"] = lambda: self.method(TOPK)
         return found
 
     def shares(self) -> dict[str, float]:
         """f of elements, and of V rows that some head of a group keeps; in decode also of K rows that the
         int8 copy leaves in question."""
-        arguments = (self.q, self.k[0], self.v[0], self.rows, THETA, self.scale, self.theta)
-        _, counts = gpu.run(AttentionCall(*arguments, count=True))
+        theta = self.thetas["pre-softmax"]
+        _, counts = gpu.run(self.call(THETA, theta, 0, count=True))
         assert counts is not None
         full = float(self.rows.n.sum()) * self.case.batch * self.q.shape[1]
         found = {"kept": float(counts.attn.sum()) / full}
         if self.case.phase == "decode":
             found["kept V rows"] = float((counts.vrow > 0).float().mean())
-            candidates = candidate_keys(self.q, self.int8[0], self.theta, self.rows, self.scale)
+            candidates = candidate_keys(self.q, self.int8[0], theta, self.rows, self.scale)
             found["K rows in question"] = float(candidates.float().mean())
         return found
 
@@ -212,55 +155,6 @@ def be_tiny() -> None:
         POST=replace(POST, k=16),
         TOPK=replace(TOPK, k=16),
     )
-
-
-class Graph(Protocol):
-    def replay(self) -> Any: ...
-
-
-@dataclass
-class Plain:
-    """A call that is run as it is, where there are no graphs."""
-
-    replay: Call
-
-
-def captured(call: Call) -> Graph:
-    """The call as a graph, after a few runs that compile it; without a GPU the call itself."""
-    if not torch.cuda.is_available():
-        call()
-        return Plain(call)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
-def median_times(graphs: dict[str, Graph], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of a replay of each graph, all in turn."""
-    if not torch.cuda.is_available():
-        spent = {}
-        for name, graph in graphs.items():
-            start = time.perf_counter()
-            graph.replay()
-            spent[name] = 1e3 * (time.perf_counter() - start)
-        return spent
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(repetitions):
-        for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            times[name].append(start.elapsed_time(stop))
-    return {name: statistics.median(t[2:]) for name, t in times.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -9,11 +9,13 @@ by torch.compile in 'reduce-overhead' mode, which replays CUDA graphs (--eager: 
 
 Dense is the same model with transformers' own 'sdpa' (which, with a mask, repeats K and V for the heads of a
 group), 'sdpa' that does not repeat them, 'sdpa' by cuDNN, transformers' 'flash_attention_2', and our kernel
-with thresholds that drop nothing. The ratio is to the fastest of them that ran, which the table names. All
-methods take turns, a block of steps each; the numbers are medians
-of blocks. Thresholds (K=512, calib_tac) are calibrated on another prompt's last rows; "kept" is what they
-then keep in decode. Random weights make flat attention rows, which thresholds cut less sharply than those of
-a trained model. Leaves out the prefill, sampling, and tokenization.
+with thresholds that drop nothing. With --when_slower dense, the default here, thresholds give way to dense
+attention where a profile of the GPU (python -m toptheta.kernels.tune) says that they are slower; the table
+says in how many layers they did. Without a profile they never do. The ratio is to the fastest of them that
+ran, which the table names. All methods take turns, a block of steps each; the numbers are medians of
+blocks. Thresholds (K=512, calib_tac) are calibrated on another prompt's last rows; "kept" is what they then
+keep in decode. Random weights make flat attention rows, which thresholds cut less sharply than those of a
+trained model. Leaves out the prefill, sampling, and tokenization.
 """
 
 import argparse
@@ -42,10 +44,13 @@ from transformers.integrations import sdpa_attention
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import device_name
+from toptheta.kernels.profile import profile_of
+from toptheta.methods.params import WHEN_SLOWER
 from toptheta.models.cache import TopThetaCache
 from toptheta.models.control import record_statistics, set_params
 from toptheta.models.patch import layer_states, update_model
 from toptheta.models.recorder import Recorder
+from toptheta.models.when_slower import is_dense
 from toptheta.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,8 +82,18 @@ BASELINES = list(METHODS)[:5]
 
 
 class Bench:
-    def __init__(self, shape: str, device: torch.device, k: int, steps: int, blocks: int, eager: bool):
+    def __init__(
+        self,
+        shape: str,
+        device: torch.device,
+        k: int,
+        steps: int,
+        blocks: int,
+        eager: bool,
+        when_slower: str = "sparse",
+    ):
         self.device, self.k, self.steps, self.blocks = device, k, steps, blocks
+        self.when_slower = when_slower
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
@@ -145,7 +160,8 @@ class Bench:
     @contextmanager
     def as_method(self, name: str) -> Iterator[None]:
         """The model as a method needs it."""
-        set_params(self.model, **METHODS[name][0], K=self.k)
+        when_slower = "sparse" if name in BASELINES else self.when_slower
+        set_params(self.model, **METHODS[name][0], K=self.k, when_slower=when_slower)
         if name == "dense, ours":
             for state in layer_states(self.model):
                 state.theta = torch.full_like(state.theta, -math.inf)
@@ -185,8 +201,12 @@ class Bench:
                 continue
             calls[name] = partial(self.block, name, cache, one, length)
         times: dict[str, list[float]] = {name: [] for name in calls}
+        dense_layers = dict.fromkeys(calls, 0)
+        choosers = [state.now.chooser for state in layer_states(self.model)]
         for i in range(self.blocks + 2):  # the first two compile and record graphs
             for name in list(calls):
+                for chooser in choosers:
+                    chooser.last = None
                 try:
                     with self.as_method(name):
                         seconds = calls[name]()
@@ -199,16 +219,21 @@ class Bench:
                     continue
                 if i >= 2:
                     times[name].append(seconds)
+                # A compiled model chooses when it is traced, any other in each step.
+                found = sum(is_dense(chooser.last) for chooser in choosers)
+                dense_layers[name] = max(dense_layers[name], found)
         medians = {name: statistics.median(times[name]) for name in calls}
         best = min((name for name in BASELINES if name in medians), key=lambda name: medians[name])
         for name, seconds in medians.items():
             cells[name] = {"ms": round(1e3 * seconds, 3), "ratio": round(seconds / medians[best], 3)}
+            if dense_layers[name]:
+                cells[name]["dense layers"] = dense_layers[name]
         kept = self.kept(caches["Top-theta"], one, length)
         return {"kept": kept, "fastest dense": best, "methods": {name: cells[name] for name in METHODS}}
 
     def kept(self, cache: Any, ids: Tensor, length: int) -> dict[str, float]:
         """Shares of elements and of V rows that one step under Top-theta keeps."""
-        set_params(self.model, **THETA, K=self.k)
+        set_params(self.model, **THETA, K=self.k, when_slower="sparse")
         recorder = Recorder(self.model.config.num_attention_heads)
         record_statistics(self.model, recorder)
         for layer in cache.layers:
@@ -250,6 +275,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=512)
     parser.add_argument("--steps", type=int, default=32, help="of a block")
     parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--when_slower", choices=WHEN_SLOWER, default="dense")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "decode.json")
     args = parser.parse_args()
@@ -266,9 +292,11 @@ def main() -> None:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "compiled": not args.eager,
+        "when_slower": args.when_slower,
+        "profile": profile_of(device) is not None,
     }
     print("  ".join(f"{key}: {value}" for key, value in about.items()), flush=True)
-    bench = Bench(args.shape, device, args.k, args.steps, args.blocks, args.eager)
+    bench = Bench(args.shape, device, args.k, args.steps, args.blocks, args.eager, args.when_slower)
     rows = []
     for batch in args.batches:
         for length in args.lengths:

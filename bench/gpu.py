@@ -3,11 +3,11 @@
 
     .venv/bin/python bench/gpu.py [--only PART,PART] [--output DIR] [--tiny]
 
-The parts are the tests of the kernels, the sweep of tiles and stages, and the tables of the call and of a
-whole model; each is a process of its own and ends within ten minutes. products/gpu/<device>/ gets the
-device's state, and for each part what it printed (.log), its table (.json) and how it ended. A part that has
-succeeded is not run again unless its command or the sources change, so an interrupted run goes on where it
-stopped.
+The parts are the tests of the kernels, the sweep of tiles and stages, the profile of toptheta.kernels.tune,
+and the tables of the call and of a whole model; each is a process of its own and ends within ten minutes.
+products/gpu/<device>/ gets the device's state, and for each part what it printed (.log), its table (.json)
+and how it ended. A part that has succeeded is not run again unless its command or the sources change, so an
+interrupted run goes on where it stopped.
 --tiny runs all of it on toys, in Triton's interpreter where there is no GPU: that tries the scripts and says
 nothing of speed.
 """
@@ -58,6 +58,7 @@ def parts(tiny: bool) -> list[Part]:
         return [
             tests("tests", "splits"),
             bench("tune-decode", "tune_gpu.py", "decode", "--tiny"),
+            Part("tune", ("-m", "toptheta.kernels.tune", "--tiny")),
             bench("call-decode", "attention.py", "--device", "cuda", "--phase", "decode", "--tiny"),
             bench(
                 "model", "decode.py", "--device", device, "--shape", "tiny", "--lengths", "100",
@@ -70,6 +71,9 @@ def parts(tiny: bool) -> list[Part]:
         Part("tests-int8", ("-m", "pytest", "-q", "tests/kernels/test_int8_keys.py"), table=False),
     ]
     found += [bench(f"tune-{kind}", "tune_gpu.py", kind) for kind in ("decode", "int8", "prefill")]
+    found.append(
+        Part("tune", ("-m", "toptheta.kernels.tune"))
+    )  # whole models run with its tiles from here on
     call = ("attention.py", "--device", "cuda", "--phase")
     found += [bench(f"call-decode-b{batch}", *call, "decode", "--batch", str(batch)) for batch in (1, 4, 16)]
     found.append(bench("call-prefill", *call, "prefill"))

@@ -65,6 +65,8 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--device gpu", "--device is 'gpu'"),
         ("--batch_size -1", "--batch_size is -1"),
         ("--batch_size many", "--batch_size is 'many'"),
+        ("--mode 0 --when_slower fast", "--when_slower is 'fast': choose one of sparse, dense"),
+        ("--when_slower dense", "--when_slower has no effect on dense attention"),
         ("--sdc_scale x", "--sdc_scale is 'x': give a number"),
         ("--vrow_popularity --no_statistics", "needs statistics"),
         ("--mode 0 --calib_add_sigma nan", "--calib_add_sigma is nan: give a number that is finite"),

@@ -204,3 +204,16 @@ def test_a_full_disk(name: str, folder_model: str, here: Path, monkeypatch: pyte
     assert len((run / ROWS).read_text().split()) == 2 * 4  # each question has four choices
     (log,) = here.glob("results-tiny-llama/*")
     assert log.read_text().count(run.name) == 1
+
+
+def test_calls_that_were_computed_dense_add_up(tmp_path: Path) -> None:
+    """Over chunks and starts, like answers."""
+    more = iter([(1, 10), (2, 20), (4, 40)])
+    for n, total in ((3, (1, 10)), (4, (3, 30)), (5, (7, 70))):
+        cell = Cell(tmp_path)
+        cell.take_calls = lambda: next(more)
+        add(cell, n)
+        cell.checkpoint()
+        cell.checkpoint()  # there is nothing new
+        assert cell.calls == total
+    assert Cell(tmp_path).calls == (7, 70)

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
-from toptheta.report.results import Answer, CellResult, Kept, Metric, read_answers, write_answers
+from toptheta.report.results import (
+    Answer,
+    CellResult,
+    ComputedDense,
+    Kept,
+    Metric,
+    read_answers,
+    write_answers,
+)
 from toptheta.util.errors import UsageError
 
 RESULT = CellResult(
@@ -35,6 +43,7 @@ def test_a_result_survives_json() -> None:
         CellResult("dense", dense=True),
         replace(RESULT, kept=None, folder=None),
         replace(RESULT, kv_bytes=read),
+        replace(RESULT, computed_dense=ComputedDense(3, 120)),
     ):
         again = CellResult.from_json(json.loads(json.dumps(result.to_json())))
         assert again == result

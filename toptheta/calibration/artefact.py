@@ -26,7 +26,7 @@ SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers") 
 OPTIONS = {
     f.name: get_type_hints(MethodOptions)[f.name]
     for f in fields(MethodOptions)
-    if f.name not in (*SHAPING, "calib_load_path")
+    if f.name not in (*SHAPING, "calib_load_path", "when_slower")
 }
 Params: Any = TypedDict("Params", {"method": str, "K": int | list[int]} | OPTIONS)  # type: ignore[misc]
 

@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0, "k
 class Cell:
     """One setting's product folder. ratio_to_k: K per layer, for layer{i}.txt, where the method aims at K;
     answers: what is done so far, by request key; kept: totals by phase; effective_k: whether single rows are
-    counted, which needs ratio_to_k."""
+    counted, which needs ratio_to_k. take_calls: hands over how many calls were computed dense and how many
+    there were since it was asked last, see CellResult.computed_dense; calls: both, so far."""
 
     def __init__(self, path: Path, ratio_to_k: tuple[int, ...] | None = None, effective_k: bool = False):
         self.path = path
@@ -43,6 +44,8 @@ class Cell:
         self.answers: dict[str, Any] = {}
         self.kept: dict[str, dict[str, int]] = {}
         self.seconds = 0.0
+        self.take_calls: Callable[[], tuple[int, int]] | None = None
+        self.calls = (0, 0)
         self._lines: dict[str, list[str]] = {}
         self._new_answers: dict[str, Any] = {}
         self._new_kept: dict[str, dict[str, int]] = {}
@@ -51,25 +54,29 @@ class Cell:
         self._partial = path / "partial"
         self.failed: set[str] = set()  # requests without an answer of the model
         self._written: list[str] = []  # chunks that this process has added
-        self.finished, self.answers, self.seconds, self.kept = processes.from_first(self._load)
+        self.finished, self.answers, self.seconds, self.kept, self.calls = processes.from_first(self._load)
 
-    def _load(self) -> tuple[bool, dict[str, Any], float, dict[str, dict[str, int]]]:
-        """Take up what earlier starts have left; returns whether that is all there is to do, answers, seconds
-        and totals."""
+    def _load(self) -> tuple[bool, dict[str, Any], float, dict[str, dict[str, int]], tuple[int, int]]:
+        """Take up what earlier starts have left; returns whether that is all there is to do, answers,
+        seconds, totals and calls."""
         finished = (self.path / "results.json").is_file()
         if finished:
             shutil.rmtree(self._partial, ignore_errors=True)  # it was killed before it came to this
         partial.remove_damaged(self._partial)
         for chunk in partial.chunks(self._partial):
             self._take_chunk(chunk)
-        return finished, self.answers, self.seconds, self.kept
+        return finished, self.answers, self.seconds, self.kept, self.calls
 
     def _take_chunk(self, chunk: Path) -> None:
         saved = json.loads(partial.read(chunk, ANSWERS))
         self.answers.update(saved["answers"])
         self.seconds += saved["seconds"]
         self.failed.update(saved.get("failed", []))
+        self._add_calls(saved.get("calls", (0, 0)))
         _add_kept(self.kept, saved["kept"])
+
+    def _add_calls(self, more: Sequence[int]) -> None:
+        self.calls = (self.calls[0] + more[0], self.calls[1] + more[1])
 
     def fail(self, key: str, answer: Any) -> None:
         """Take a request as failed, for which `answer` stands."""
@@ -176,6 +183,10 @@ class Cell:
                 failed = sorted(self.failed & self._new_answers.keys())
                 saved = {"answers": self._new_answers, "kept": self._new_kept, "seconds": seconds}
                 saved |= {"failed": failed} if failed else {}
+                if self.take_calls is not None:
+                    calls = self.take_calls()
+                    saved["calls"] = calls
+                    self._add_calls(calls)
                 files = {name: packed(name, "".join(lines), 3) for name, lines in self._lines.items()}
                 files[ANSWERS] = json.dumps(saved).encode()
                 if self._new_histograms:

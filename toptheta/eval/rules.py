@@ -62,6 +62,8 @@ def _check_methods(settings: Settings) -> None:
             )
         if getattr(settings, name) and not serves:
             raise UsageError(f"--{name} is for thresholds: use it with --mode 0.")
+    if settings.when_slower != "sparse" and not sparse:
+        raise UsageError("--when_slower has no effect on dense attention: add --mode 0.")
     if settings.sdc != "none" and not sparse:
         raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ from toptheta.eval.tasks.needle import NeedleJob
 from toptheta.eval.tasks.perplexity import PerplexityJob
 from toptheta.eval.tasks.qa import qa_jobs
 from toptheta.methods.params import AttentionParams
-from toptheta.models.control import record_statistics
+from toptheta.models.control import record_statistics, take_dense_calls
 from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
 from toptheta.models.recorder import Recorder
-from toptheta.report.results import CellResult
+from toptheta.report.results import CellResult, ComputedDense
 from toptheta.report.summary import draw_cell, report_run, report_tasks, write_page
 from toptheta.report.tables import settings_line
 from toptheta.util.console import say
@@ -182,6 +183,9 @@ def _run_cell(
         heads = model.config.num_attention_heads
         recorder = Recorder(heads, settings.vrow_popularity, product.effective_k)
     record_statistics(model, recorder)
+    if cell.sparse and cell.when_slower == "dense":
+        take_dense_calls(model)  # from here on
+        product.take_calls = partial(take_dense_calls, model)
     product.start_clock()
     begin(cell.label, EVALUATING)
     try:
@@ -225,6 +229,7 @@ def _finish(
         kv_bytes=product.kv_bytes() if settings.statistics else None,
         seconds={"calibration": calibration_seconds, "evaluation": product.seconds},
         folder=str(product.path),
+        computed_dense=None if product.take_calls is None else ComputedDense(*product.calls),
         extra=outcome.extra | ({"failed": len(product.failed)} if product.failed else {}),
     )
     for name, text in outcome.files.items():

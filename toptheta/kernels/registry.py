@@ -16,6 +16,7 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.kernels.cpu import backend as cpu
 from toptheta.kernels.triton import backend as triton
+from toptheta.kernels.tuned import use_tiles
 from toptheta.util.errors import UsageError
 
 
@@ -38,9 +39,15 @@ class Backend:
     keys_read: Callable[[AttentionCall], Tensor | None] | None = None
 
 
+def _ready_on_gpu(call: AttentionCall) -> str | None:
+    if call.q.device.type == "cuda":
+        use_tiles(call.q.device)
+    return triton.ready(call)
+
+
 BACKENDS = (
     Backend("cpu", "cpu", cpu.unsupported, cpu.run, cpu.calibrate, cpu.ready),
-    Backend("triton", "cuda", triton.unsupported, triton.run, None, triton.ready, triton.keys_read),
+    Backend("triton", "cuda", triton.unsupported, triton.run, None, _ready_on_gpu, triton.keys_read),
 )
 CHOICES = ("reference", *(backend.name for backend in BACKENDS))
 FORCED = os.environ.get("TOPTHETA_KERNEL") or None

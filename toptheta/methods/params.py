@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # as in base.py
 PLACEMENTS = ("pre-softmax", "post-softmax", "none")
 INTERPOLATIONS = ("nearest", "linear", "fit")  # of row lengths, see calibration/interpolation.py
 CALIBRATION_AIMS = ("k", "budget")
+WHEN_SLOWER = ("sparse", "dense")
 LAYER_BUDGETS = ("uniform", "sensitivity")
 CALIBRATION_GROUP = "calibration of thresholds"  # of flags
 PUBLISHED = ("mode", "capk")  # names of the published project that are parts of `method` here
@@ -93,6 +94,14 @@ class MethodOptions:
     )
     vmc: bool = option(
         False, "V-mean compensation: add the mean V row, weighted by the lost mass", group="method"
+    )
+    when_slower: str = option(
+        "sparse",
+        "where thresholds would be slower than dense attention, by a profile of the GPU (python -m "
+        "toptheta.kernels.tune): sparse (default), as always, or dense, which gives other results",
+        metavar="HOW",
+        group="method",
+        choices=WHEN_SLOWER,
     )
     calib_tac: bool = option(
         False, "compute with Top-k while calibrating (recommended)", group=CALIBRATION_GROUP

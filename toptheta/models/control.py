@@ -70,6 +70,15 @@ def reading_steps(model: nn.Module) -> Iterator[None]:
         shared.in_steps = False
 
 
+def take_dense_calls(model: nn.Module) -> tuple[int, int]:
+    """How many calls of sparse layers were computed dense because of `when_slower`, and how many calls there
+    were, since it was asked last. Calls of a compiled model are not counted."""
+    shared = model_state(model)
+    found = shared.dense_calls, shared.sparse_calls
+    shared.dense_calls = shared.sparse_calls = 0
+    return found
+
+
 def end_prompt(model: nn.Module) -> None:
     """From here on a single row is a decode step."""
     model_state(model).in_prompt = False

@@ -12,8 +12,10 @@ from toptheta.attention.call import AttentionCall
 from toptheta.attention.kv_bytes import dense_bytes, kv_bytes
 from toptheta.attention.rows import Rows, remember, rows_of
 from toptheta.kernels import registry
+from toptheta.kernels.dense import dense_attention
 from toptheta.models.families import check_arguments, eager_of
 from toptheta.models.layer_state import LayerState
+from toptheta.models.when_slower import SCORES, is_dense
 from toptheta.util.errors import UsageError
 
 IMPLEMENTATION = "top_theta"
@@ -76,9 +78,20 @@ def toptheta_attention_forward(
         return out.transpose(1, 2).contiguous(), None
     state.complete(call)
     call.decode = decode
-    call.count = recorder is not None
+    way = state.way(call)
+    if way is not None and is_dense(way):
+        if recorder is not None:
+            recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key, decode))
+        return dense_attention(call, way).transpose(1, 2).contiguous(), None
+    if way == SCORES:
+        call.int8 = None
+    wanted = way is not None and not torch.compiler.is_compiling() and state.now.chooser.count
+    call.count = recorder is not None or wanted
     call.count_rows = recorder is not None and recorder.effective_k and q_len > 1
     out, counts = registry.attend(call)
+    if wanted:
+        assert counts is not None
+        state.now.chooser.counted(counts, rows.n)
     if recorder is not None:
         assert counts is not None
         before = None if decode else recorder.prefix_of(state.layer_idx)

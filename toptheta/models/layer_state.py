@@ -21,6 +21,7 @@ from toptheta.models.cache_state import state_of_layer
 from toptheta.models.recorder import Recorder
 from toptheta.models.tensor_parallel import local_heads
 from toptheta.models.value_sum import VSum
+from toptheta.models.when_slower import Chooser, by_kernels, is_dense, sparse_way
 from toptheta.util.errors import UsageError
 
 
@@ -28,7 +29,9 @@ class ModelState:
     """What the layers of one model share: the parameters as set_params left them, and the tables in use.
     in_prompt: all rows that come belong to a prompt, even a single one behind others; in_steps: all are
     decode steps, even several in one call. extremes: takes from each sparse or calibrating call its scale and
-    the lowest and highest number of its queries and new keys, see finite.py; None: nobody asks."""
+    the lowest and highest number of its queries and new keys, see finite.py; None: nobody asks. sparse_calls:
+    of sparse layers while `when_slower` was dense, not in compiled models; dense_calls: those of them that
+    were computed dense."""
 
     def __init__(self) -> None:
         self.params = AttentionParams()
@@ -37,6 +40,7 @@ class ModelState:
         self.prompt_hook: Any = None  # while a calibration keeps prompts
         self.in_prompt = self.in_steps = False
         self.extremes: list[tuple[float, Tensor, Tensor, Tensor, Tensor]] | None = None
+        self.sparse_calls = self.dense_calls = 0
 
     def is_decode(self, q_len: int, kv_len: int) -> bool:
         """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single one behind others
@@ -46,14 +50,15 @@ class ModelState:
 
 class CallState:
     """What a layer knows during a call: its cache, and the sum of V or the int8 copy that comes with it; and
-    how often it was called. A plain object: setting attributes of a module takes microseconds, in every
-    layer."""
+    how often it was called, and what `when_slower` chose. A plain object: setting attributes of a module
+    takes microseconds, in every layer."""
 
     def __init__(self) -> None:
         self.calls = 0  # of our attention function, to prove that a patched model runs it
         self.due = False  # between the layer's start and the call of our attention function
         self.cache: Cache | None = None
         self.extras: VSum | TopThetaLayer | None = None
+        self.chooser = Chooser()
 
 
 class LayerState(nn.Module):
@@ -148,6 +153,24 @@ class LayerState(nn.Module):
             call.v_sum = extras.at(call.v, call.rows) if self.spec.vmc else None
         if self.spec.method.has_state and (call.factor is None or call.kernel is None):
             call.state = self.method_state()
+
+    def way(self, call: AttentionCall) -> str | None:
+        """How to compute a call, where `when_slower` leaves that open; None: as the call says. See
+        when_slower.py."""
+        if self.shared.params.when_slower != "dense":
+            return None
+        chooser = self.now.chooser
+        if torch.compiler.is_compiling():
+            asked, (batch, num_heads, q_len, head_dim) = sparse_way(call), call.q.shape
+            if asked is None or q_len > 1 or not by_kernels(call):
+                return None
+            shape = (batch, num_heads, *call.k.shape[1:3], head_dim)
+            masked = call.rows.mask is not None
+            return chooser.traced(call.q.device, call.q.dtype, shape, masked, asked, self.spec.k)
+        way = chooser.way(call)
+        self.shared.sparse_calls += 1
+        self.shared.dense_calls += is_dense(way)
+        return way
 
     def method_state(self) -> State:
         """What the method remembers for this layer of the current call's cache."""

@@ -20,7 +20,7 @@ from toptheta.util.schema import Count, Seconds, Share, parse_json, read_json, t
 PHASES = PREFILL, DECODE = "prefill", "generative_decoding"
 ANSWERS = "answers.jsonl"
 NUMBER = re.compile(r" \w+=[\d.e-]+$")  # an option at the end of a method's label
-OPTIONAL = ("effective_k", "kv_bytes")  # counts that not every run has
+OPTIONAL = ("effective_k", "kv_bytes", "computed_dense")  # counts that not every run has
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class Kept:
 
     attn: Share
     vrow: Share
+
+
+@dataclass(frozen=True)
+class ComputedDense:
+    """How many calls of sparse layers were computed dense, of `calls`, because `when_slower` says so."""
+
+    dense: Count
+    calls: Count
 
 
 class ByLength(TypedDict):
@@ -76,7 +84,7 @@ class CellResult:
     metrics: by name; kept: by phase, None for a phase that did not occur, or where nothing was counted.
     kv_bytes: by phase, KV bytes read as a share of those of dense attention, see attention/kv_bytes.py; None
     as with kept. seconds: of calibration and evaluation. effective_k: what single rows keep, see
-    attention/effective_k.py.
+    attention/effective_k.py. computed_dense: None where `when_slower` leaves all calls sparse.
     extra: what a data set or a table adds (by_length, grid, environment); failed: how many
     requests did not fit the memory.
     """
@@ -95,6 +103,7 @@ class CellResult:
     seconds: dict[str, Seconds] = field(default_factory=dict)
     folder: str | None = None
     effective_k: list[dict[str, Any]] | None = None
+    computed_dense: ComputedDense | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

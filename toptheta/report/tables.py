@@ -79,6 +79,18 @@ def failed_columns(results: Sequence[CellResult]) -> list[Column]:
     return [Column("failed", lambda result: str(result.extra.get("failed", 0)))]
 
 
+def dense_call_columns(results: Sequence[CellResult]) -> list[Column]:
+    """Which share of the layer calls was computed dense, where that was left open."""
+    if not any(result.computed_dense for result in results):
+        return []
+
+    def share_of(result: CellResult) -> str:
+        found = result.computed_dense
+        return "-" if found is None else f"{100.0 * found.dense / max(found.calls, 1):.1f}"
+
+    return [Column("calls computed dense %", share_of)]
+
+
 def paired_columns(results: Sequence[CellResult]) -> list[Column]:
     """Where a run has a dense cell and questions with a score: the difference from dense, with its paired
     standard error, and the flips both ways."""
@@ -195,7 +207,7 @@ def results_table(results: Sequence[CellResult]) -> str:
     """One row per cell of a run: method, every metric, kept shares, time."""
     columns = [Column("method", lambda result: result.method)]
     columns += metric_columns(results) + failed_columns(results)
-    columns += paired_columns(results) + kept_columns(results)
+    columns += paired_columns(results) + kept_columns(results) + dense_call_columns(results)
     columns += [_seconds_column(name) for name in ("calibration", "evaluation")]
     return build(results, columns)
 

@@ -21,6 +21,8 @@ FILES = [
             "benchmarks",
             "refusals",
             "hub_package",
+            "tune",
+            "when_slower",
         )
     ),
     str(FOLDER.parent / "test_int8_keys.py"),

@@ -26,9 +26,11 @@ from toptheta.methods.base import KernelSpec, Selection
 from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.top_theta import keep_above
 
-# Keys of a tile, warps and pipeline stages; BLOCK_F: keys of a tile of the int8 copy, or of scores.
-TILE = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-BLOCK_F = 128
+# Keys of a tile, warps and pipeline stages; BLOCK_F: keys of a tile of the int8 copy, or of scores. Those of
+# 16-bit types and head_dim up to 128 may be set to others (tiles.py), the rest keeps PLAIN.
+PLAIN, PLAIN_F = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 128
+TILE = PLAIN
+BLOCK_F = PLAIN_F
 MAX_SPLITS = 512  # a power of 2
 REGISTERS = 168  # per thread of TILE: the most with which three programs fit on a processor
 VARYING = ["theta_len", "table_len", "splits"]  # one build serves every length
@@ -97,8 +99,10 @@ def merge_kernel(
 def options(chip: Chip, dtype: torch.dtype, block_d: int, group: int) -> dict[str, int]:
     """Keys of a tile and compile options."""
     if dtype == torch.float32:  # products without tensor cores, unrolled: long tiles take minutes to compile
-        return TILE | {"BLOCK_N": max(16, min(TILE["BLOCK_N"], 4096 // block_d))}
-    if chip.backend == "cuda" and block_d <= 128 and group <= 16:
+        return PLAIN | {"BLOCK_N": max(16, min(PLAIN["BLOCK_N"], 4096 // block_d))}
+    if block_d > 128:
+        return PLAIN
+    if chip.backend == "cuda" and group <= 16:
         return TILE | {"maxnreg": REGISTERS}
     return TILE
 
@@ -180,6 +184,7 @@ def decode(
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_G": max(16, triton.next_power_of_2(group)),
         "BLOCK_D": block_d, "HAS_MASK": mask is not None, **options(chip, q.dtype, block_d, group),
     }  # fmt: skip
+    block_f = PLAIN_F if q.dtype == torch.float32 or block_d > 128 else BLOCK_F
     # Arguments that a build does not use still need an address: that of q, n or theta.
     some_span, factors = n if span is None else span, theta if factor is None else factor
     rows = (q if mask is None else mask, some_span, n, theta)
@@ -207,7 +212,7 @@ def decode(
         copy = (int8.codes, int8.steps, int8.slacks, int8.mean)
         args = (q, k, v, *rows, listed, scores, *parts[:-1], scale, kv_len, splits, num_kv_heads, *strides)
         more = (*copy, *int8.codes.stride()[:2], *int8.steps.stride()[:2])
-        return filtered_kernel, (*args, *more), {**tile, **stores, "BLOCK_F": BLOCK_F}
+        return filtered_kernel, (*args, *more), {**tile, **stores, "BLOCK_F": block_f}
 
     first_stage = split_stage if int8 is None else filtered_stage
     at_once = 3 * chip.processors  # where there is no GPU
@@ -242,7 +247,7 @@ def decode(
             keep = torch.zeros_like(scores, dtype=torch.int8)
         gather_kernel[grid](
             v, some_span, n, theta, factors, scores, listed, scores if keep is None else keep, *parts,
-            kv_len, splits, num_kv_heads, *thetas, *v.stride()[:3], **tile, BLOCK_F=BLOCK_F,
+            kv_len, splits, num_kv_heads, *thetas, *v.stride()[:3], **tile, BLOCK_F=block_f,
             BLOCK_S=part_block(splits), KEEP_GIVEN=largest, STORE_KEEP=keep is not None, WEIGHED=weighed,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
