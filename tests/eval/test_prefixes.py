@@ -22,6 +22,8 @@ from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.eval.runner import evaluate
 from toptheta.models.control import record_statistics
 from toptheta.models.recorder import Recorder
+from toptheta.report.results import read_answers
+from toptheta.util.errors import UsageError
 
 Prompt = tuple[int, ...]
 
@@ -293,3 +295,24 @@ def test_a_run_with_shared_prefixes(
     keys = [json.loads(line)["key"] for line in (straight / "answers.jsonl").read_text().splitlines()]
     numbers = [(key.split("/")[0], int(key.split("/")[1])) for key in keys]
     assert numbers == sorted(numbers) and len(numbers) == 14
+
+
+def test_fixed_shots(folder_model: str, here: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that draws its examples anew for each question shows the same ones, which are read once; a
+    calibration reads whole prompts. Without examples the flag does nothing, and is refused."""
+    options: dict[str, Any] = {"mode": (1, 3), "num_samples": 12, "num_fewshot": 6}
+    drawn = evaluate(qa_settings(folder_model, **options, output_dir="drawn"))
+    assert not reads
+    fixed = evaluate(qa_settings(folder_model, **options, fixed_shots=True, output_dir="fixed"))
+    assert len(reads) == 2  # methods
+    monkeypatch.setattr("toptheta.eval.lm_eval_model.can_share", lambda model: False)
+    whole = evaluate(qa_settings(folder_model, **options, fixed_shots=True, output_dir="whole"))
+    assert len(reads) == 2
+    for shared, anew in zip(fixed, whole):
+        assert shared.kept == anew.kept
+        for one, other in zip(read_answers(str(shared.folder)), read_answers(str(anew.folder))):
+            assert one.asked == other.asked
+            assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-4)
+    assert {a.asked for a in read_answers(str(fixed[0].folder))} != {a.asked for a in read_answers(str(drawn[0].folder))}
+    with pytest.raises(UsageError, match="--fixed_shots has no effect on everyday_science"):
+        evaluate(qa_settings(folder_model, mode=(3,), num_fewshot=0, fixed_shots=True))

@@ -221,6 +221,11 @@ class QASettings(Settings):
         group=TASK,
         rule=at_least(0),
     )
+    fixed_shots: bool = option(
+        False,
+        "all questions show the first examples, as those of mmlu do, which are then computed once for all",
+        group=TASK,
+    )
     data_dir: str | None = option(
         None, "local data: DIR/<task>/<split>.jsonl with the hub's rows", metavar="DIR", group=TASK
     )

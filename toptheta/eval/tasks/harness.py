@@ -120,8 +120,12 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
     tasks = []
     for config in configs:
         config = {key: value for key, value in config.items() if key not in ("tag", "group")}
+        if shots is not None:
+            config["num_fewshot"] = shots
+        if getattr(settings, "fixed_shots", False):
+            config["fewshot_config"] = (config.get("fewshot_config") or {}) | {"sampler": "first_n"}
         try:
-            task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
+            task = ConfigurableTask(config=config)
         # No network; a damaged file; a gated or missing data set; rows of another form than the task's.
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

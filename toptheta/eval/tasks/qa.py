@@ -13,6 +13,7 @@ from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_def
 from toptheta.methods.params import AttentionParams
 from toptheta.models.loading import ModelSource, load_tokenizer
 from toptheta.models.recorder import Recorder
+from toptheta.util.errors import UsageError
 
 
 class QAJob(Job):
@@ -28,6 +29,11 @@ class QAJob(Job):
         self.calib_num_fewshot = (
             self.num_fewshot if own else task_defaults(settings.calibration_task).num_fewshot
         )
+        if settings.fixed_shots and self.num_fewshot == 0:
+            raise UsageError(
+                f"--fixed_shots has no effect on {settings.task}, whose prompts show no examples: give "
+                "--num_fewshot."
+            )
         self.num_questions = 0
 
     def question_counts(self) -> tuple[float, float]:
