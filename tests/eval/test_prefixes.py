@@ -297,7 +297,9 @@ def test_a_run_with_shared_prefixes(
     assert numbers == sorted(numbers) and len(numbers) == 14
 
 
-def test_fixed_shots(folder_model: str, here: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_shots(
+    folder_model: str, here: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A task that draws its examples anew for each question shows the same ones, which are read once; a
     calibration reads whole prompts. Without examples the flag does nothing, and is refused."""
     options: dict[str, Any] = {"mode": (1, 3), "num_samples": 12, "num_fewshot": 6}
@@ -313,6 +315,8 @@ def test_fixed_shots(folder_model: str, here: Path, reads: list[int], monkeypatc
         for one, other in zip(read_answers(str(shared.folder)), read_answers(str(anew.folder))):
             assert one.asked == other.asked
             assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-4)
-    assert {a.asked for a in read_answers(str(fixed[0].folder))} != {a.asked for a in read_answers(str(drawn[0].folder))}
+    assert {a.asked for a in read_answers(str(fixed[0].folder))} != {
+        a.asked for a in read_answers(str(drawn[0].folder))
+    }
     with pytest.raises(UsageError, match="--fixed_shots has no effect on everyday_science"):
         evaluate(qa_settings(folder_model, mode=(3,), num_fewshot=0, fixed_shots=True))
