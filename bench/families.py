@@ -1,6 +1,6 @@
-"""Writes docs/families.md: what of each family of models was tested, by a run of test_families.py.
+"""Write docs/families.md: what was tested for each model family, from a run of test_families.py.
 
-Each cell is a test; the table is written only when all of them passed.
+Each cell is a test; the table is written only if all of them pass.
 """
 
 import sys
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 class Cells:
-    """A pytest plugin that keeps what became of each test, by name and family."""
+    """A pytest plugin that records the outcome of each test, by name and family."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, str], str] = {}
@@ -61,14 +61,14 @@ def table(found: dict[tuple[str, str], str]) -> str:
 def main() -> int:
     cells = Cells()
     code = int(pytest.main(["-q", str(TESTS), *sys.argv[1:]], plugins=[cells]))
-    text = f"""# Families of models
+    text = f"""# Model families
 
-Made by `python bench/families.py`, with transformers {transformers.__version__} and torch \
-{torch.__version__.split("+")[0]}, on CPU. Each cell is a test in
-[tests/models/test_families.py](../tests/models/test_families.py) that passed, with a tiny random model: a K
-of at least the length is stock eager attention within rounding, a smaller K is what slow loops compute, for
-Top-k and Top-theta on scores and on weights, with SDC and VMC. *kernels*: what computes the calls on a CPU.
-*none*: no layer has a window.
+Written by `python bench/families.py`, with transformers {transformers.__version__} and torch \
+{torch.__version__.split("+")[0]}, on CPU. Each cell is a passed test in
+[tests/models/test_families.py](../tests/models/test_families.py) on a tiny random model: with K at least the
+sequence length, the output equals stock eager attention within rounding; with a smaller K it equals slow
+loops, for Top-k and Top-theta on scores and on weights, with SDC and VMC. *kernels*: the backend that
+computes the attention calls on a CPU. *none*: no layer has a sliding window.
 
 {table(cells.found)}
 """

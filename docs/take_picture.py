@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Take the picture of a report that README.md shows: python docs/take_picture.py REPORT PICTURE
+"""Take the screenshot of a report that docs/scripts.md shows: python docs/take_picture.py REPORT PICTURE
 
 Needs the package playwright and a Chromium: apt-get install chromium.
 """
