@@ -74,7 +74,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit) as ended:
         commands.lm_eval()
     assert ended.value.code == 2
-    assert "lm_eval.__main__ is not installed: pip install 'toptheta[eval]'" in capsys.readouterr().err
+    assert "lm_eval.__main__ is not installed: run pip install 'toptheta[eval]'" in capsys.readouterr().err
 
 
 def test_the_entry_point_of_lm_eval() -> None:

@@ -235,7 +235,7 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize(
     "params, says",
     [
-        ({"placement": "pre-softmax", "sdc": "exact"}, "calib_to budget finds a threshold on weights"),
+        ({"placement": "pre-softmax", "sdc": "exact"}, "calib_to budget calibrates a threshold on weights"),
         ({"calib_to": "k", "calib_layers": "sensitivity"}, "calib_layers sensitivity shares out a budget"),
         ({"calib_add_sigma": 0.1}, "calib_add_sigma has no effect with calib_to budget"),
         ({"calib_interp": "fit"}, "calib_interp has no effect with calib_to budget"),

@@ -98,5 +98,5 @@ def test_questions(folder_model: str, here: Path, small_memory: dict[str, int]) 
     assert thresholds(auto) == thresholds(one)
     assert (auto / "answers.jsonl").read_text().count("\n") == 3
     small_memory["tokens"] = 5
-    with pytest.raises(UsageError, match="does not fit the memory, even alone: lower --num_fewshot"):
+    with pytest.raises(UsageError, match="does not fit in memory, even alone: lower --num_fewshot"):
         evaluate(qa_settings(folder_model, mode=(3,), sdc="none", vmc=False, calib_tac=False))

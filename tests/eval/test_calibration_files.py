@@ -95,8 +95,8 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
             "cannot be reached|neither a folder nor a hub id|cannot be loaded",
         ),
         (("empty", "out", "--to", "text"), "neither th.txt nor sdc.txt"),
-        (("text", "out", "--to", "calibration"), "--placement must say"),
-        (("sdc", "out", "--to", "calibration", "--placement", "pre-softmax"), "does not say K"),
+        (("text", "out", "--to", "calibration"), "--placement is needed"),
+        (("sdc", "out", "--to", "calibration", "--placement", "pre-softmax"), "does not contain K"),
         (("text", "out", "--to", "calibration", "--placement", "post-softmax", "--sdc", "exact"), "--sdc"),
         (("damaged", "out", "--to", "calibration"), "config.json is damaged"),
         ((EXAMPLE, "file", "--to", "text"), "DIR file is a file"),
@@ -119,4 +119,4 @@ def test_refusals(arguments: tuple, words: str, here: Path, monkeypatch, capsys)
 def test_a_calibration_is_none_to_convert_into_one(here: Path, monkeypatch, capsys) -> None:
     assert calibration(monkeypatch, EXAMPLE, "shared", "--to", "calibration") == 0
     assert calibration(monkeypatch, "shared", "again", "--to", "calibration") == 2
-    assert "is a calibration to share already" in capsys.readouterr().err
+    assert "already is a calibration in that format" in capsys.readouterr().err

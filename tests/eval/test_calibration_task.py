@@ -77,7 +77,7 @@ def test_wrong_calibration_tasks(folder_model: str, here: Path) -> None:
 
     arc_rows(here / "data" / "arc_challenge", "test", 3)
     for changes, message in (
-        ({"calib_task": "hellaswagg"}, "--calib_task 'hellaswagg' is unknown: near it are hellaswag"),
+        ({"calib_task": "hellaswagg"}, "--calib_task 'hellaswagg' is unknown: choose for example hellaswag"),
         ({"calib_task": "arc_easy", "data_dir": "data"}, "no folder 'arc_easy' for --calib_task arc_easy"),
         ({"calib_task": "arc_challenge", "data_dir": "data"}, "no train.jsonl, which --calib_task arc_ch"),
     ):

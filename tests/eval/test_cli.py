@@ -58,7 +58,7 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--mode 1 --placement post-softmax --sdc exact", "needs --placement pre-softmax"),
         ("--mode 0 --calib_sample_frac 1.5", "--calib_sample_frac is 1.5"),
         ("--mode 0 --calib_load_path /nowhere", "there is no such folder"),
-        ("--mode 1 --calib_load_path /nowhere", "serves --mode 0"),
+        ("--mode 1 --calib_load_path /nowhere", "is used by --mode 0"),
         ("--mode 1 --calibrate_only", "needs something to calibrate"),
         ("--mode 0 --calib_samples 2.5", "give a count, or a share"),
         ("--dtype float8", "--dtype is 'float8'"),
@@ -76,8 +76,8 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--seed 4294967296", "--seed is 4294967296: give a number that is finite and below"),
         ("--mode 1 --k 99999999999999999999", "--k is 99999999999999999999"),
         ("--mode 1 --layerk 0:4,0:9", "--layerk is '0:4,0:9', which names 0 twice"),
-        (f"--output_dir {__file__}", "is no folder; name another one"),
-        (f"--output_dir {__file__}/below/it", "is no folder; name another one"),
+        (f"--output_dir {__file__}", "is not a folder; name another one"),
+        (f"--output_dir {__file__}/below/it", "is not a folder; name another one"),
     ],
 )
 def test_flags_that_make_no_sense(flags: str, message: str) -> None:

@@ -18,9 +18,9 @@ from toptheta.util.errors import UsageError
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--effective_k", "--effective_k judges thresholds: use it with --mode 0"),
-        ("--effective_k --mode 1,3", "--effective_k judges thresholds: use it with --mode 0"),
-        ("--effective_k --mode 0 --placement none", "--effective_k judges thresholds"),
+        ("--effective_k", "--effective_k applies to thresholds only: use it with --mode 0"),
+        ("--effective_k --mode 1,3", "--effective_k applies to thresholds only: use it with --mode 0"),
+        ("--effective_k --mode 0 --placement none", "--effective_k applies to thresholds"),
         ("--effective_k --mode 0 --no_statistics", "--effective_k needs statistics: leave out --no_stat"),
         ("--effective_k --mode 0 --calibrate_only", "--effective_k needs an evaluation"),
     ],

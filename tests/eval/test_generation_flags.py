@@ -13,7 +13,7 @@ from toptheta.util.errors import UsageError
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "needles"}, "near it: needle"),
+        ({"dataset": "needles"}, "did you mean needle"),
         ({"dataset": "perplexity"}, "name a file with --text"),
         ({"dataset": "perplexity", "text": "nowhere.txt"}, "there is no such file"),
         ({"dataset": "perplexity", "text": "text.txt", "do_sample": True}, "--do_sample has no effect"),

@@ -107,7 +107,7 @@ def test_thresholds_of_every_kind(folder_model: str, here: Path) -> None:
         ({"method": "top_k", "vmc": True}, "vmc"),
         ({"thresholds": "owner/name/extra"}, "neither a folder nor a hub id"),
         ({"thresholds": "."}, "neither th.txt nor sdc.txt"),
-        ({"methd": "top_k"}, "--model_args has methd, which neither the model nor lm-eval takes"),
+        ({"methd": "top_k"}, "--model_args has methd, which neither toptheta nor lm-eval accepts"),
         ({"batch_size": "auto"}, "--batch_size is auto"),
     ],
 )

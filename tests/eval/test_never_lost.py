@@ -193,7 +193,7 @@ def test_a_full_disk(name: str, folder_model: str, here: Path, monkeypatch: pyte
     settings = qa_settings(folder_model, mode=(0,), num_samples=2, sdc="exact")
     monkeypatch.setattr(files, "flush", full)
     with pytest.raises(
-        UsageError, match=r"No space left.*go on with: python test_llama.py --resume products/"
+        UsageError, match=r"No space left.*resume with: python test_llama.py --resume products/"
     ):
         evaluate(settings)
     run = only_run(here / "products")

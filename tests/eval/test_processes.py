@@ -85,9 +85,9 @@ def end(rank: int, how: str, busy: bool) -> None:
 @pytest.mark.parametrize(
     ("rank", "how", "busy", "why"),
     [
-        (1, "kill", True, "process 1 shows no sign of life"),
+        (1, "kill", True, "process 1 does not respond"),
         (0, "kill", True, "process 0 cannot be reached"),
-        (1, "stop", True, "process 1 shows no sign of life"),
+        (1, "stop", True, "process 1 does not respond"),
         (0, "raise", False, "process 0 failed (of nothing)"),
     ],
 )

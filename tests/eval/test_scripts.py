@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
         ("test_llama.py --no_such_flag", "no_such_flag"),
         ("test_llama.py --llama 9-9", "no alias"),
         ("test_llama.py --mode 1 --k 64 --layerk 99:64", "--layerk names layer 99"),
-        ("test_llama.py --task hellaswagg", "near it are hellaswag"),
+        ("test_llama.py --task hellaswagg", "choose for example hellaswag"),
         ("test_llama.py --resume /nowhere", "no run.json"),
         ("test_llama.py --llama owner/model-that-is-not-here", "cannot be reached|no such model"),
         ("test_llama.py --task arc_easy", "data of task arc_easy cannot be loaded"),

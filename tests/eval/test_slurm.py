@@ -34,7 +34,7 @@ def test_a_run_as_a_job(folder_model: str, here: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--nodes", "2"), "--nodes is for --slurm"),
+        (("--nodes", "2"), "--nodes applies to --slurm"),
         (("--slurm", "short", "--processes", "0"), "--processes is 0: give at least 1"),
         (("--slurm", "short"), "this machine has no Slurm"),
     ],

@@ -135,7 +135,7 @@ def test_groups_and_runs_together(tables: Path) -> None:
     assert alone[alone.index("--method") + 1] == "top_p" and alone[alone.index("--seed") + 1] == "1"
     content["tables"]["tiny"]["parts"][0]["group"] = "pears"
     tables.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="reproduce.json: group 'pears' is unknown: near it are peers"):
+    with pytest.raises(UsageError, match="reproduce.json: group 'pears' is unknown: choose for example peers"):
         plan(tables)
 
 
@@ -218,7 +218,7 @@ def test_methods_by_name(tables: Path) -> None:
     assert {cell.method for cell in cells if "--calib_task" in cell.arguments} == {"Top-theta", "capped"}
     for wrong in ({"vmc": True}, {"mode": 1, "method": "top_k"}):
         content["methods"]["named"] = wrong
-        with pytest.raises(UsageError, match="method 'named' wants 'method' or 'mode'"):
+        with pytest.raises(UsageError, match="method 'named' needs either 'method' or 'mode'"):
             cells_of(table, content, options(tables), PARSERS)
     content["methods"]["named"] = {"method": "topk"}
     with pytest.raises(UsageError, match="--method is 'topk'"):
@@ -228,8 +228,8 @@ def test_methods_by_name(tables: Path) -> None:
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"table": "tinny"}, "near it are tiny"),
-        ({"only": "Topk"}, "near it are Top-k"),
+        ({"table": "tinny"}, "choose for example tiny"),
+        ({"only": "Topk"}, "choose for example Top-k"),
         ({"jobs": 0}, "--jobs is 0: give at least 1"),
         ({"file": "nowhere.json"}, "nowhere.json"),
         ({"samples": "many"}, "--num_samples"),

@@ -40,7 +40,7 @@ def test_lists_and_options() -> None:
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("topk", r"method is 'topk': choose one of .*\(near it: top_k"),
+        ("topk", r"method is 'topk': choose one of .*\(did you mean top_k"),
         ("top_k:sinks=3", "method top_k has no option 'sinks': it has none"),
         ("top_theta:cap=1", "method top_theta has no option 'cap': its options are capk"),
         ("top_theta:capk=maybe", "method top_theta:capk is 'maybe': give true or false"),

@@ -174,7 +174,7 @@ def test_by_layer(tiny_model: LlamaForCausalLM) -> None:
 
 def test_needs_a_budget(tiny_model: LlamaForCausalLM) -> None:
     update_model(tiny_model)
-    with pytest.raises(UsageError, match="value_aware weighs attention weights.*add calib_to budget"):
+    with pytest.raises(UsageError, match="value_aware needs one threshold on weights.*add calib_to budget"):
         set_params(tiny_model, **(AWARE | {"calib_to": "k"}), calibrate=True)
 
 

@@ -77,7 +77,7 @@ def test_text_that_cannot_be_read(flags: str, message: str) -> None:
         ({"count": "x"}, "--count is 'x': give at least 1."),
         ({"count": None}, "--count is None: give at least 1."),
         ({"limit": -1.0}, "--limit is -1.0: give at least 0."),
-        ({"kind": "oik"}, "--kind is 'oik': choose one of oil, water (near it: oil)."),
+        ({"kind": "oik"}, "--kind is 'oik': choose one of oil, water (did you mean oil?)."),
         ({"kind": "gas?"}, "--kind is 'gas?': choose one of oil, water."),
     ],
 )
@@ -106,7 +106,7 @@ def test_json_round_trip() -> None:
         ({"sizes": ["a"]}, "its sizes is"),
         ({"layers": [1]}, "its layers is"),
         ({"layers": {"a": 1}}, "its layers is"),
-        ([], "no object"),
+        ([], "not a JSON object"),
     ],
 )
 def test_json_of_something_else(saved: object, message: str) -> None:

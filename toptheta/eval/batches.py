@@ -43,7 +43,7 @@ class Batches:
                 failed(batch[0])
                 continue
             self.most = len(batch) // 2
-            say(f"Memory ran out with {len(batch)} prompts at once: {self.most} from here on.")
+            say(f"Out of memory with a batch of {len(batch)} prompts: continuing with {self.most}.")
             waiting.insert(0, batch)
 
 

@@ -43,8 +43,7 @@ class CellConfig(_CellConfig, total=False):
 def make_parser() -> Parser:
     parser = Parser(
         prog="toptheta-calibration",
-        description="Turn the folder of a run's cell, or th.txt and sdc.txt, into a calibration to share, "
-        "and back into text.",
+        description="Convert a run's folder, or th.txt and sdc.txt, to a calibration for the hub, and back.",
     )
     parser.add_argument("source", metavar="FROM", help="a folder, or the hub id of a calibration")
     parser.add_argument("target", metavar="DIR", help="the folder to write")
@@ -56,10 +55,10 @@ def make_parser() -> Parser:
         help="calibration: calibration.safetensors, config.json, README.md; text: th.txt, sdc.txt",
     )
     add("--base_model", metavar="ID", help="the model's hub id (default: its name, where the source has it)")
-    add("--text", metavar="WORDS", help="what it was calibrated on (default: the run's task)")
-    group = parser.add_argument_group("what th.txt and sdc.txt do not say")
-    group.add_argument("--num_layers", type=int, metavar="N", help="layers, where the last ones are dense")
-    group.add_argument("--placement", choices=PLACEMENTS[:2], help="needed: what thresholds compare")
+    add("--text", metavar="WORDS", help="name of the calibration text (default: the run's task)")
+    group = parser.add_argument_group("settings that th.txt and sdc.txt do not contain")
+    group.add_argument("--num_layers", type=int, metavar="N", help="number of layers, if the last are dense")
+    group.add_argument("--placement", choices=PLACEMENTS[:2], help="what is compared (required)")
     group.add_argument("--sdc", choices=SDC_METHODS, help="default: offline-calibrated with sdc.txt")
     group.add_argument("--vmc", action="store_true", help="with V-mean compensation")
     return parser
@@ -81,7 +80,7 @@ def main() -> None:
         written = [name for name, layers in (("th.txt", tables.theta), ("sdc.txt", tables.sdc)) if layers]
     else:
         if is_calibration(source):
-            raise UsageError(f"FROM {source} is a calibration to share already.")
+            raise UsageError(f"FROM {source} already is a calibration in that format.")
         options = {"placement": arguments.placement, "sdc": arguments.sdc, "vmc": arguments.vmc}
         calibration = of_run(
             source, options, arguments.num_layers or 0, arguments.base_model or "", arguments.text or ""
@@ -116,8 +115,8 @@ def of_run(
     cell = _config_json(Path(source))
     if not cell and options.get("placement") is None:
         raise UsageError(
-            f"{name} {source} holds no config.json of a run, so --placement must say what its thresholds "
-            "compare: give pre-softmax or post-softmax."
+            f"{name} {source} has no config.json of a run, so --placement is needed: give pre-softmax for "
+            "thresholds on scores, post-softmax for thresholds on weights."
         )
     tables.num_layers = max(tables.num_layers, num_layers or cell.get("num_layers", 0))
     rows, longest = sampled(tables)
@@ -160,7 +159,7 @@ def _params(
     """The parameters that go with the tables. Raises UsageError where they are not known or do not fit."""
     ks = cell.get("k_per_layer") or [tables.k.get(layer, 0) for layer in range(tables.num_layers)]
     if not any(ks):
-        raise UsageError(f"{source} holds sdc.txt alone, which does not say K: add its th.txt.")
+        raise UsageError(f"{source} has only sdc.txt, which does not contain K: add its th.txt.")
     if cell:
         given = {name: cell["settings"][name] for name in OPTIONS if name in cell["settings"]}
         method = tables.meta.get("method") or cell.get("name") or of_mode(cell["mode"]).name

@@ -82,7 +82,7 @@ class Cell:
         """Take a request as failed, for which `answer` stands."""
         self.failed.add(key)
         self.add({key: answer}, {}, {})
-        say(f"Memory ran out with {key} alone: it counts as failed.")
+        say(f"Out of memory on {key} alone: it counts as failed.")
 
     def result(self) -> CellResult:
         return read_result(self.path / "results.json")

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, topics: bool = False, **options: Any):
         super().__init__(**options, allow_abbrev=False, add_help=not topics)
         if topics:
-            words = "the flags of a topic in full; 'all': of every topic"
+            words = "explain the flags of one topic, or of 'all' topics"
             self.add_argument("-h", "--help", action=_Help, metavar="TOPIC", help=words)
 
     def format_topics(self) -> str:
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             "",
             *textwrap.wrap(self.description or "", 79),
         ]
-        lines += ["", f"{self.prog} --help TOPIC explains the flags of a topic, --help all every flag.", ""]
+        lines += ["", f"{self.prog} --help TOPIC explains the flags of one topic, --help all every flag.", ""]
         width = 2 + max(map(len, topics))
         for name, group in topics.items():
             flags = " ".join(action.option_strings[-1] for action in group._group_actions)
@@ -94,9 +94,9 @@ def settings_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> dic
     add(
         "--timestamps",
         action="store_true",
-        help="accepted for old commands: product folders always carry one",
+        help="no effect; accepted because the published project has it",
     )
-    add("--resume", metavar="DIR", help="go on with an interrupted run; its settings are in DIR")
+    add("--resume", metavar="DIR", help="resume the interrupted run in DIR, with its settings")
     return groups
 
 

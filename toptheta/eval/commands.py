@@ -57,7 +57,7 @@ def _run(main: Callable[[], int | None]) -> None:
             if error.name is None or error.name.startswith("toptheta"):
                 raise
             raise UsageError(
-                f"the package {error.name} is not installed: pip install 'toptheta[eval]' brings it."
+                f"the package {error.name} is not installed: run pip install 'toptheta[eval]'."
             ) from None
 
     run_main(guarded)
@@ -66,12 +66,11 @@ def _run(main: Callable[[], int | None]) -> None:
 def _compare() -> None:
     parser = Parser(
         prog=Path(sys.argv[0]).name,
-        description="Compare any runs on the same questions, question by question: the first is the "
-        "baseline.",
+        description="Compare runs on the same questions, question by question. The first is the baseline.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN[/CELL]", help="folders of runs or of their cells")
     parser.add_argument(
-        "--output_dir", metavar="DIR", help="where files go (default products/compare/<timestamp>)"
+        "--output_dir", metavar="DIR", help="folder of the results (default products/compare/<timestamp>)"
     )
     arguments = parser.parse_args()
     from toptheta.report.compare import compare_runs

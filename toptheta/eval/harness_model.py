@@ -55,7 +55,7 @@ class TopThetaHarnessLM(TopThetaLM):
             raise UsageError("--model_args names no model: add pretrained=HUB_ID, a folder, or smollm2.")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UsageError(
-                f"--batch_size is {batch_size}: give a whole number, this model finds none itself."
+                f"--batch_size is {batch_size}: give a whole number; this model does not choose one itself."
             )
         ours = {PARAMETERS.get(name, name): arguments.pop(name) for name in OURS if name in arguments}
         calibration = _calibration(os.path.expanduser(str(ours.pop("thresholds", ""))), ours)
@@ -82,8 +82,8 @@ class TopThetaHarnessLM(TopThetaLM):
             if not unknown or "unexpected keyword argument" not in str(error):
                 raise
             raise UsageError(
-                f"--model_args has {', '.join(unknown)}, which neither the model nor lm-eval takes; ours are "
-                f"pretrained, {', '.join(OURS)}."
+                f"--model_args has {', '.join(unknown)}, which neither toptheta nor lm-eval accepts; those "
+                f"of toptheta are pretrained, {', '.join(OURS)}."
             ) from None
         self.model.config._name_or_path = source.name
         if calibration is None:
@@ -105,6 +105,6 @@ def _check(params: dict[str, Any], calibration: Calibration | None) -> None:
     wanted = check(AttentionParams().changed(params, _flag), _flag)
     if wanted.needs_calibration and calibration is None:
         raise UsageError(
-            f"--model_args method={wanted.method.spec} needs calibrated tables: add thresholds=, a folder or "
-            "hub id that save_calibration, push_calibration or a run with --calibrate_only made."
+            f"--model_args method={wanted.method.spec} needs calibrated tables: add thresholds=, the folder "
+            "or hub id of a calibration, made by save_calibration, push_calibration or --calibrate_only."
         )

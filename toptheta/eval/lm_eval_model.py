@@ -99,8 +99,8 @@ class TopThetaLM(HFLM):
         def failed(group: Group) -> None:
             if self.progress is None:
                 raise UsageError(
-                    f"a prompt of {len(group[0])} tokens does not fit the memory, even alone: lower "
-                    "--num_fewshot, or take a smaller --dtype."
+                    f"a prompt of {len(group[0])} tokens does not fit in memory, even alone: lower "
+                    "--num_fewshot, or use a smaller --dtype."
                 )
             for key in group[1]:
                 self._skip(key)
@@ -189,7 +189,7 @@ class TopThetaLM(HFLM):
     def _skip(self, key: str) -> None:
         """Go on calibrating without a request."""
         assert self.progress is not None
-        say("Memory ran out with one prompt alone: the calibration goes on without it.")
+        say("Out of memory on a single prompt: calibration continues without it.")
         self.progress.skip(key)
 
     def _join(self) -> None:

@@ -64,5 +64,5 @@ def remove_damaged(partial: Path) -> None:
                 continue
         except DAMAGES:
             pass
-        say(f"{path} is damaged or of an earlier version: what it holds is computed again.")
+        say(f"{path} is damaged or from an earlier version: its content is computed again.")
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -123,8 +123,8 @@ def wait_for_file(path: Path) -> None:
     while not path.exists():
         if time.monotonic() > until:
             raise UsageError(
-                f"{path} was written by another process, but does not show on {platform.node()}: name a "
-                "folder that all machines share with --output_dir."
+                f"{path} was written by another process, but is not visible on {platform.node()}: give "
+                "--output_dir a folder that all machines share."
             )
         os.listdir(path.parent)  # has some file systems look again
         time.sleep(POLL_SECONDS)
@@ -194,8 +194,8 @@ def place(device: str) -> str:
 
     if device != "cuda" or local > torch.cuda.device_count():
         raise UsageError(
-            f"--device {device}: {local} processes on a machine take a GPU each, and it shows "
-            f"{torch.cuda.device_count()}: start fewer, and leave --device out."
+            f"--device {device}: {local} processes on a machine need a GPU each, and it has "
+            f"{torch.cuda.device_count()}: start fewer processes, and leave --device out."
         )
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
@@ -235,8 +235,8 @@ def together() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"process {own} of {size} did not find the others ({reason}): start all of them, with the same "
-            "MASTER_ADDR and MASTER_PORT, as torchrun does."
+            f"process {own} of {size} could not connect to the others ({reason}): start all of them with the "
+            "same MASTER_ADDR and MASTER_PORT, as torchrun does."
         ) from None
     _group = group = _Group(own, size, store)
     console.hush(own != 0)
@@ -296,7 +296,7 @@ def _watch(group: _Group, store: Any) -> None:
                 if found != last[other][0]:
                     last[other] = (found, time.monotonic())
                 elif time.monotonic() - last[other][1] > LOST_SECONDS:
-                    store.set("gone", f"{other} shows no sign of life: killed, or its machine is gone")
+                    store.set("gone", f"{other} does not respond: it was killed, or its machine failed")
             if store.check(["gone"]):
                 lost, _, why = store.get("gone").decode().partition(" ")
                 _lose(group, int(lost), why)

@@ -35,7 +35,7 @@ def _check_folders(settings: Settings) -> None:
     folder = Path(settings.output_dir)
     nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not nearest.is_dir():
-        raise UsageError(f"--output_dir {folder}: {nearest} is no folder; name another one.")
+        raise UsageError(f"--output_dir {folder}: {nearest} is not a folder; name another one.")
 
 
 def _check_methods(settings: Settings) -> None:
@@ -61,7 +61,7 @@ def _check_methods(settings: Settings) -> None:
                 + (" or 1." if name == "vmc" else ".")
             )
         if getattr(settings, name) and not serves:
-            raise UsageError(f"--{name} is for thresholds: use it with --mode 0.")
+            raise UsageError(f"--{name} applies to thresholds only: use it with --mode 0.")
     if settings.when_slower != "sparse" and not sparse:
         raise UsageError("--when_slower has no effect on dense attention: add --mode 0.")
     if settings.sdc != "none" and not sparse:
@@ -73,7 +73,8 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
     if settings.calib_load_path:
         if not needing:
             raise UsageError(
-                "--calib_load_path serves --mode 0 and --sdc offline-calibrated: add one, or leave it out."
+                "--calib_load_path is used by --mode 0 and --sdc offline-calibrated only: add one of them, "
+                "or leave it out."
             )
         if not Path(settings.calib_load_path).is_dir():
             raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
@@ -91,12 +92,14 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
                 f"{given} has no effect without calibration: add --mode 0 or --sdc offline-calibrated."
             )
         if not shapes_use and settings.calib_load_path:
-            raise UsageError(f"{given} has no effect with --calib_load_path, which calibrates nothing.")
+            raise UsageError(
+                f"{given} has no effect with --calib_load_path, which skips calibration: leave one out."
+            )
         if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
-            raise UsageError(f"{given} keeps samples of thresholds: use it with --mode 0.")
+            raise UsageError(f"{given} saves samples of thresholds: use it with --mode 0.")
         if name == "calib_dump_samples" and settings.calib_to == "budget":
             raise UsageError(
-                f"{given} keeps single samples, of which --calib_to budget takes none: leave it out."
+                f"{given} saves threshold samples, but --calib_to budget takes none: leave it out."
             )
     if settings.calibrate_only and (not needing or settings.calib_load_path):
         raise UsageError(
@@ -110,7 +113,9 @@ def _check_statistics(settings: Settings, cells: list[AttentionParams]) -> None:
         raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
     if settings.effective_k:
         if not any(cell.sparse and cell.method.aims_at_k for cell in cells):
-            raise UsageError("--effective_k judges thresholds: use it with --mode 0 and a --placement.")
+            raise UsageError(
+                "--effective_k applies to thresholds only: use it with --mode 0, and not --placement none."
+            )
         if not settings.statistics:
             raise UsageError("--effective_k needs statistics: leave out --no_statistics.")
         if settings.calibrate_only:
@@ -134,12 +139,12 @@ def _check_generation(settings: GenSettings) -> None:
         if getattr(settings, name) and not Path(getattr(settings, name)).is_file():
             raise UsageError(f"--{name} {getattr(settings, name)}: there is no such file.")
     if any(not 0 <= depth <= 100 for depth in settings.needle_depths):
-        raise UsageError("--needle_depths are percents: give numbers from 0 to 100.")
+        raise UsageError("--needle_depths are percentages: give numbers from 0 to 100.")
     for length in settings.needle_lengths:
         if not 128 <= length <= settings.max_seq_len:
             raise UsageError(
                 f"--needle_lengths has {length}: give lengths from 128 to --max_seq_len "
-                f"({settings.max_seq_len}), or raise that."
+                f"({settings.max_seq_len}), or raise --max_seq_len."
             )
 
 
@@ -154,10 +159,10 @@ def _check_perplexity(settings: GenSettings) -> None:
     decode_only = [method.name for method in settings.methods() if method.decode_only]
     if settings.decode_from == 0 and decode_only:
         raise UsageError(
-            f"--method {decode_only[0]} leaves prompts dense, and with --decode_from 0 the text is one: "
-            "raise that, or leave the method out."
+            f"--method {decode_only[0]} leaves prompts dense, and with --decode_from 0 the whole text is a "
+            "prompt: raise --decode_from, or leave the method out."
         )
     if settings.decode_from != 0 and settings.vrow_popularity:
-        raise UsageError("--vrow_popularity counts the rows of a prompt: add --decode_from 0.")
+        raise UsageError("--vrow_popularity counts V rows in prompts only: add --decode_from 0.")
     if settings.calib_text and settings.calib_task:
-        raise UsageError("--calib_text and --calib_task both name what to calibrate on: give one of them.")
+        raise UsageError("--calib_text and --calib_task both name the calibration text: give one of them.")

@@ -79,7 +79,7 @@ def _open(settings: Settings, script: str, resume: str | None, world_size: int) 
             folder.mkdir(parents=True)
         lock = _lock(folder)
         if lock is None:
-            raise UsageError(f"--resume {folder}: another process works on that run; wait for it or stop it.")
+            raise UsageError(f"--resume {folder}: another process is running it; wait for it or stop it.")
         if resume:
             remove_unfinished(folder)
         else:
@@ -147,10 +147,10 @@ def check_resume(resume: str, script: str) -> dict[str, Any]:
     """Settings saved in a run folder. Raises UsageError when it is none, or another script's."""
     path = Path(resume) / "run.json"
     if not path.is_file():
-        raise UsageError(f"--resume {resume}: the folder holds no run.json, so it is no run of {script}.")
-    saved = read_json(path, Saved, f"start the run of --resume {resume} anew")
+        raise UsageError(f"--resume {resume}: the folder has no run.json, so it is not a run of {script}.")
+    saved = read_json(path, Saved, f"--resume {resume} is not possible, start a new run")
     if saved["script"] != script:
-        raise UsageError(f"--resume {resume}: that is a run of {saved['script']}, not of {script}.")
+        raise UsageError(f"--resume {resume}: this is a run of {saved['script']}, not of {script}.")
     return saved["settings"]
 
 
@@ -207,13 +207,13 @@ def resumable(run: Run) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say(f"\nInterrupted. What was finished is kept in {run.top}; go on with:\n  {run.resume_command}")
+        say(f"\nInterrupted. Finished work is kept in {run.top}. To resume:\n  {run.resume_command}")
         run.log("interrupted")
         raise
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         raise UsageError(
-            f"{error.filename or run.top} cannot be written ({error.strerror}). What was finished is kept; "
-            f"correct that, then go on with: {run.resume_command}"
+            f"{error.filename or run.top} cannot be written ({error.strerror}). Finished work is kept; fix "
+            f"the problem, then resume with: {run.resume_command}"
         ) from None

@@ -77,7 +77,10 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
         say(notice)
     dense = [cell.label for cell in settings.cells() if cell.sparse and cell.method.decode_only]
     if dense and isinstance(settings, QASettings):
-        say(f"{', '.join(dense)}: prompts are dense, so a task that generates nothing shows dense attention.")
+        say(
+            f"{', '.join(dense)}: prompts are computed dense, so a task without generation gives the results "
+            "of dense attention."
+        )
     run = open_run(settings, SCRIPTS[type(settings)], resume)
     say(f"Run folder: {run.folder}")
     with resumable(run):
@@ -153,8 +156,8 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
     kind = DATA_SETS[settings.dataset]
     if settings.max_seq_len > config.max_position_embeddings:
         raise UsageError(
-            f"--max_seq_len {settings.max_seq_len} is more than the {config.max_position_embeddings} tokens "
-            "that the model reads: lower it."
+            f"--max_seq_len {settings.max_seq_len} is more than the model's context of "
+            f"{config.max_position_embeddings} tokens: lower it."
         )
     return [kind(settings, tokenizer)]
 
@@ -176,7 +179,7 @@ def _run_cell(
     begin(cell.label, CALIBRATING)
     calibration_seconds = prepare(run, cell, product, model, calibrate)
     if settings.calibrate_only:
-        say(f"Tables of {cell.label}: {product.path}")
+        say(f"Calibrated tables of {cell.label}: {product.path}")
         return None
     recorder = None
     if settings.statistics:
@@ -212,8 +215,8 @@ def _finish(
     wrong = {name: one.value for name, one in outcome.metrics.items() if not math.isfinite(one.value)}
     for name, value in wrong.items():
         raise UsageError(
-            f"{cell.label}: {name} is {value}, because the score of a question is not a finite number; where "
-            "the model overflows, --dtype float32 helps."
+            f"{cell.label}: {name} is {value}, because the score of a question is not a finite number; if "
+            "the model overflows, use --dtype float32."
         )
     result = CellResult(
         method=cell.label,

@@ -22,7 +22,7 @@ def score_folder(folder: str) -> None:
     found = sorted(path.parent for path in candidates if path.is_file())
     if not found:
         raise UsageError(
-            f"--score {folder}: no samples.jsonl there or one folder down; name a folder of gen_llama.py."
+            f"--score {folder} has no samples.jsonl, nor do its sub-folders; name a folder of gen_llama.py."
         )
     notice = isolation_notice()
     if notice:
@@ -61,7 +61,7 @@ def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:
                 typed(samples[-1], Sample)
         except ValueError as error:
             raise UsageError(
-                f"{path}, line {number} is damaged ({error}): a line is JSON with a task_id and a completion."
+                f"{path}, line {number} is damaged ({error}): a line is JSON with task_id and completion."
             ) from None
     return samples, len(samples) // max(1, len({sample["task_id"] for sample in samples}))
 

@@ -48,12 +48,12 @@ class CellOptions:
     `parse_methods` reads them, in place of `mode`. layerk: K of single layers."""
 
     mode: tuple[int, ...] = option(
-        (3,), "0 Top-theta, 1 Top-k, 3 dense; a list runs each (default 3)", metavar="M[,M]", group="method"
+        (3,), "0 Top-theta, 1 Top-k, 3 dense (default); a list runs each", metavar="M[,M]", group="method"
     )
     method: tuple[str, ...] = option(
         (),
-        "in place of --mode: methods by name with their options, e.g. top_k or top_theta:capk; a list runs "
-        "each, and an unknown name is answered with all there are",
+        "methods by name, instead of --mode, with options, e.g. top_k or top_theta:capk; a list runs each; "
+        "an unknown name lists all methods",
         metavar="NAME[:OPTION=VALUE,...]",
         group="method",
         parse=lambda text: tuple(method.spec for method in parse_methods(text, "--method")),
@@ -66,12 +66,12 @@ class CellOptions:
     )
     layerk: dict[int, int] = option(
         {},
-        "K of single layers, e.g. 0:512,1:512; 0 leaves a layer dense",
+        "K of individual layers, e.g. 0:512,1:512; 0 leaves a layer dense",
         metavar="L:K[,L:K]",
         group="method",
     )
     capk: bool = option(
-        False, "Top-theta: of what passes the threshold keep the K most recent only", group="method"
+        False, "Top-theta: keep at most the K most recent keys above the threshold", group="method"
     )
 
     def methods(self) -> list[Method]:
@@ -89,27 +89,27 @@ class Settings(MethodOptions, CellOptions):
 
     calib_samples: float | None = option(
         None,
-        "calibration examples; below 1, a share of them",
+        "number of calibration examples; below 1, a share of them",
         metavar="N",
         group=CALIBRATION_GROUP,
         rule=SHARE_OR_COUNT,
     )
     calib_task: str | None = option(
         None,
-        "calibrate on the calibration split of this Q&A task, with its usual shots and size (default: on "
-        "what is evaluated)",
+        "calibrate on the calibration split of this Q&A task, with its usual shots and size (default: the "
+        "evaluated task)",
         metavar="TASK",
         group=CALIBRATION_GROUP,
     )
     calib_dump_samples: bool = option(
         False,
-        "also write every sample of a threshold (calib_samples.safetensors); all of them are held in memory: "
-        "4 bytes for each layer, head and sampled row of each K",
+        "also save every threshold sample (calib_samples.safetensors); they are held in memory: 4 bytes for "
+        "each layer, head, K and sampled row",
         group=CALIBRATION_GROUP,
         answers=False,
     )
     calibrate_only: bool = option(
-        False, "calibrate, write the tables, and stop", group=CALIBRATION_GROUP, answers=False
+        False, "calibrate, write the tables and stop", group=CALIBRATION_GROUP, answers=False
     )
     llama: str = option(
         "smollm2",
@@ -133,13 +133,13 @@ class Settings(MethodOptions, CellOptions):
     )
     allow_pickle: bool = option(
         False,
-        "also load weights that are pickled (pytorch_model.bin): such a file can hold programs",
+        "also load pickled weights (pytorch_model.bin): such a file can contain code",
         group=RUN,
         answers=False,
     )
     batch_size: int = option(
         1,
-        "prompts computed at once (default 1); auto, or 0: as many as memory holds, up to 64",
+        "prompts in a batch (default 1); auto or 0: as many as fit in memory, up to 64",
         metavar="N",
         group=RUN,
         parse=_batch_size,
@@ -148,23 +148,23 @@ class Settings(MethodOptions, CellOptions):
     )
     seed: int = option(
         42,
-        "seeds subsets, row sampling and generation (default 42)",
+        "seed of subsets, row sampling and generation (default 42)",
         metavar="N",
         group=RUN,
         rule=at_least(0),
     )
     apply_chat_template: bool = option(
-        False, "put prompts into the model's chat template", group=RUN, serves=TEXT_JOBS
+        False, "wrap prompts in the model's chat template", group=RUN, serves=TEXT_JOBS
     )
     output_dir: str = option(
-        "products", "where product folders go (default products)", metavar="DIR", group=RUN, answers=False
+        "products", "folder of the results (default products)", metavar="DIR", group=RUN, answers=False
     )
     statistics: bool = option(True, "do not count kept elements and V rows", group=RUN)
     vrow_popularity: bool = option(
-        False, "also dump how often each V row is kept (large)", group=RUN, answers=False
+        False, "also save how often each V row is kept (large)", group=RUN, answers=False
     )
     effective_k: bool = option(
-        False, "Top-theta: report what single rows keep, against K", group=RUN, answers=False
+        False, "Top-theta: report how many elements rows keep, against K", group=RUN, answers=False
     )
 
     def cells(self) -> list[AttentionParams]:
@@ -203,7 +203,7 @@ class QASettings(Settings):
     task: str = option(
         BUNDLED_TASK,
         "everyday_science (bundled, default), hellaswag, arc_challenge, arc_easy, mmlu, gsm8k, medmcqa, or "
-        "any task of lm-eval; a list runs each",
+        "any lm-eval task; a list runs each",
         metavar="T[,T]",
         group=TASK,
     )
@@ -223,11 +223,11 @@ class QASettings(Settings):
     )
     fixed_shots: bool = option(
         False,
-        "all questions show the first examples, as those of mmlu do, which are then computed once for all",
+        "use the first examples in every prompt, as mmlu does, so that they are computed only once",
         group=TASK,
     )
     data_dir: str | None = option(
-        None, "local data: DIR/<task>/<split>.jsonl with the hub's rows", metavar="DIR", group=TASK
+        None, "local data: DIR/<task>/<split>.jsonl with the hub's columns", metavar="DIR", group=TASK
     )
 
     @property
@@ -279,7 +279,7 @@ class GenSettings(Settings):
     )
     prefill_chunk: int | None = option(
         None,
-        "tokens of a prompt to compute at once (default all)",
+        "compute prompts N tokens at a time (default: whole prompts)",
         metavar="N",
         group=GENERATION,
         rule=at_least(1),
@@ -297,7 +297,7 @@ class GenSettings(Settings):
     )
     do_sample: bool = option(
         False,
-        "sample tokens (temperature 0.5) instead of greedy choice",
+        "sample tokens (temperature 0.5) instead of greedy decoding",
         group=GENERATION,
         serves=(HUMANEVAL,),
     )
@@ -306,14 +306,14 @@ class GenSettings(Settings):
     )
     data_dir: str | None = option(
         None,
-        "longbench_*, --calib_task: folder of rows (default: the hub)",
+        "longbench_*, --calib_task: folder of local rows (default: the hub)",
         metavar="DIR",
         group=LONG,
         serves=LONGBENCH,
     )
     max_new_tokens: int | None = option(
         None,
-        "longbench_*: tokens of a reply (default LongBench's own, 512)",
+        "longbench_*: maximum tokens of a reply (default LongBench's, 512)",
         metavar="N",
         group=LONG,
         rule=at_least(1),
@@ -321,16 +321,16 @@ class GenSettings(Settings):
     )
     text: str | None = option(
         None,
-        "perplexity: the text; needle: the haystack (default: made up); of a .jsonl file, LongBench's for "
-        "example, the fields 'context'",
+        "perplexity: the text; needle: the haystack (default: generated); of a .jsonl file, such as "
+        "LongBench's, the 'context' fields are read",
         metavar="FILE",
         group=LONG,
         serves=(PERPLEXITY, NEEDLE),
     )
     decode_from: int | None = option(
         None,
-        "perplexity: tokens at the start of each window that go through the model dense and are not counted, "
-        "as a prompt; the others are decode steps (default half of --max_seq_len; 0: all are a prompt)",
+        "perplexity: the first N tokens of each window are a prompt, dense and not counted; the others are "
+        "decode steps (default half of --max_seq_len; 0: the whole window is a prompt, and is counted)",
         metavar="N",
         group=LONG,
         rule=at_least(0),
@@ -346,8 +346,8 @@ class GenSettings(Settings):
     )
     reference_dtype: str = option(
         "auto",
-        "perplexity: the type of the dense model that all are compared with (auto: --dtype); a second model "
-        "is loaded where that is another one",
+        "perplexity: type of the dense model that methods are compared with (auto: --dtype); a type other "
+        "than --dtype loads a second model",
         group=LONG,
         choices=DTYPES,
         serves=(PERPLEXITY,),

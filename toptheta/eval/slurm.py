@@ -20,17 +20,17 @@ class SlurmOptions:
     """Where a run goes, if not on this machine. processes: on each node."""
 
     slurm: str | None = option(
-        None, "submit the run to a Slurm cluster, and stop", metavar="PARTITION", group=CLUSTER
+        None, "submit the run to this partition of a Slurm cluster", metavar="PARTITION", group=CLUSTER
     )
     slurm_hours: int = option(
         24, "time limit of the Slurm job (default 24)", metavar="H", group=CLUSTER, rule=at_least(1)
     )
     nodes: int = option(
-        1, "--slurm: machines that share the run (default 1)", metavar="N", group=CLUSTER, rule=at_least(1)
+        1, "--slurm: nodes that share the run (default 1)", metavar="N", group=CLUSTER, rule=at_least(1)
     )
     processes: int = option(
         1,
-        "--slurm: processes on each machine, with a GPU each unless --device is cpu (default 1)",
+        "--slurm: processes on each node, with a GPU each unless --device is cpu (default 1)",
         metavar="N",
         group=CLUSTER,
         rule=at_least(1),
@@ -68,7 +68,7 @@ def submit_run(options: SlurmOptions, arguments: list[str], output_dir: str, gpu
         gpus_per_node=options.processes if gpus else 0,
     ).submit(_process(command))
     print(job.job_id, shlex.join(["python", *command[1:]]))
-    say(f"Submitted as {options.nodes * options.processes} processes; what they print: {logs}/slurm-*")
+    say(f"Submitted {options.nodes * options.processes} processes; their output goes to {logs}/slurm-*")
 
 
 def _process(command: list[str]) -> Callable[[], None]:

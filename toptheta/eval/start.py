@@ -26,7 +26,8 @@ def start(kind: type[Settings], script: str, arguments: argparse.Namespace) -> N
         return
     if cluster != SlurmOptions():
         raise UsageError(
-            f"{to_flags(cluster)[0]} is for --slurm: on this machine torchrun or accelerate starts processes."
+            f"{to_flags(cluster)[0]} applies to --slurm only: on this machine, start processes with torchrun "
+            "or accelerate."
         )
     from toptheta.eval.runner import evaluate
 

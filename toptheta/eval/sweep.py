@@ -90,7 +90,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     else:
         say("No cell is finished yet, so there is no table.")
     if failed:
-        say(f"{failed} runs failed: their logs are in {folder / 'logs'}. The same command tries them again.")
+        say(f"{failed} runs failed; see the logs in {folder / 'logs'}. The same command retries them.")
     return 1 if failed else 0
 
 
@@ -193,7 +193,7 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-        say("\nInterrupted. Finished cells are kept, and unfinished runs saved: the same command goes on.")
+        say("\nInterrupted. All progress is saved; the same command continues.")
         raise
     finally:
         bar.close()
@@ -209,7 +209,7 @@ def _share(slot: int, jobs: int, gpus: int) -> dict[str, str]:
         names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         if jobs * gpus > len(names):
             raise UsageError(
-                f"--jobs {jobs}: each run needs {gpus} GPUs, and {len(names)} are there; lower --jobs."
+                f"--jobs {jobs}: each run needs {gpus} GPUs, but there are only {len(names)}; lower --jobs."
             )
         return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot * gpus : (slot + 1) * gpus])}
     if jobs == 1:

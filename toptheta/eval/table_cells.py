@@ -25,27 +25,27 @@ TEXT_FLAGS = {"text", "calib_text"}  # files of a table: their names are relativ
 class SweepOptions:
     """The flags of reproduce.py."""
 
-    table: str | None = option(None, "the table to make; without it, the tables are listed", metavar="NAME")
-    dry_run: bool = option(False, "print the commands that are left to run, and stop")
-    table_only: bool = option(False, "run nothing: build the table of what is finished")
+    table: str | None = option(None, "the table to run; without it, list the tables", metavar="NAME")
+    dry_run: bool = option(False, "only print the commands that are left to run")
+    table_only: bool = option(False, "run nothing: build the table from the finished cells")
     only: str | None = option(
-        None, "only cells whose name (task, method, K=64) holds one of these", metavar="TEXT[,TEXT]"
+        None, "only cells whose name (task, method, K=64) contains one of these", metavar="TEXT[,TEXT]"
     )
     samples: str | None = option(
-        None, "questions and HumanEval tasks of each cell, instead of the table's", metavar="N"
+        None, "questions or HumanEval tasks per cell, instead of the table's number", metavar="N"
     )
-    data_dir: str | None = option(None, "local data of the tasks: see test_llama.py --help", metavar="DIR")
+    data_dir: str | None = option(None, "local data: see test_llama.py --help task", metavar="DIR")
     jobs: int = option(
-        1, "runs at a time: a GPU each, or a share of the CPU cores", metavar="N", rule=at_least(1)
+        1, "runs at a time, each on its own GPU or share of the CPU cores", metavar="N", rule=at_least(1)
     )
     slurm: str | None = option(
-        None, "submit the runs to a Slurm cluster instead, and stop", metavar="PARTITION"
+        None, "submit the runs to this partition of a Slurm cluster", metavar="PARTITION"
     )
     slurm_hours: int = option(24, "time limit of each Slurm job (default 24)", metavar="H", rule=at_least(1))
     file: str | None = option(
-        None, "the file of tables (default reproduce.json next to this script)", metavar="FILE"
+        None, "the file that declares the tables (default reproduce.json next to this script)", metavar="FILE"
     )
-    output_dir: str = option("products", "where runs and tables go (default products)", metavar="DIR")
+    output_dir: str = option("products", "folder of runs and tables (default products)", metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_tables(path: Path) -> dict[str, Any]:
         raise UsageError(f"--file {path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UsageError(
-            f"--file {path} is no file of tables ({error}): it needs 'methods' and 'tables'."
+            f"--file {path} does not declare tables ({error}): it needs 'methods' and 'tables'."
         ) from None
 
 
@@ -82,7 +82,7 @@ def choose(name: str, among: dict[str, Any], flag: str) -> Any:
     if name in among:
         return among[name]
     near = get_close_matches(name, among, n=3, cutoff=0.4) or list(among)
-    raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near)}.")
+    raise UsageError(f"{flag} {name!r} is unknown: choose for example {', '.join(near)}.")
 
 
 def _rows(part: dict[str, Any], groups: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def plan(
     for part in [row for given in table["parts"] for row in _rows(given, tables.get("groups", {}))]:
         script = part["script"]
         if script not in KINDS:
-            raise UsageError(f"reproduce.json: script {script!r} is none of {', '.join(KINDS)}.")
+            raise UsageError(f"reproduce.json: script {script!r} is not one of {', '.join(KINDS)}.")
         for task in part["tasks"]:
             if script == "test_llama.py":
                 check_task(task, options.data_dir)
@@ -113,7 +113,7 @@ def plan(
                 method = choose(name, methods, "reproduce.json: method")
                 if len(method.keys() & {"mode", "method"}) != 1:
                     raise UsageError(
-                        f"reproduce.json: method {name!r} wants 'method' or 'mode', one of them."
+                        f"reproduce.json: method {name!r} needs either 'method' or 'mode'."
                     )
                 flags = table.get("flags", {}) | part.get("flags", {}) | method
                 flags[TASK_FLAG[script]] = task
@@ -171,7 +171,7 @@ def only_named(cells: list[SweepCell], only: str) -> list[SweepCell]:
         if not found:
             words = dict.fromkeys(word for cell in cells for word in (cell.task, cell.method))
             near = get_close_matches(text, words, n=3, cutoff=0.4) or list(words)
-            raise UsageError(f"--only {text!r} fits no cell: near it are {', '.join(near)}.")
+            raise UsageError(f"--only {text!r} matches no cell: choose for example {', '.join(near)}.")
         chosen.update(found)
     return [cell for cell in cells if cell in chosen]
 

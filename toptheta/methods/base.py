@@ -351,7 +351,7 @@ def parse_method(text: str, flag: str = "method") -> Method:
     known_methods = registered()
     if name not in known_methods:
         near = get_close_matches(name, known_methods, n=2, cutoff=0.5)
-        hint = f" (near it: {', '.join(near)})" if near else ""
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise UsageError(f"{flag} is {name!r}: choose one of {', '.join(names())}{hint}.")
     kind = known_methods[name]
     known = {f.name: f for f in fields(kind)}

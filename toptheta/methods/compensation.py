@@ -53,7 +53,7 @@ def check(method: Method, placement: str, sdc: str, vmc: bool, flag: Callable[[s
     lacks."""
     if sdc != "none" and placement != "pre-softmax":
         raise UsageError(
-            f"{flag('sdc')} {sdc} completes a softmax over the kept scores only, so it needs "
+            f"{flag('sdc')} {sdc} corrects a softmax over the kept scores only, so it needs "
             f"{flag('placement')} pre-softmax: change the placement, or use {flag('sdc')} none."
         )
     if sdc == "exp-threshold" and not method.needs_thresholds:
@@ -62,8 +62,8 @@ def check(method: Method, placement: str, sdc: str, vmc: bool, flag: Callable[[s
         )
     if sdc == "offline-calibrated" and not (method.samples_sdc and method.uses_k):
         raise UsageError(
-            f"{flag('sdc')} offline-calibrated samples rows of prompts that are longer than K, which says "
-            f"nothing of {method.name}: use {flag('sdc')} exact or none."
+            f"{flag('sdc')} offline-calibrated samples prompt rows longer than K, which do not show what "
+            f"{method.name} drops: use {flag('sdc')} exact or none."
         )
     if vmc and placement == "pre-softmax" and sdc == "none":
         raise UsageError(

@@ -73,7 +73,7 @@ class MethodOptions:
 
     placement: str = option(
         "pre-softmax",
-        "pre-softmax (default), post-softmax or none",
+        "what is compared: scores (pre-softmax, default), weights (post-softmax) or nothing (none, dense)",
         metavar="WHERE",
         group="method",
         choices=PLACEMENTS,
@@ -97,27 +97,28 @@ class MethodOptions:
     )
     when_slower: str = option(
         "sparse",
-        "where thresholds would be slower than dense attention, by a profile of the GPU (python -m "
-        "toptheta.kernels.tune): sparse (default), as always, or dense, which gives other results",
+        "dense: compute a layer dense where a profile of the GPU (python -m toptheta.kernels.tune) predicts "
+        "that thresholds are slower, which changes results; sparse (default): never",
         metavar="HOW",
         group="method",
         choices=WHEN_SLOWER,
     )
     calib_tac: bool = option(
-        False, "compute with Top-k while calibrating (recommended)", group=CALIBRATION_GROUP
+        False, "compute Top-k attention while calibrating (recommended)", group=CALIBRATION_GROUP
     )
     calib_to: str = option(
         "k",
-        "k (default, as published): every head and row length aims at K; budget: one threshold on weights "
-        "for the whole model, K is the mean over heads and rows (needs --placement post-softmax)",
+        "k (default, as published): every head and row length keeps about K; budget: one threshold on "
+        "weights for the whole model, such that heads and rows keep K on average (needs --placement "
+        "post-softmax)",
         metavar="AIM",
         group=CALIBRATION_GROUP,
         choices=CALIBRATION_AIMS,
     )
     calib_layers: str = option(
         "uniform",
-        "with --calib_to budget: uniform (default), the same threshold in all layers; sensitivity: one for "
-        "each layer, by what it costs the output to make that layer alone sparse",
+        "with --calib_to budget: uniform (default), the same threshold in all layers; sensitivity: one per "
+        "layer, by how much the output changes when only that layer is sparse",
         metavar="HOW",
         group=CALIBRATION_GROUP,
         choices=LAYER_BUDGETS,
@@ -134,16 +135,16 @@ class MethodOptions:
     )
     calib_interp: str = option(
         "nearest",
-        "row lengths that calibration never saw: nearest (default), linear (between calibrated ones) or fit "
-        "(a smooth curve per head instead of the table; also beyond the longest)",
+        "thresholds of uncalibrated row lengths: nearest (default), linear (interpolated) or fit (a smooth "
+        "curve per head for all lengths, also beyond the longest)",
         metavar="HOW",
         group=CALIBRATION_GROUP,
         choices=INTERPOLATIONS,
     )
     calib_smooth: int = option(
         0,
-        "average calibrated values over row lengths up to W tokens apart (default 0; the files keep them as "
-        "they are)",
+        "average calibrated values over row lengths up to W tokens apart (default 0; saved files are not "
+        "smoothed)",
         metavar="W",
         group=CALIBRATION_GROUP,
         rule=(
@@ -206,7 +207,7 @@ class AttentionParams(MethodOptions):
         known = [*(f.name for f in fields(self)), *PUBLISHED]
         for name in given:
             if name not in known:
-                raise UsageError(f"set_params knows no parameter {name!r}: choose from {', '.join(known)}.")
+                raise UsageError(f"set_params has no parameter {name!r}: choose from {', '.join(known)}.")
         method = self.method
         if "method" in given:
             if "mode" in given:
@@ -260,18 +261,18 @@ def check_aim(params: AttentionParams, flag: Callable[[str], str]) -> None:
     if params.calib_to == "k":
         if params.method.needs_values:
             raise UsageError(
-                "value_aware weighs attention weights, with one threshold for all heads: add "
+                "value_aware needs one threshold on weights for all heads: add "
                 f"{flag('calib_to')} budget."
             )
         if params.calib_layers != "uniform":
             raise UsageError(
-                f"{flag('calib_layers')} {params.calib_layers} shares out a budget: add {flag('calib_to')} "
-                "budget."
+                f"{flag('calib_layers')} {params.calib_layers} distributes a budget over the layers: add "
+                f"{flag('calib_to')} budget."
             )
         return
     if params.placement != "post-softmax":
         raise UsageError(
-            f"{flag('calib_to')} budget finds a threshold on weights, which needs {flag('placement')} "
+            f"{flag('calib_to')} budget calibrates a threshold on weights, which needs {flag('placement')} "
             f"post-softmax, not {params.placement}: change the placement, or use {flag('calib_to')} k."
         )
     for name, unused in (
@@ -307,6 +308,6 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
         check_aim(params, flag)
     if params.calib_tac and not method.needs_thresholds:
         raise UsageError(
-            f"{flag('calib_tac')} shapes the calibration of thresholds: use it with {flag('mode')} 0 only."
+            f"{flag('calib_tac')} applies to calibrated thresholds only: use it with {flag('mode')} 0."
         )
     return params

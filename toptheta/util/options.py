@@ -116,7 +116,7 @@ def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
     `earlier` says. Raises ValueError, naming the field, for one that is unknown or whose value is of another
     type."""
     if not isinstance(saved, Mapping):
-        raise ValueError("its settings are no object")
+        raise ValueError("its settings are not a JSON object")
     hints = get_type_hints(kind)
     known = {name: facts for name, facts, _ in options_of(kind)}
     for name in saved:
@@ -142,11 +142,11 @@ def check_options(values: Any, flag: Callable[[str], str] = str) -> None:
         value = getattr(values, name)
         if facts.choices and value not in facts.choices:
             near = get_close_matches(str(value), facts.choices, n=2, cutoff=0.4) if facts.hint else []
-            hint = f" (near it: {', '.join(near)})" if near else ""
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise UsageError(f"{flag(name)} is {value!r}: choose one of {', '.join(facts.choices)}{hint}.")
         for number in _numbers(value):
             if not abs(number) < LIMIT:
-                raise UsageError(f"{flag(name)} is {number}: give a number that is finite and below 2^32.")
+                raise UsageError(f"{flag(name)} is {number}: give a finite number below 2^32.")
         optional = default is None and value is None
         if facts.rule and not optional and not _passes(facts.rule[0], value):
             raise UsageError(f"{flag(name)} is {value!r}: {facts.rule[1]}.")

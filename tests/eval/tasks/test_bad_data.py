@@ -16,11 +16,11 @@ def test_data_that_makes_no_sense(here_with_text: Path, folder_model: str) -> No
     (here_with_text / "bad" / "longbench_qmsum").mkdir(parents=True)
     (here_with_text / "bad" / "longbench_qmsum" / "test.jsonl").write_text('{"input": "x"}\n')
     for changes, message in (
-        ({"dataset": "perplexity", "text": "short.txt"}, "less than two windows"),
+        ({"dataset": "perplexity", "text": "short.txt"}, "fewer than two windows"),
         ({"dataset": "perplexity", "text": "latin.txt"}, "not UTF-8"),
-        ({"dataset": "perplexity", "text": "text.txt", "calib_samples": 90}, "leave none to evaluate"),
-        ({"dataset": "perplexity", "text": "text.txt", "max_seq_len": 4096}, "more than the 2048 tokens"),
-        ({"dataset": "needle", "text": "short.txt"}, "less than the longest context"),
+        ({"dataset": "perplexity", "text": "text.txt", "calib_samples": 90}, "leaves none to evaluate"),
+        ({"dataset": "perplexity", "text": "text.txt", "max_seq_len": 4096}, "model's context of 2048 tokens"),
+        ({"dataset": "needle", "text": "short.txt"}, "fewer than the longest context"),
         (
             {"dataset": "longbench_qmsum", "data_dir": ".", "max_seq_len": 900},
             "holds neither longbench_qmsum/test.jsonl",

@@ -239,7 +239,7 @@ def test_pass_at_k_by_hand():
 def test_k_needs_that_many_samples_of_every_task():
     assert list(pass_at_k([[True, False], [True]], [1, 2])) == ["pass@1"]
     assert pass_at_k([], [1]) == {}
-    with pytest.raises(UsageError, match="k must be 1 or more"):
+    with pytest.raises(UsageError, match="k must be at least 1"):
         pass_at_k([[True]], [0])
 
 

@@ -74,7 +74,7 @@ def test_generation_calibrates_on_tasks_not_on_samples(
     values = {"mode": (0,), "k": (40,), "calib_samples": 2, "num_tasks": 3, "num_samples_per_task": 2}
     evaluate(GenSettings(**values, llama=folder_model, max_seq_len=220, device="cpu", calibrate_only=True))
     assert seen == ["HumanEval/0#0", "HumanEval/1#0"]
-    assert "2 of the 3 tasks that are evaluated calibrate too" in capsys.readouterr().err
+    assert "2 of the 3 evaluated tasks are also used for calibration" in capsys.readouterr().err
 
 
 def test_generation_resumes(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_another_text_and_another_type(
     ("changes", "words"),
     [
         ({"calib_text": "none.txt"}, "--calib_text none.txt: there is no such file"),
-        ({"calib_text": "bad.jsonl"}, "bad.jsonl is not LongBench's rows"),
+        ({"calib_text": "bad.jsonl"}, "bad.jsonl has no LongBench rows"),
         (
             {"calib_text": "text.txt", "mode": (3,), "vmc": False, "sdc": "none"},
             "--calib_text text.txt has no effect without calibration",

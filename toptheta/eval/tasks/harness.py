@@ -130,7 +130,7 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             if not isinstance(error, (OSError, ValueError)):
-                reason = f"its rows are of another form, {type(error).__name__}: {reason}"
+                reason = f"its rows have an unexpected form, {type(error).__name__}: {reason}"
             raise UsageError(
                 f"the data of task {config['task']} cannot be loaded ({reason}): "
                 + (
@@ -154,7 +154,7 @@ def _check_shots(task: Any) -> None:
     there = len(list(examples)) - (task.fewshot_cfg.split == config.test_split)  # but for the question itself
     if shots > there:
         raise UsageError(
-            f"--num_fewshot {shots}: task {config.task} has {there} examples to show; give at most that."
+            f"--num_fewshot {shots}: task {config.task} has only {there} examples; give at most that."
         )
 
 

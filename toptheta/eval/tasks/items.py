@@ -78,7 +78,7 @@ class ItemJob(Job):
         """What stands for the answer to an item that does not fit the memory. Raises UsageError where nothing
         can."""
         raise UsageError(
-            f"--max_seq_len {self.settings.max_seq_len}: {item.key} does not fit the memory, even alone; "
+            f"--max_seq_len {self.settings.max_seq_len}: {item.key} does not fit in memory, even alone; "
             "lower it, or set --prefill_chunk."
         )
 
@@ -120,7 +120,7 @@ class ItemJob(Job):
             advance(len(batch), sum(len(item.ids) for item in batch))
 
         def failed(item: Item) -> None:
-            say(f"Memory ran out with {item.key} alone: the calibration goes on without it.")
+            say(f"Out of memory on {item.key} alone: calibration continues without it.")
             progress.skip(item.key)
 
         with processes.progress(total, total - sum(map(len, todo)), self.unit, description) as advance:
@@ -269,8 +269,8 @@ def split_off(
     count = calibration_count(settings, most, len(entries))
     if count >= len(entries):
         raise UsageError(
-            f"--dataset {settings.dataset}: there are {len(entries)} {what}, and {count} of them to "
-            "calibrate on leave none to evaluate: set --calib_samples lower, or give more text."
+            f"--dataset {settings.dataset}: there are {len(entries)} {what}, and calibrating on {count} of "
+            "them leaves none to evaluate: lower --calib_samples, or give more text."
         )
     return entries[:count], entries[count:]
 

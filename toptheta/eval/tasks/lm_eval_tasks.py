@@ -79,12 +79,13 @@ def check_task(name: str, data_dir: str | None, flag: str = "--task") -> None:
         local = sorted(p.name for p in folder.iterdir() if p.is_dir())
         if name not in local and not _has_rows_of_another(name, folder, flag):
             raise UsageError(
-                f"--data_dir {data_dir} has no folder {name!r} for {flag} {name}: it holds "
+                f"--data_dir {data_dir} has no folder {name!r} for {flag} {name}: its folders are "
                 f"{', '.join(local) or 'none'}."
             )
     if name not in TASKS and name not in _all_tasks():
         near = get_close_matches(name, {*TASKS, *_all_tasks()}, n=4)
-        raise UsageError(f"{flag} {name!r} is unknown: near it are {', '.join(near) or ', '.join(TASKS)}.")
+        some = ", ".join(near) or ", ".join(TASKS)
+        raise UsageError(f"{flag} {name!r} is unknown: choose for example {some}.")
 
 
 def _has_rows_of_another(name: str, data_dir: Path, flag: str) -> bool:
@@ -165,7 +166,7 @@ def _with_local_data(
         }
         for split in sorted(map(str, needed)):
             if split not in files:
-                raise UsageError(f"--data_dir: {folder} holds no {split}.jsonl, which {flag} {name} needs.")
+                raise UsageError(f"--data_dir: {folder} has no {split}.jsonl, which {flag} {name} needs.")
         for split, file in files.items():
             check_file(Path(file), name, split in needed | {config.get("training_split")})
         local.append(
@@ -179,7 +180,7 @@ def _with_local_data(
         )
     if not local:
         raise UsageError(
-            f"--data_dir: {data_dir / name} holds none of the {len(configs)} sub-tasks of {name}."
+            f"--data_dir: {data_dir / name} has none of the {len(configs)} sub-tasks of {name}."
         )
     return local
 
@@ -192,6 +193,6 @@ def _twin(config: dict[str, Any], flag: str) -> dict[str, Any]:
         split = "validation"  # the stock config leaves it out, but the data has it
     if split is None or split == test:
         raise UsageError(
-            f"{flag} {config['task']} has no split to calibrate on other than the one that it evaluates."
+            f"{flag} {config['task']} has no split to calibrate on other than the evaluated one."
         )
     return config | {"task": f"{config['task']}_calibration", "test_split": split, "tag": None}

@@ -88,8 +88,8 @@ class LongBenchJob(ReplyJob):
         count = calibration_count(self.settings, min(CALIBRATION_ITEMS, len(train)), len(train))
         if count > len(train):
             raise UsageError(
-                f"--calib_samples {count}: train.jsonl of {self.settings.dataset} has {len(train)} rows; "
-                "give at most that."
+                f"--calib_samples {count}: train.jsonl of {self.settings.dataset} has only {len(train)} "
+                "rows; give at most that."
             )
         return train[:count]
 
@@ -106,7 +106,7 @@ class LongBenchJob(ReplyJob):
         while len(ids) > self.most:
             if half < 16:
                 raise UsageError(
-                    f"--max_seq_len {self.settings.max_seq_len}: nothing of a prompt is left next to the "
+                    f"--max_seq_len {self.settings.max_seq_len} leaves no room for a prompt next to the "
                     "reply and the chat template; raise it."
                 )
             halves = (tokens[:half], tokens[-half:])
@@ -153,7 +153,7 @@ def _rouge() -> Any:
     try:
         from rouge import Rouge
     except ImportError:
-        raise UsageError(f"--dataset longbench_*: the package `rouge` is missing: {ROUGE_INSTALL}.") from None
+        raise UsageError(f"--dataset longbench_* needs the package `rouge`: run {ROUGE_INSTALL}.") from None
     return Rouge
 
 
@@ -170,8 +170,8 @@ def load_rows(dataset: str, data_dir: str | None) -> tuple[list[dict[str, Any]],
             is_split = path.name == "test.jsonl" and train.is_file()
             return read_file(path, LongBench), read_file(train, LongBench) if is_split else None
     raise UsageError(
-        f"--data_dir {data_dir} holds neither {dataset}/test.jsonl nor {name}.jsonl: name the folder that "
-        "does, or leave the flag out to use the hub."
+        f"--data_dir {data_dir} has neither {dataset}/test.jsonl nor {name}.jsonl: name the folder that has "
+        "one, or leave the flag out to use the hub."
     )
 
 
@@ -184,16 +184,16 @@ def _hub_rows(name: str) -> list[dict[str, Any]]:
         path = hf_hub_download(HUB_ID, HUB_FILE, repo_type="dataset", local_files_only=not hub_reachable())
     except LocalEntryNotFoundError:
         raise UsageError(
-            f"{HUB_ID} is not on this machine and the hub cannot be reached: connect to the network, or name "
-            "a folder with its rows by --data_dir."
+            f"{HUB_ID} is not on this machine and the hub cannot be reached: connect to the network, or give "
+            "--data_dir a folder with its rows."
         ) from None
     except HfHubHTTPError as error:
         raise UsageError(
-            f"{HUB_ID} cannot be fetched from the hub ({' '.join(str(error).split())[:200]}): name a folder "
-            "with its rows by --data_dir."
+            f"{HUB_ID} cannot be downloaded from the hub ({' '.join(str(error).split())[:200]}): give "
+            "--data_dir a folder with its rows."
         ) from None
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"data/{name}.jsonl") as file:
             return read_rows(file, Path(path) / f"data/{name}.jsonl", LongBench)
     except (KeyError, zipfile.BadZipFile):
-        raise UsageError(f"{path} holds no data/{name}.jsonl: remove it and run again to fetch it.") from None
+        raise UsageError(f"{path} has no data/{name}.jsonl: remove it to download it again.") from None

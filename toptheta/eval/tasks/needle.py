@@ -76,9 +76,9 @@ class NeedleJob(ReplyJob):
         with_space = [" " + sentence for sentence in self.sentences]
         self.sizes = [len(ids) for ids in tokenizer(with_space, add_special_tokens=False)["input_ids"]]
         if sum(self.sizes) < max(self.lengths):
-            name = f"--text {settings.text}" if settings.text else "the made-up haystack (no --text)"
+            name = f"--text {settings.text}" if settings.text else "the generated haystack (no --text)"
             raise UsageError(
-                f"{name} has {sum(self.sizes)} tokens, less than the longest context "
+                f"{name} has {sum(self.sizes)} tokens, fewer than the longest context "
                 f"({max(self.lengths)}): give a longer text, or lower --needle_lengths."
             )
         grid = list(pairs(self.lengths, self.depths))
@@ -104,8 +104,8 @@ class NeedleJob(ReplyJob):
         while len(ids) > room:
             if not chosen:
                 raise UsageError(
-                    f"--needle_lengths: the question alone takes {len(ids) + REPLY_TOKENS} tokens, more than "
-                    f"{length}; give longer ones."
+                    f"--needle_lengths: question and answer take {len(ids) + REPLY_TOKENS} tokens, more than "
+                    f"{length}; give longer lengths."
                 )
             over = len(ids) - room
             while over > 0 and chosen:

@@ -75,9 +75,9 @@ class PerplexityJob(ItemJob):
         width = self.settings.max_seq_len - len(self.start)
         windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
         if len(windows) < least:
-            wanted = "a window" if least == 1 else "two windows, to calibrate and to evaluate,"
+            wanted = "one window" if least == 1 else "two windows (to calibrate and to evaluate)"
             raise UsageError(
-                f"{flag} {path} has {len(ids)} tokens, less than {wanted} of {width}: lower --max_seq_len, "
+                f"{flag} {path} has {len(ids)} tokens, fewer than {wanted} of {width}: lower --max_seq_len, "
                 "or give a longer text."
             )
         return windows
@@ -189,7 +189,7 @@ def _text(path: str, flag: str) -> str:
         return "\n\n".join(str(json.loads(line)["context"]) for line in text.splitlines() if line.strip())
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{flag} {path} is not LongBench's rows ({type(error).__name__}: {error}): each line is JSON "
+            f"{flag} {path} has no LongBench rows ({type(error).__name__}: {error}): each line must be JSON "
             "with a 'context'."
         ) from None
 

@@ -31,7 +31,7 @@ class QAJob(Job):
         )
         if settings.fixed_shots and self.num_fewshot == 0:
             raise UsageError(
-                f"--fixed_shots has no effect on {settings.task}, whose prompts show no examples: give "
+                f"--fixed_shots has no effect on {settings.task}, whose prompts have no examples: give "
                 "--num_fewshot."
             )
         self.num_questions = 0

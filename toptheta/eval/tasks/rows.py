@@ -34,7 +34,7 @@ class Arc(Struct):
     def __post_init__(self) -> None:
         if self.answerKey not in self.choices.label:
             raise ValueError(
-                f"answerKey {self.answerKey!r} is none of the labels {', '.join(self.choices.label)}"
+                f"answerKey {self.answerKey!r} is not one of the labels {', '.join(self.choices.label)}"
             )
 
 
@@ -47,7 +47,7 @@ class HellaSwag(Struct):
 
     def __post_init__(self) -> None:
         if str(self.label) not in ("0", "1", "2", "3"):
-            raise ValueError(f"label {self.label!r} is none of 0, 1, 2, 3")
+            raise ValueError(f"label {self.label!r} is not one of 0, 1, 2, 3")
 
 
 class MMLU(Struct):
@@ -118,7 +118,7 @@ def read_rows(lines: Iterable[bytes], path: Path, schema: type[Struct] | None) -
             raise UsageError(f"{path}, line {number}: {error}; correct or remove that row.") from None
         rows.append(row)
     if not rows:
-        raise UsageError(f"{path} holds no rows: name another folder with --data_dir.")
+        raise UsageError(f"{path} has no rows: name another folder with --data_dir.")
     return rows
 
 
@@ -128,4 +128,4 @@ def _check_alike(first: dict[str, Any], row: dict[str, Any]) -> None:
             raise ValueError(f"{name} is missing here or in the first row")
         kinds = {type(first[name]), type(row[name])} - {type(None)}
         if len(kinds) > 1 and kinds != {int, float}:
-            raise ValueError(f"{name} is of another kind than in the first row")
+            raise ValueError(f"{name} has another type than in the first row")

@@ -58,8 +58,8 @@ class HumanEvalJob(ReplyJob):
         self.calibration = tasks[: calibration_count(settings, CALIBRATION_ITEMS, len(tasks))]
         if not settings.calib_task:
             self.calibration_note = (
-                f"HumanEval has no other split: {len(self.calibration)} of the {len(tasks)} tasks that are "
-                "evaluated calibrate too; --calib_task names another task to calibrate on."
+                f"HumanEval has only one split: {len(self.calibration)} of the {len(tasks)} evaluated tasks "
+                "are also used for calibration; --calib_task calibrates on another task."
             )
         notice = isolation_notice() if settings.allow_code_execution else None
         self.notices += [notice] if notice else []
@@ -154,7 +154,7 @@ class HumanEvalJob(ReplyJob):
         if self.settings.allow_code_execution:
             return ""
         return (
-            "The completions are not scored, because that runs generated programs. To run and score them:\n"
+            "The completions are not scored, because scoring runs generated programs. To score them:\n"
             f"  {command('gen_llama.py')} --score {folder} --allow_code_execution"
         )
 

@@ -46,9 +46,9 @@ def score_samples(
         task_id, completion = str(sample.get("task_id")), sample.get("completion")
         problem = problems.get(task_id)
         if problem is None:
-            raise UsageError(f"Sample {number} is of task {task_id!r}, which is no HumanEval task.")
+            raise UsageError(f"Sample {number} is of task {task_id!r}, which is not a HumanEval task.")
         if not isinstance(completion, str):
-            raise UsageError(f"Sample {number} ({task_id}) has no completion: a text is needed.")
+            raise UsageError(f"Sample {number} ({task_id}) has no completion: it must be a text.")
         programs.append(program(problem, _without_prompt(completion, problem["prompt"])))
     outcomes = run_programs(programs, limits, workers)
     rows = [
@@ -81,7 +81,7 @@ def pass_at_k(passed: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[str, 
     metrics = {}
     for k in ks:
         if k < 1:
-            raise UsageError(f"pass@{k} means nothing; k must be 1 or more.")
+            raise UsageError(f"pass@{k} is not defined: k must be at least 1.")
         if len(totals) and (totals >= k).all():
             tasks = estimate_pass_at_k(totals, correct, k)
             n = len(tasks)
