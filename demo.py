@@ -16,12 +16,15 @@ from typing import Any
 
 from toptheta.eval.cli import run_main
 from toptheta.eval.settings import GenSettings, QASettings, Settings
+from toptheta.report.results import CellResult
 from toptheta.util.files import timestamp, write_text
 from toptheta.util.options import to_flags
 
 MODEL = "smollm2"
 K = 64
-METHOD: dict[str, Any] = {"mode": (3, 1, 0), "placement": "pre-softmax", "sdc": "exact", "vmc": True}
+# As published: thresholds on scores, the same K for every row; and ours: one threshold on weights.
+SCORES: dict[str, Any] = {"placement": "pre-softmax", "sdc": "exact", "vmc": True, "calib_tac": True}
+BUDGET: dict[str, Any] = {"placement": "post-softmax", "vmc": True, "calib_to": "budget"}
 TEXT = ("types", "compound", "execmodel")  # chapters of Python's language reference, which comes with Python
 WINDOW, WINDOWS = 1024, 6
 PROGRAM, PROGRAM_TOKENS = 35, 512  # a HumanEval task that the small model solves, and its limit
@@ -32,31 +35,35 @@ def main() -> None:
     folder = Path("products") / "demo" / timestamp()
     text = folder / "python_reference.txt"
     write_text(text, "\n\n".join(topics[name] for name in TEXT))
-    method = METHOD | {"llama": MODEL, "output_dir": str(folder)}
-    closeness = GenSettings(
-        **method,
-        k=(K // 2, K),
-        dataset="perplexity",
-        text=str(text),
-        max_seq_len=WINDOW,
-        num_tasks=WINDOWS,
-        calib_samples=3,
-        calib_sample_frac=1.0,
-        calib_tac=True,
-        effective_k=True,
-    )
-    step(1, "How close to dense attention, and what is kept", "gen_llama.py", closeness)
+    model: dict[str, Any] = {"llama": MODEL, "k": (K,), "output_dir": str(folder)}
+    on_text = model | {
+        "dataset": "perplexity",
+        "text": str(text),
+        "max_seq_len": WINDOW,
+        "num_tasks": WINDOWS,
+        "calib_samples": 3,
+        "effective_k": True,
+    }
+    published = GenSettings(**on_text, **SCORES, mode=(3, 1, 0), calib_sample_frac=1.0)
+    step(1, "How close to dense attention, and what is kept", "gen_llama.py", published)
     from toptheta.eval.runner import evaluate
 
-    results = evaluate(closeness)
-    tables = next(one.folder for one in results if one.mode == 0 and one.k == K)
-    carried: dict[str, Any] = method | {"k": (K,), "calib_load_path": str(tables)}
+    on_scores = folder_of(evaluate(published))
+    budget = GenSettings(**on_text, **BUDGET, method=("top_theta", "top_theta:key_copy=int4"))
+    step(
+        2,
+        "The same, with one threshold for a budget, alone and with a 4-bit copy of K",
+        "gen_llama.py",
+        budget,
+    )
+    on_weights = folder_of(evaluate(budget))
 
-    print(f"\n2. How fast, next to stock transformers with sdpa (medians, one after the other, K={K})\n")
-    print(speed_table(text.read_text(), str(tables)))
+    print(f"\n3. How fast, next to stock transformers with sdpa (medians, one after the other, K={K})\n")
+    print(speed_table(text.read_text(), on_scores))
 
+    carried = model | BUDGET | {"mode": (3, 1, 0), "calib_load_path": on_weights}
     questions = QASettings(**carried, num_fewshot=8, num_samples=4)
-    step(3, "A few questions, with the thresholds of the text above", "test_llama.py", questions)
+    step(4, "A few questions, with the thresholds of the text above", "test_llama.py", questions)
     evaluate(questions)
 
     program = GenSettings(
@@ -66,9 +73,14 @@ def main() -> None:
         apply_chat_template=True,
         allow_code_execution=True,
     )
-    step(4, "A program, written and run in a sandbox", "gen_llama.py", program)
+    step(5, "A program, written and run in a sandbox", "gen_llama.py", program)
     evaluate(program)
     finish(folder)
+
+
+def folder_of(results: list[CellResult]) -> str:
+    """Where the thresholds of a run are."""
+    return str(next(one.folder for one in results if one.mode == 0))
 
 
 def step(number: int, title: str, script: str, settings: Settings) -> None:
@@ -139,7 +151,7 @@ def finish(folder: Path) -> None:
 
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     run = write_report(runs, folder / "report.html")
-    print("\n5. The answers in words")
+    print("\n6. The answers in words")
     answers = run.answers.dropna(subset=["question"])
     for _, of_question in answers.groupby(["task", "key"], sort=False):
         first = of_question.iloc[0]
