@@ -112,5 +112,5 @@ def test_its_names() -> None:
 
 def test_sdc_is_not_calibrated(tiny_model) -> None:
     update_model(tiny_model)
-    with pytest.raises(UsageError, match="says nothing of quest: use sdc exact or none"):
+    with pytest.raises(UsageError, match="do not show what quest drops: use sdc exact or none"):
         set_params(tiny_model, method="quest", sdc="offline-calibrated", K=6, calibrate=True)

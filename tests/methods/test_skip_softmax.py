@@ -125,7 +125,7 @@ def test_fit() -> None:
     shares, lengths = [0.1, 0.4, 0.7, 0.5], [100, 300, 900, 200]
     lambdas = [2.0 * math.exp(5.0 * share) / length for share, length in zip(shares, lengths)]
     assert fit([*lambdas, 0.9], [*lengths, 50], [*shares, 0.99]) == pytest.approx((2.0, 5.0))
-    with pytest.raises(UsageError, match="of 2 measured shares of skipped scores, 1 lie between"):
+    with pytest.raises(UsageError, match="of 2 measured shares of skipped scores, 1 are between"):
         fit([0.1, 0.2], [100, 100], [0.01, 0.3])
 
 

@@ -1,8 +1,8 @@
-"""What a method is: the base class, what it sees of a call, and the registry that everything else asks.
+"""The base class of methods, the part of an attention call that a method sees, and the registry of methods.
 
-A method is one frozen dataclass in a file of its own: name, options (its fields), rule, defaults and source.
-Flags, labels, product folders, plots and tables come from the registry. Covers selection only: denominators
-and means are compensation.py's, thresholds are calibration's.
+A method is one frozen dataclass in its own file: name, options (its fields), rule, defaults and source.
+Flags, labels, product folders, plots and tables come from the registry. This covers selection only: SDC and
+VMC are in compensation.py, thresholds in calibration/.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LARGEST_EXPONENT = 80.0  # of a sink above a row's maximum: exp is finite in flo
 
 
 class Selection(IntEnum):
-    """The kinds of selection that kernels know; the numbers are those of kernel.cpp and the operators."""
+    """The kinds of selection that kernels support; the numbers are those of kernel.cpp and the operators."""
 
-    THRESHOLD = 0  # what is greater than a threshold, else the row's largest
+    THRESHOLD = 0  # keys above a threshold, else the row's largest
     LARGEST = 1  # the K largest
     ALL = 3  # every visible key
 
@@ -47,7 +47,7 @@ class KernelSpec:
     sdc_scale: float = 1.0
     vmc: bool = False
     capk: bool = False
-    weighed: bool = False  # compare weight times factor of the key's value
+    weighed: bool = False  # compare the weight times the factor of the key's value
 
     @property
     def sparse(self) -> bool:
@@ -56,8 +56,8 @@ class KernelSpec:
 
 @dataclass
 class RowTables:
-    """Calibrated values of the rows of one block, `[B or 1, H, R, 1]`: theta, -inf where n <= K; sdc, the
-    part of the softmax denominator that is missing, 0 where n <= K. None where the layer has no table."""
+    """Calibrated values for the rows of one block, `[B or 1, H, R, 1]`: theta, -inf where n <= K; sdc, the
+    missing part of the softmax denominator, 0 where n <= K. None where the layer has no table."""
 
     theta: Tensor | None = None
     sdc: Tensor | None = None
@@ -65,11 +65,11 @@ class RowTables:
 
 @dataclass(frozen=True)
 class ValueNorms:
-    """How much a row of V can move the output, for each head: the norm of W_o (v - mean), relative to the
-    head's own mean of that norm.
+    """How much a row of V can change the output, for each head: the norm of W_o (v - mean), relative to the
+    head's mean of that norm.
 
-    gram: `[H, D, D]`, W_o^T W_o of the head's part of the output projection; mean: `[H_kv, D]` of V, and
-    scale: `[H]` the mean norm, as calibrated; all float32.
+    gram: `[H, D, D]`, W_o^T W_o of the head's part of the output projection; mean: `[H_kv, D]`, the mean of
+    V; scale: `[H]`, the mean norm; both as calibrated. All are float32.
     """
 
     gram: Tensor
@@ -77,7 +77,7 @@ class ValueNorms:
     scale: Tensor
 
     def of(self, v: Tensor) -> Tensor:
-        """`[B, H, N]` float32 of the rows of V `[B, H_kv, N, D]`."""
+        """The relative norms `[B, H, N]`, float32, of the rows of V `[B, H_kv, N, D]`."""
         group = self.gram.shape[0] // v.shape[1]
         centred = (v.float() - self.mean[:, None]).repeat_interleave(group, dim=1)
         squares = (centred @ self.gram * centred).sum(dim=-1).clamp_min(0.0)
@@ -86,11 +86,11 @@ class ValueNorms:
 
 @dataclass
 class State:
-    """What a method remembers from step to step, for one layer of a cache.
+    """The state of a method from step to step, for one layer of a cache.
 
     tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They are
     cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length. owner:
-    the method that remembers it; another one starts anew.
+    the method whose state it is; another method starts with an empty state.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -98,8 +98,9 @@ class State:
     owner: Method | None = None
 
     def tensor(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of this name over the first E keys, as a view that may be changed in place; made of
-        zeros, or False, where there is none. like: `[B, ..., E]`; dtype: by default its own."""
+        """The tensor of this name over the first E keys, as a view that may be changed in place; created with
+        zeros (False) if there is none. like: `[B, ..., E]`, for shape and device; dtype: default that of
+        `like`."""
         end = like.shape[-1]
         if name not in self.tensors:
             self.tensors[name] = like.new_zeros(like.shape, dtype=dtype or like.dtype)
@@ -107,11 +108,11 @@ class State:
         return self.tensors[name][..., :end]
 
     def crop(self, length: int) -> None:
-        """Forget all keys from `length` on."""
+        """Remove all keys from `length` on."""
         self.tensors = {name: x[..., :length] for name, x in self.tensors.items()}
 
     def grow(self, length: int, value: float | bool = 0) -> None:
-        """Give keys that came since the last call an entry of `value`."""
+        """Extend the tensors to `length` keys, with `value` for the new ones."""
         for name, x in self.tensors.items():
             if length > x.shape[-1]:
                 grown = x.new_full((*x.shape[:-1], length), value)
@@ -119,7 +120,7 @@ class State:
                 self.tensors[name] = grown
 
     def select(self, index: Tensor) -> None:
-        """Reorder or repeat the sequences: `[new B]` indices of sequences."""
+        """Reorder or repeat the sequences. index: `[new B]` indices of sequences."""
         self.tensors = {name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()}
 
     def repeat(self, repeats: int) -> None:
@@ -130,7 +131,7 @@ class State:
         self.tensors, self.numbers, self.owner = {}, {}, None
 
     def belong_to(self, method: Method) -> None:
-        """Forget what another method remembered."""
+        """Clear the state if it is that of another method."""
         if self.owner != method:
             self.clear()
             self.owner = method
@@ -138,20 +139,29 @@ class State:
 
 @dataclass
 class Block:
-    """Rows start..start + R of one attention call, as a method sees them.
+    """Rows start to start + R of one attention call, as a method sees them.
 
-    x: `[B, H, R, E]` what is compared, over the first E of the call's keys: scores, or weights with placement
-    post-softmax; -inf where not visible. row_max: `[B, H, R, 1]` the largest of each row. n: `[B or 1, R]`
-    visible keys of each row. real: `[B or 1, R]` rows that are not padding, or None (all). q: `[B, H, R, D]`
-    scaled queries, k: `[B, H_kv, E, D]` keys, float32. budget: the layer's K. last: these are the last rows
-    of the call. state: what the method remembers, None for a method without. v: `[B, H_kv, E, D]`; own: the
-    keys of the rows themselves are the last R of the E; values: how rows of V are weighed, where calibrated;
-    factor: `[B, H, E]` what came of it, where the cache has it.
-    decode: the rows are decode steps; else they belong to a prompt. are_weights: x holds weights. longest:
-    `[B or 1]` visible keys of the longest row of the call. sinks: `[H]`, scores that are in the denominators
-    of all rows, or None. share: `[B, H, R, 1]`, what the sinks leave of a row's weights, known once they are
-    computed; None without sinks: all. softcap: see AttentionCall. read: `[B, H, R, E]` bool, keys whose
-    scores are computed from K, of the others x has estimates; None: all.
+    x: `[B, H, R, E]`, what is compared, over the first E keys of the call: scores, or weights with placement
+    post-softmax; -inf where not visible.
+    row_max: `[B, H, R, 1]`, the largest x of each row.
+    n: `[B or 1, R]`, number of visible keys of each row.
+    real: `[B or 1, R]` bool, rows that are not padding, or None (all).
+    budget: the layer's K.
+    q: `[B, H, R, D]`, scaled queries; k, v: `[B, H_kv, E, D]`, keys and values; q and k are float32.
+    last: whether these are the last rows of the call.
+    state: the method's state; None for a method without.
+    own: whether the last R of the E keys are the rows' own keys.
+    values: the norms of value-aware thresholds, where calibrated; factor: `[B, H, E]`, the relative norms,
+    where the cache has them.
+    decode: whether the rows are decode steps; else they belong to a prompt.
+    are_weights: whether x contains weights.
+    longest: `[B or 1]`, visible keys of the longest row of the call.
+    sinks: `[H]`, scores that are in the denominators of all rows, or None.
+    share: `[B, H, R, 1]`, the sum of a row's weights without that of the sink, set once they are computed;
+    None (no sinks): 1.
+    softcap: see AttentionCall.
+    read: `[B, H, R, E]` bool, keys whose scores are computed from K; for the others x has estimates. None:
+    all.
     """
 
     x: Tensor
@@ -190,7 +200,7 @@ class Block:
         return exps / self.with_sink(exps.sum(dim=-1, keepdim=True)).clamp_min(TINY)
 
     def with_sink(self, denominator: Tensor) -> Tensor:
-        """A sum of exp(scores - row_max) `[B, H, R, 1]`, with that of the sink."""
+        """A sum of exp(scores - row_max) `[B, H, R, 1]`, plus the sink's exp."""
         if self.sinks is None:
             return denominator
         above = self.sinks.float()[:, None, None] - self.row_max
@@ -199,21 +209,25 @@ class Block:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods; its fields are its options, each with a default.
+    """Base class of all methods; the fields are the options, each with a default.
 
-    name: in flags, files and folders; title: in tables and plots; source: where the rule is from. mode: the
-    published project's number, None for a method that it lacks. is_dense: keeps everything. uses_k: `--k` is
-    its budget, and rows with n <= K are left dense; otherwise its options say what is kept. needs_thresholds:
-    reads calibrated thresholds. aims_at_k: keeps about K, so what it keeps is reported relative to K.
-    has_state: `keep` reads and changes `block.state`. needs_values: reads `block.values`, which are
-    calibrated with thresholds. samples_sdc: what it drops from prompts says what it drops, so that SDC can be
-    calibrated. decode_only: prompts are dense, so that only generated tokens tell it from dense attention.
-    by_row: a decode step keeps what its own row says, whatever the steps before kept; else several of them in
-    one call are computed one by one. needs_prompt: what it remembers is of the prompt, which it has to see.
-    by_call: what a row of a prompt keeps depends on which rows are computed in its call, so that a prompt
-    cannot be cut anywhere.
-    reads_all_keys: it needs the score of every visible key, else K of what it keeps alone. stores: what it
-    stores in addition to the cache, in bytes for each token and KV head.
+    name: in flags, files and folders; title: in tables and plots; source: reference for the rule.
+    mode: the published project's number, None for a method that it does not have.
+    is_dense: keeps everything.
+    uses_k: `--k` is its budget, and rows with n <= K are left dense; otherwise only its options matter.
+    needs_thresholds: reads calibrated thresholds.
+    aims_at_k: keeps about K elements, so that kept elements are reported relative to K.
+    has_state: `keep` reads and changes `block.state`.
+    needs_values: reads `block.values`, which are calibrated with the thresholds.
+    samples_sdc: it drops the same from prompts as in decode, so that SDC can be calibrated on prompts.
+    decode_only: prompts are dense, so that it differs from dense attention in generated tokens only.
+    by_row: what a decode step keeps does not depend on earlier steps; otherwise several steps in one call are
+    computed one by one.
+    needs_prompt: its state comes from the prompt, which it has to see.
+    by_call: what a prompt row keeps depends on the other rows of its call, so that prompts cannot be split at
+    any position.
+    reads_all_keys: it needs the score of every visible key; otherwise it reads only the K rows that it keeps.
+    stores: what it stores in addition to the cache, in bytes for each token and KV head.
     """
 
     name: ClassVar[str]
@@ -239,41 +253,42 @@ class Method:
         return False
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
-        """`[B, H, R, E]` bool: what the rows keep. Must be False where not visible; rows that the caller
-        leaves dense (n <= K) are filled up afterwards."""
+        """`[B, H, R, E]` bool: the keys that each row keeps. Must be False where not visible. The caller
+        overwrites rows that are left dense (n <= K)."""
         raise NotImplementedError
 
     def estimate(self, block: Block, tables: RowTables, placement: str) -> None:
-        """Before the softmax of decode steps: give `block` estimates of scores, and `read`, in a method that
-        does not compute all from K."""
+        """Called before the softmax of decode steps: a method that does not compute all scores from K puts
+        estimates into `block.x` and sets `block.read`."""
 
     def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
-        """Bytes that a decode step reads in addition to K and V for each KV head, `[B, 1]` or `[B, H_kv]`
-        int64. n: `[B, 1]` visible keys; kept: `[B, H_kv, G]` keys that the heads of each group keep;
-        element_size: bytes of a number in the cache."""
+        """Bytes per KV head that a decode step reads in addition to K and V, `[B, 1]` or `[B, H_kv]` int64.
+        n: `[B, 1]` visible keys; kept: `[B, H_kv, G]` keys that the heads of each group keep; element_size:
+        bytes of a number in the cache."""
         return n * 0
 
     def rows_of_block(self, rows: int) -> int:
-        """How many rows a block is to have, where `rows` fit well."""
+        """The number of rows of a block, given that `rows` is a good size."""
         return rows
 
     def after(self, block: Block, weights: Tensor) -> None:
-        """What `state` takes of the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""
+        """Update `block.state` from the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""
 
     def kernel_spec(self) -> KernelSpec | None:
-        """The selection as kernels know it, without what is the layer's; None: the reference path only."""
+        """The selection in the form that kernels support, without the layer's parameters; None: reference
+        path only."""
         return None
 
     def while_calibrating(self, tac: bool) -> Method:
-        """What attention computes while thresholds are calibrated. tac: top-k at calibration."""
+        """The method that attention computes while thresholds are calibrated. tac: top-k at calibration."""
         return registered()["dense"]()
 
     def for_sdc_samples(self) -> Method:
-        """The selection whose missing denominator calibration samples."""
+        """The selection whose missing denominator is sampled in calibration."""
         return self
 
     def check(self, flag: Callable[[str], str] = str) -> None:
-        """Raise UsageError for an option whose value makes no sense."""
+        """Raise UsageError for an invalid option value."""
 
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
@@ -281,7 +296,7 @@ class Method:
 
     @property
     def spec(self) -> str:
-        """As `--method` takes it: 'top_k', 'streaming_llm:sinks=8'."""
+        """In the form of `--method`: 'top_k', 'streaming_llm:sinks=8'."""
         options = ",".join(f"{name}={value}" for name, value in self.options().items())
         return f"{self.name}:{options}" if options else self.name
 
@@ -308,11 +323,11 @@ AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
 
 def register(method: AnyMethod) -> AnyMethod:
-    """Class decorator: makes a method known to flags, tables and plots. Raises ValueError if another method
-    has its name or its published number."""
+    """Class decorator: adds a method to the registry. Raises ValueError if another method has its name or its
+    published number."""
     for other in REGISTRY.values():
         if other.name == method.name or method.mode is not None and other.mode == method.mode:
-            raise ValueError(f"{method.__name__}: {other.__name__} has its name or its published number")
+            raise ValueError(f"{method.__name__} has the name or published number of {other.__name__}")
     REGISTRY[method.name] = method
     return method
 
@@ -324,7 +339,7 @@ def _import_methods() -> None:
 
 
 def registered() -> dict[str, type[Method]]:
-    """The methods by name: those of this package, and what others registered."""
+    """The methods by name: those of this package, and those registered elsewhere."""
     _import_methods()
     return REGISTRY
 
@@ -336,7 +351,7 @@ def names() -> list[str]:
 
 
 def of_mode(mode: int) -> Method:
-    """The method of a published number; any number that is none: dense."""
+    """The method with a published number; dense for any other number."""
     known = registered()
     for method in known.values():
         if method.mode == mode:
@@ -345,8 +360,8 @@ def of_mode(mode: int) -> Method:
 
 
 def parse_method(text: str, flag: str = "method") -> Method:
-    """A method from 'NAME[:option=value[,option=value...]]'. Raises UsageError for a name, option or value
-    that is unknown, naming `flag`."""
+    """A method from 'NAME[:option=value[,option=value...]]'. Raises UsageError, naming `flag`, for an unknown
+    name or option, or an invalid value."""
     name, _, rest = text.strip().partition(":")
     known_methods = registered()
     if name not in known_methods:
@@ -368,8 +383,8 @@ def parse_method(text: str, flag: str = "method") -> Method:
 
 
 def parse_methods(text: str, flag: str = "method") -> tuple[Method, ...]:
-    """Methods from a comma-separated list: 'top_k,streaming_llm:sinks=8,dense'. A part that is no method's
-    name and has no colon is one more option of the method before it. Raises UsageError as `parse_method`."""
+    """Methods from a comma-separated list: 'top_k,streaming_llm:sinks=8,dense'. A part that is not a method's
+    name and has no colon is another option of the method before it. Raises UsageError as `parse_method`."""
     parts: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         if parts and part not in registered() and ":" not in part and ("=" in part or ":" in parts[-1]):
@@ -380,7 +395,7 @@ def parse_methods(text: str, flag: str = "method") -> tuple[Method, ...]:
 
 
 def _value(name: str, default: Any, text: str | None) -> Any:
-    """An option's value, of the type of its default; a switch may stand without one."""
+    """An option's value, of the type of its default; a bool option without a value is True."""
     if isinstance(default, bool):
         words = {None: True, "true": True, "1": True, "false": False, "0": False}
         word = None if text is None else text.lower()

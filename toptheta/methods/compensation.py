@@ -1,7 +1,6 @@
-"""Compensation for what selection drops: of the softmax's denominator (SDC) and of V's mean (VMC) (DESIGN
-section 3).
+"""Compensation for dropped keys: softmax denominator compensation (SDC) and V-mean compensation (VMC).
 
-Rows with n <= K have nothing to compensate: there theta is -inf, the table is 0, and nothing was dropped.
+Rows with n <= K need no compensation: their theta is -inf, their table value 0, and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ SDC_METHODS = ("none", "exact", "exp-threshold", "offline-calibrated")
 def missing_denominator(
     sdc: str, exps: Tensor, keep: Tensor, row_max: Tensor, n: Tensor, tables: RowTables
 ) -> Tensor:
-    """R of softmax denominator compensation, `[B, H, R, 1]`.
+    """The missing part R of the softmax denominator (SDC), `[B, H, R, 1]`.
 
-    exps: exp(scores - row_max) over visible keys; keep: what is kept; both `[B, H, R, E]`. n: `[B or 1, R]`.
+    exps: exp(scores - row_max) over visible keys; keep: the kept keys; both `[B, H, R, E]`. n: `[B or 1, R]`.
     """
     if sdc == "exact":
         return exps.masked_fill(keep, 0.0).sum(dim=-1, keepdim=True)
@@ -40,7 +39,7 @@ def missing_denominator(
 def add_mean(
     out: Tensor, weights: Tensor, v_mean: Tensor, sparse: Tensor, share: Tensor | None = None
 ) -> Tensor:
-    """V-mean compensation: `out` `[B, H, R, D]` plus the weight that a row lost times the mean of V over its
+    """V-mean compensation: `out` `[B, H, R, D]` plus the lost weight of each row times the mean of V over its
     visible keys. weights: `[B, H, R, E]`; v_mean: `[B, H, R, D]`; sparse: `[B or 1, R]` bool; share: see
     `Block`."""
     whole = 1.0 if share is None else share[..., 0]
@@ -49,8 +48,8 @@ def add_mean(
 
 
 def check(method: Method, placement: str, sdc: str, vmc: bool, flag: Callable[[str], str] = str) -> None:
-    """Raise UsageError if a compensation has nothing to compensate, or needs something that the method
-    lacks."""
+    """Raise UsageError if a compensation has nothing to compensate, or needs something that the method does
+    not have."""
     if sdc != "none" and placement != "pre-softmax":
         raise UsageError(
             f"{flag('sdc')} {sdc} corrects a softmax over the kept scores only, so it needs "

@@ -1,4 +1,4 @@
-"""Dense attention: every visible key, the baseline."""
+"""Dense attention: all visible keys, the baseline."""
 
 from __future__ import annotations
 

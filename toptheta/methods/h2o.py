@@ -1,12 +1,12 @@
-"""H2O: the keys that rows so far gave the most weight, the heavy hitters, and the most recent ones (Zhang et
-al. 2023, arXiv 2306.14048).
+"""H2O: the heavy hitters, keys with the most weight summed over all rows so far, and the most recent keys
+(Zhang et al. 2023, arXiv 2306.14048).
 
 We follow the official generation code (utils_real_drop): after the prompt, which is dense, and after each
-step, K keys stay, and a step reads those and its own. Its budgets are shares of the prompt, ours is K. It has
-as many KV heads as query heads: each query head drops for itself, and the weights are summed for each
-sequence, not over the batch. Keys keep their positions; there they get new ones. Its code for lm-eval has no
-steps: it takes the heavy ones of the whole prompt, future rows included. `prefill=causal` is the causal form
-of that: every row of a prompt is a step.
+step, K keys stay, and a step reads those and its own. The official budgets are shares of the prompt; ours is
+K. The official models have as many KV heads as query heads; here each query head drops keys separately. The
+weights are summed per sequence, not over the batch. Keys keep their positions; in the official code they get
+new ones. The official code for lm-eval has no steps: it selects heavy hitters over the whole prompt, future
+rows included. `prefill=causal` is the causal form of that: every row of a prompt is a step.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PREFILLS = ("dense", "causal")
 @register
 @dataclass(frozen=True)
 class H2O(Method):
-    """recent: the share of the K that is kept for being recent (rounded down). prefill: dense, or causal:
-    each row of a prompt drops keys as a decode step does, which is computed row by row.
+    """recent: the share of K for the most recent keys (rounded down). prefill: dense, or causal: each row of
+    a prompt drops keys as a decode step does, which is computed row by row.
 
-    State, each `[B, H, N]`: sums, of the weights that a key was given by all rows so far; dropped.
+    State, each `[B, H, N]`: sums, each key's weights summed over all rows so far; dropped, bool.
     """
 
     recent: float = 0.5
@@ -45,7 +45,7 @@ class H2O(Method):
     needs_prompt = True
     by_row = False
     reads_all_keys = False
-    stores = "4 for each query head of the group: its sum of weights"
+    stores = "4 for each query head of the group: the sum of weights"
 
     @property
     def decode_only(self) -> bool:  # type: ignore[override]

@@ -1,11 +1,11 @@
-"""A copy of K in few bits, which estimates the scores of a decode step: K itself is read only for candidates.
+"""A quantized copy of K that estimates the scores of a decode step, so that K is read for candidates only.
 
-A key k is represented by `mean + step * code`: mean is that of the keys that were there before the first
-step, step one number for each key. A key is a candidate for the heads of a group if any of them would keep it
-by its estimate, or if it is among the first or the last of its row. Candidates get their scores from K; of
-the others the estimates stay, in the softmax denominator, and they are not kept. There is no certificate: a
-key whose estimate is too low is missed. (TopThetaCache's copy, kernels/int8_keys.py, has one, for thresholds
-on scores.)
+A key k is represented by `mean + step * code`: mean is the mean of the keys before the first decode step,
+step one number per key. A key is a candidate for the heads of a group if any of them would keep it by its
+estimate, or if it is among the first or the last of its row. Scores of candidates are computed from K. The
+other keys are dropped; their estimates stay in the softmax denominator. The error has no guaranteed bound: a
+key whose estimate is too low is missed. (TopThetaCache's copy, kernels/int8_keys.py, has a bound, for
+thresholds on scores.)
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from toptheta.methods.base import NEG_INF, Block
 
 BITS = {"int8": 8, "int4": 4}
-FIRST, LAST = 4, 16  # keys of a row that are candidates whatever their estimate
-STEP_BYTES = 2  # of a key's step, in 16 bits
+FIRST, LAST = 4, 16  # first and last keys of a row, which are always candidates
+STEP_BYTES = 2  # a key's step, in 16 bits
 
 
 def represented(k: Tensor, mean: Tensor, bits: int) -> Tensor:
-    """What the copy of `k` `[B, H_kv, M, D]` around `mean` `[B, H_kv, 1, D]` stands for, float32."""
+    """`k` `[B, H_kv, M, D]` quantized around `mean` `[B, H_kv, 1, D]` and dequantized, float32."""
     largest = 2 ** (bits - 1) - 1
     centred = k.float() - mean
     step = (centred.abs().amax(dim=-1, keepdim=True) / largest).to(torch.bfloat16).float()
@@ -30,8 +30,8 @@ def represented(k: Tensor, mean: Tensor, bits: int) -> Tensor:
 
 
 def copy_of(block: Block, bits: int) -> Tensor:
-    """`[B, H_kv, D, E]` float32, what the copy of the block's keys stands for: known from earlier steps, but
-    for the keys of the rows themselves."""
+    """`[B, H_kv, D, E]` float32, the dequantized copy of the block's keys: from earlier steps, except for the
+    rows' own keys."""
     k, state = block.k, block.state
     assert k is not None and state is not None
     end, rows = k.shape[2], block.x.shape[2]
@@ -48,7 +48,7 @@ def copy_of(block: Block, bits: int) -> Tensor:
 
 
 def estimated(block: Block, bits: int) -> Tensor:
-    """`[B, H, R, E]` float32, the scores by the copy; -inf where not visible."""
+    """`[B, H, R, E]` float32, the scores estimated from the copy; -inf where not visible."""
     copy, q = copy_of(block, bits), block.q
     assert q is not None
     grouped = q.view(q.shape[0], copy.shape[1], -1, q.shape[3])
@@ -59,8 +59,8 @@ def estimated(block: Block, bits: int) -> Tensor:
 
 
 def candidates(wanted: Tensor, visible: Tensor, num_kv_heads: int) -> Tensor:
-    """`[B, H, R, E]` bool, the keys that are read: wanted by any head of the group, or always. wanted: `[B,
-    H, R, E]` bool; visible: `[B, 1, R, E]` bool."""
+    """`[B, H, R, E]` bool, the keys that are read: wanted by any head of the group, or always candidates.
+    wanted: `[B, H, R, E]` bool; visible: `[B, 1, R, E]` bool."""
     place = visible.cumsum(dim=-1)
     always = (place <= FIRST) | (place > place[..., -1:] - LAST)
     read = (wanted | always).unflatten(1, (num_kv_heads, -1)).any(dim=2, keepdim=True)

@@ -1,6 +1,6 @@
-"""The parameters of sparse attention and the one place where their rules are checked.
+"""The parameters of sparse attention, and the checks of their rules.
 
-Covers what `set_params` and the scripts' flags share. Does not cover flags about tasks, files or devices
+Covers what `set_params` and the scripts' flags share, not the flags about tasks, files or devices
 (settings.py).
 """
 
@@ -30,8 +30,7 @@ PUBLISHED = ("mode", "capk")  # names of the published project that are parts of
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer computes: the resolved parameters of DESIGN sections 2-3. k <= 0 leaves every row dense,
-    unless the method has no K."""
+    """The resolved parameters of one layer. k <= 0 leaves every row dense, unless the method has no K."""
 
     method: Method = field(default_factory=Dense)
     placement: str = "none"
@@ -48,12 +47,12 @@ class LayerSpec:
         )
 
     def may_drop(self, n: "Tensor") -> "Tensor":
-        """Whether rows with `n` visible keys may be sparse, as bool of n's shape: not those with n <= K."""
+        """Whether rows with `n` visible keys may be sparse (n > K), as bool of n's shape."""
         return n > (self.k if self.method.uses_k else 0)
 
     @cached_property
     def kernel(self) -> KernelSpec | None:
-        """The same for a kernel; None: the reference path only."""
+        """The same in the form that kernels support; None: reference path only."""
         if not self.sparse:
             return KernelSpec()
         spec = self.method.kernel_spec()
@@ -66,9 +65,8 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The options of sparse attention that `set_params` and the scripts' flags share, apart from the method
-    and its K. calib_interp and calib_smooth act when tables are used; the tables themselves stay as
-    calibrated.
+    """The options of sparse attention that `set_params` and the scripts' flags share, except the method and
+    K. calib_interp and calib_smooth apply when tables are used; the saved tables do not change.
     """
 
     placement: str = option(
@@ -159,8 +157,8 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class AttentionParams(MethodOptions):
-    """Everything that `set_params` steers, under the published project's names (DESIGN sections 1-4), except
-    for `mode` and `capk`, which `method` stands for."""
+    """All parameters of `set_params`, with the published project's names, except that `method` replaces
+    `mode` and `capk`."""
 
     K: int | Sequence[int] | Mapping[int, int] = 256
     method: Method = field(default_factory=Dense)
@@ -172,7 +170,7 @@ class AttentionParams(MethodOptions):
 
     @property
     def sparse(self) -> bool:
-        """Whether any row may be sparse: a method that drops something, placed somewhere."""
+        """Whether any row may be sparse: the method is not dense and the placement is not none."""
         return not self.method.is_dense and self.placement != "none"
 
     @property
@@ -189,21 +187,22 @@ class AttentionParams(MethodOptions):
 
     @property
     def label(self) -> str:
-        """Its name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
+        """The name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
         return self.method.label(self.K if isinstance(self.K, int) else None) if self.sparse else Dense.title
 
     def k_per_layer(self, num_layers: int, default: int = 256) -> tuple[int, ...]:
-        """K of every layer; raises UsageError for a list of the wrong length or a layer that is not there."""
+        """K of every layer. Raises UsageError for a list of the wrong length or a layer that does not
+        exist."""
         return expand_k(self.K, num_layers, default)
 
     def layer(self, k: int) -> LayerSpec:
-        """What a layer with this K computes."""
+        """The parameters of a layer with this K."""
         return LayerSpec(self.method, self.placement, k, self.sdc, self.sdc_scale, self.vmc)
 
     def changed(self, given: Mapping[str, Any], flag: Callable[[str], str] = str) -> "AttentionParams":
-        """These parameters with those that are given, by the names of the fields or the published project's;
-        unchecked. method: a Method, or text as `parse_method` reads it. Raises UsageError for a name that is
-        unknown, and for a method that is given twice."""
+        """These parameters, changed to the given values; not checked. given: by the names of the fields or of
+        the published project; its method is a Method, or text as `parse_method` reads it. Raises UsageError
+        for an unknown name, and if `method` and `mode` are both given."""
         known = [*(f.name for f in fields(self)), *PUBLISHED]
         for name in given:
             if name not in known:
@@ -236,7 +235,7 @@ class AttentionParams(MethodOptions):
 def expand_k(
     k: int | Sequence[int] | Mapping[int, int], num_layers: int, default: int = 256, name: str = "K"
 ) -> tuple[int, ...]:
-    """One K per layer from an int, a list with one per layer, or {layer: k} over `default`."""
+    """K of each layer, from an int, a list with one per layer, or {layer: k} with `default` for the rest."""
     if isinstance(k, bool) or not isinstance(k, (int, Sequence, Mapping)) or isinstance(k, str):
         raise UsageError(f"{name} is {k!r}: give a whole number, a list with one per layer, or {{layer: k}}.")
     if isinstance(k, int):
@@ -257,12 +256,11 @@ def expand_k(
 
 
 def check_aim(params: AttentionParams, flag: Callable[[str], str]) -> None:
-    """Raise UsageError where `calib_to` and the other parameters do not fit."""
+    """Raise UsageError if `calib_to` does not go with the other parameters."""
     if params.calib_to == "k":
         if params.method.needs_values:
             raise UsageError(
-                "value_aware needs one threshold on weights for all heads: add "
-                f"{flag('calib_to')} budget."
+                f"value_aware needs one threshold on weights for all heads: add {flag('calib_to')} budget."
             )
         if params.calib_layers != "uniform":
             raise UsageError(
@@ -288,9 +286,9 @@ def check_aim(params: AttentionParams, flag: Callable[[str], str]) -> None:
 
 
 def check(params: AttentionParams, flag: Callable[[str], str] = str) -> AttentionParams:
-    """Raise UsageError for a value or combination that makes no sense; return `params` unchanged otherwise.
+    """Return `params` unchanged. Raises UsageError for an invalid value or combination.
 
-    `flag` turns a parameter's name into what its user typed: `set_params` leaves it, the scripts add '--'.
+    flag: turns a parameter's name into what the user typed: `set_params` leaves it, the scripts add '--'.
     """
     check_options(params, flag)
     method = params.method

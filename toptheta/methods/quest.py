@@ -1,9 +1,9 @@
-"""Quest: whole pages of keys, chosen for each query by what their keys could score at most (Tang et al. 2024,
+"""Quest: whole pages of keys, chosen for each query by an upper bound of their scores (Tang et al. 2024,
 arXiv 2406.10774).
 
-Decode steps only: prompts are dense, as in the official code, and so are the first two layers. The page of
+Decode steps only: prompts are dense, as in the official code, and so are the first two layers. The page with
 the newest keys is chosen like any other. The budget is max(3, K // page) pages, as in the official code.
-Pages begin at the first key of a sequence, padding aside, so that they do not depend on the batch.
+Pages begin at the first key of a sequence after padding, so that they do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LEAST_PAGES = 3
 @register
 @dataclass(frozen=True)
 class Quest(Method):
-    """page: keys of a page. group: the heads of a KV head choose together, by the sum of their page scores
-    (the official code has no shared KV heads: each query head chooses for itself). dense_layers: how many of
-    the first layers are dense."""
+    """page: keys per page. group: the query heads of a KV head choose together, by the sum of their page
+    scores (the official code has no shared KV heads: each query head chooses separately). dense_layers: the
+    number of first layers that are dense."""
 
     page: int = 16
     group: bool = False
@@ -38,7 +38,7 @@ class Quest(Method):
     samples_sdc = False
     decode_only = True
     reads_all_keys = False
-    stores = "the largest and smallest key of each page: as much as K / 8 with pages of 16"
+    stores = "the channel-wise minimum and maximum key of each page: 1/8 of K with pages of 16"
 
     def leaves_dense(self, layer: int) -> bool:
         return layer < self.dense_layers
@@ -70,9 +70,9 @@ class Quest(Method):
         return chosen.gather(-1, page) & visible[:, None]
 
     def _scores(self, q: Tensor, k: Tensor, visible: Tensor, place: Tensor) -> Tensor:
-        """Upper bounds of the scores of each page's keys, `[B, H, R, pages]`, -inf for a page of which a row
-        sees no key: the sum over channels of max(q * largest k, q * smallest k). Of a row's newest page only
-        the keys that it sees count. place: `[B, E]`, which of its sequence's keys each is."""
+        """Upper bounds of the scores of each page's keys, `[B, H, R, pages]`: the sum over channels of
+        max(q * largest k, q * smallest k); -inf for a page of which a row sees no key. In a row's newest page
+        only the visible keys count. place: `[B, E]`, the position of each key in its sequence."""
         batch, num_kv_heads, end, head_dim = k.shape
         pages, count = -(-end // self.page), visible.sum(dim=-1)
         newest = (count - 1).clamp_min(0)  # [B, R]

@@ -1,19 +1,18 @@
-"""Skip softmax (BLASST): tiles of scores that lie far below the largest so far are skipped (arXiv
-2512.12087).
+"""Skip softmax (BLASST): all tiles of scores except those far below the running maximum (arXiv 2512.12087).
 
-A tile is 128 rows by 128 keys in a prompt and one row by 128 keys in a decode step, of one query head. From
-left to right, a tile is skipped if, in each of its rows, its largest score is below the largest so far, this
-tile included, by ln(1 / lambda) at least. What is skipped leaves the denominator too. The first tile of a
-row, and the one with its largest score, are never skipped.
+A tile is 128 rows by 128 keys in a prompt, and one row by 128 keys in a decode step, of one query head. From
+left to right, a tile is skipped if in each of its rows its largest score is below the running maximum
+(including this tile) by at least ln(1 / lambda). Skipped scores are not in the denominator either. The first
+tile of a row, and the one with its largest score, are never skipped.
 
-As in a kernel, tiles of rows begin at the first row of a call, so chunks of a prompt that are no multiples of
-128 are cut into other tiles than the whole. Tiles of keys begin at a sequence's first key, padding aside;
-rows that are padding count for no tile. With placement post-softmax the same tiles are dropped, by the ratio
-of weights.
+As in a kernel, tiles of rows begin at the first row of a call, so that a prompt computed in chunks that are
+not multiples of 128 has other tiles than the whole prompt. Tiles of keys begin at a sequence's first key
+after padding; padding rows do not affect a tile. With placement post-softmax the same tiles are dropped, by
+the ratio of weights.
 
-lambda: given for both phases, or calibrated to a share S of skipped scores: lambda = a * exp(b * S) / L,
-where L is the length of the sequence so far, the whole call included, and `fit` finds a and b of each phase.
-The paper's S is a share of tiles; ours is one of scores, which is what all methods are counted by.
+lambda: given for each phase, or calibrated for a share S of skipped scores: lambda = a * exp(b * S) / L,
+where L is the length of the sequence so far including the whole call, and `fit` finds a and b for each phase.
+The paper's S is a share of tiles; ours is a share of scores, which is how all methods are counted.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from toptheta.methods.base import NEG_INF, Block, Method, RowTables, register
 from toptheta.util.errors import UsageError
 
 LARGEST_LAMBDA = 1.0 - 1e-6
-FITTED = (0.05, 0.95)  # shares outside say little: next to nothing, or next to everything, is skipped
+FITTED = (0.05, 0.95)  # shares outside are uninformative: next to nothing or next to everything is skipped
 
 
 @register
 @dataclass(frozen=True)
 class SkipSoftmax(Method):
-    """prefill, decode: lambda of each phase. share: above 0, the share of scores to skip, which needs
-    prefill_a, prefill_b, decode_a and decode_b, as `bench/skip_softmax.py` prints them; lambda is then what
-    they say. tile: rows and keys of a tile."""
+    """prefill, decode: lambda of each phase. share: if above 0, the share of scores to skip; lambda then
+    follows from prefill_a, prefill_b, decode_a and decode_b, which `bench/skip_softmax.py` prints. tile: rows
+    and keys of a tile."""
 
     prefill: float = 1e-3
     decode: float = 1e-4
@@ -99,7 +98,7 @@ class SkipSoftmax(Method):
         if self.share and min(self.prefill_a, self.decode_a) <= 0.0:
             raise UsageError(
                 f"{flag('share')} {self.share} needs prefill_a, prefill_b, decode_a and decode_b: "
-                "bench/skip_softmax.py finds them."
+                "bench/skip_softmax.py measures them."
             )
         if self.tile < 1:
             raise UsageError(f"{flag('tile')} is {self.tile}: give a whole number of at least 1.")
@@ -107,8 +106,8 @@ class SkipSoftmax(Method):
 
 def fit(lambdas: Sequence[float], lengths: Sequence[int], shares: Sequence[float]) -> tuple[float, float]:
     """a and b of lambda = a * exp(b * S) / L, by least squares of ln(lambda * L), from the shares S of scores
-    that were skipped with these lambdas at these lengths. Raises UsageError when fewer than two lambdas
-    skipped a share within FITTED."""
+    that these lambdas skipped at these lengths. Raises UsageError when fewer than two different shares are
+    within FITTED."""
     used = [
         (share, math.log(one * length))
         for one, length, share in zip(lambdas, lengths, shares)
@@ -117,8 +116,8 @@ def fit(lambdas: Sequence[float], lengths: Sequence[int], shares: Sequence[float
     x = torch.tensor(used, dtype=torch.float64).reshape(-1, 2)
     if len(x[:, 0].unique()) < 2:
         raise UsageError(
-            f"of {len(shares)} measured shares of skipped scores, {len(used)} lie between {FITTED[0]} and "
-            f"{FITTED[1]}: two that differ are needed. Take longer prompts, or other lambdas."
+            f"of {len(shares)} measured shares of skipped scores, {len(used)} are between {FITTED[0]} and "
+            f"{FITTED[1]}, but two different ones are needed: use longer prompts, or other lambdas."
         )
     share, log = x[:, 0] - x[:, 0].mean(), x[:, 1] - x[:, 1].mean()
     b = float((share * log).sum() / (share * share).sum())

@@ -1,12 +1,12 @@
-"""SnapKV: a prompt's keys that its last rows gave the most weight, and those after them (Li et al. 2024,
-arXiv 2404.14469).
+"""SnapKV: the prompt keys with the most weight in the prompt's last rows, and all keys from there on (Li et
+al. 2024, arXiv 2404.14469).
 
-The prompt is dense. If it is longer than K, then, before the first step, each head drops for good all but its
-last `window` keys and the K - window others with the largest score: the sum of the weights that the last
-`window` rows gave a key, pooled over its neighbours. Everything generated stays. We follow the official code,
-where each query head chooses for itself although the KV heads are shared, in its configuration for LongBench
-(window 32, max pool of 7; the class's own defaults are 64 and an average of 5). Padding and the window's own
-keys take no part in the pooling.
+The prompt is dense. If it is longer than K, then before the first step each head permanently drops all but
+the last `window` keys and the K - window other keys with the largest score: the sum of a key's weights in the
+last `window` rows, pooled over its neighbours. All generated keys stay. We follow the official code, where
+each query head chooses separately although the KV heads are shared, in its configuration for LongBench
+(window 32, max pooling over 7; the class's own defaults are 64 and mean pooling over 5). Padding and the
+window's keys are excluded from the pooling.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ POOLS: dict[str, Callable[..., Tensor]] = {"max": max_pool1d, "mean": avg_pool1d
 @register
 @dataclass(frozen=True)
 class SnapKV(Method):
-    """window: the last rows, and keys, of the prompt, K - 1 at most. pool_size: keys that are pooled, an odd
-    number; pool: max or mean. group: the heads of a KV head choose together, by their mean score.
+    """window: the number of last rows, and last keys, of the prompt, at most K - 1. pool_size: keys that are
+    pooled, an odd number; pool: max or mean. group: the query heads of a KV head choose together, by their
+    mean score.
 
-    State, `[B, H, ..., N]`: window, the weights of a sequence's last rows so far, the newest last, until the
-    first step; dropped, from then on.
+    State, `[B, H, ..., N]`: until the first step window, the weights of a sequence's last rows so far, the
+    newest last; from then on dropped, bool.
     """
 
     window: int = 32

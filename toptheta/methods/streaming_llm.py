@@ -1,8 +1,8 @@
-"""StreamingLLM: the first keys, which attract attention whatever they say, and the most recent ones (Xiao et
-al. 2023, arXiv 2309.17453).
+"""StreamingLLM: the first keys, which act as attention sinks, and the most recent ones (Xiao et al. 2023,
+arXiv 2309.17453).
 
-The official code gives the keys new positions inside its cache; here every key keeps its own, so that the
-rule alone is compared.
+The official code assigns new positions to the keys in its cache; here every key keeps its own, so that only
+the selection is compared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """sinks: how many of the K are the first visible keys of a row, K - 1 at most; the others are its
-    last."""
+    """sinks: how many of the K kept keys are the first visible keys of a row, at most K - 1; the others are
+    the most recent."""
 
     sinks: int = 4
 

@@ -1,4 +1,4 @@
-"""Top-k: the K largest of each row, the oracle that Top-theta approximates."""
+"""Top-k: the K largest scores or weights of each row; the oracle that Top-theta approximates."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class TopK(Method):
 
 
 def keep_largest(x: Tensor, k: int, earlier: bool = False) -> Tensor:
-    """Keep the k largest of `x` `[..., E]`; exactly k, also on ties. -inf (not visible) is never kept.
-    earlier: of ties the earlier stay, on every device; else it is open which."""
+    """Keep the k largest of `x` `[..., E]`; exactly k, also with ties. -inf (not visible) is never kept.
+    earlier: among ties keep the earlier keys, on every device; otherwise unspecified."""
     if k >= x.shape[-1]:
         return x > NEG_INF
     if earlier:

@@ -1,8 +1,8 @@
-"""Top-p: the smallest set of a row's keys that holds a share p of its weight, the oracle of Twilight (Lin et
-al. 2025, arXiv 2502.02770).
+"""Top-p: the smallest set of keys whose weights sum to at least p; the oracle of Twilight (Lin et al. 2025,
+arXiv 2502.02770).
 
-Twilight estimates the weights, within what another method has chosen, from keys of 4 bits, and searches the
-threshold by bisection. Here the weights are exact and over all visible keys, and the set is the smallest.
+Twilight estimates the weights of keys that another method has preselected from 4-bit keys, and finds the
+threshold by bisection. Here the weights are exact and cover all visible keys, and the set is the smallest.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from toptheta.util.errors import UsageError
 @register
 @dataclass(frozen=True)
 class TopP(Method):
-    """p: the share of a row's weight that is kept, at least. Nothing else bounds what a row keeps, so there
-    is no K."""
+    """p: the minimum share of a row's weight that is kept. Nothing else limits what a row keeps, so there is
+    no K."""
 
     p: float = 0.85
 

@@ -1,4 +1,4 @@
-"""Top-theta: what is strictly greater than a calibrated threshold (arXiv 2502.08363, section 3)."""
+"""Top-theta: the keys whose score or weight exceeds a calibrated threshold (arXiv 2502.08363, section 3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,11 +25,13 @@ from toptheta.util.errors import UsageError
 @register
 @dataclass(frozen=True)
 class TopTheta(Method):
-    """capk: of what passes the threshold, keep the K most recent only. value_aware (ours, not the paper's):
-    compare weight times what the key's value can move the output, see `ValueNorms`; one number a key and head
-    is stored in addition to the cache. floor (ours, too): how many of its largest a row keeps at least, where
-    a threshold alone guarantees one. key_copy (ours, too): none, int8 or int4; decode steps read K only for
-    keys that a copy of it in so many bits does not rule out, see key_copy.py."""
+    """capk: of the keys above the threshold, keep only the K most recent.
+
+    The other options are ours, not the paper's. value_aware: compare the weight times the relative norm of
+    the key's projected value (`ValueNorms`), of which one number per key and head is stored in addition to
+    the cache. floor: the number of largest keys that a row keeps at least; a threshold alone guarantees one.
+    key_copy: none, int8 or int4; decode steps read K only for keys that a quantized copy of K does not rule
+    out, see key_copy.py."""
 
     capk: bool = False
     value_aware: bool = False
@@ -61,9 +63,9 @@ class TopTheta(Method):
     def stores(self) -> str:  # type: ignore[override]
         stored = []
         if self.value_aware:
-            stored.append("4 for each query head of the group: its value's factor")
+            stored.append("4 for each query head of the group: the value's factor")
         if self.key_copy != "none":
-            stored.append(f"a copy of K in {BITS[self.key_copy]} bits, and {STEP_BYTES}: its step")
+            stored.append(f"a copy of K in {BITS[self.key_copy]} bits, and {STEP_BYTES} for its step size")
         return "; ".join(stored) or "nothing"
 
     def estimate(self, block: Block, tables: RowTables, placement: str) -> None:
@@ -83,7 +85,7 @@ class TopTheta(Method):
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert tables.theta is not None
         x, row_max = block.x, block.row_max
-        if self.value_aware:  # -inf times 0 is no number
+        if self.value_aware:  # -inf times 0 is not a number
             x = torch.where(block.visible, x * self._factor(block)[:, :, None], NEG_INF)
         if block.read is not None:
             x = x.masked_fill(~block.read, NEG_INF)
@@ -95,7 +97,7 @@ class TopTheta(Method):
         return keep_recent(keep, block.budget) if self.capk else keep
 
     def _factor(self, block: Block) -> Tensor:
-        """`[B, H, E]`, how much each key's value counts."""
+        """`[B, H, E]`, the relative norm of each key's value."""
         if block.factor is None:
             assert block.state is not None and block.values is not None and block.v is not None
             own = block.x.shape[2] if block.own else None
@@ -117,13 +119,14 @@ class TopTheta(Method):
         return TopK() if tac else super().while_calibrating(tac)
 
     def for_sdc_samples(self) -> Method:
-        return TopTheta()  # as the published project: no cap while calibrating
+        return TopTheta()  # as in the published project: no cap while calibrating
 
 
 def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) -> Tensor:
-    """`[B, H, E]`, how much each key's value counts: known from earlier steps, but for the last `own` keys.
+    """`[B, H, E]`, the relative norm of each key's value: from `state`, except for the last `own` keys, which
+    are new.
 
-    v: `[B, H_kv, E, D]`. own None: it is not known which keys are new.
+    v: `[B, H_kv, E, D]`. own: None if it is unknown which keys are new.
     """
     end = v.shape[2]
     if own is None or "factor" not in state.tensors:  # another method was at work before: weigh all keys
@@ -136,8 +139,8 @@ def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) 
 
 
 def keep_above(x: Tensor, theta: Tensor, row_max: Tensor) -> Tensor:
-    """Keep what is strictly greater than theta; where nothing is, keep the row's largest (all of them on a
-    tie).
+    """Keep what is strictly greater than theta; in a row where nothing is, keep the largest (all of them if
+    tied).
 
     x: `[..., R, E]` scores or weights, theta and row_max: `[..., R, 1]`. theta of -inf keeps every visible
     key.
@@ -147,6 +150,6 @@ def keep_above(x: Tensor, theta: Tensor, row_max: Tensor) -> Tensor:
 
 
 def keep_recent(keep: Tensor, k: int) -> Tensor:
-    """Of the kept keys `[..., R, E]` keep only the k most recent."""
+    """Keep only the k most recent of the kept keys `[..., R, E]`."""
     newer = keep.sum(dim=-1, keepdim=True) - keep.cumsum(dim=-1)
     return keep & (newer < k)

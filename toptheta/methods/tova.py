@@ -1,9 +1,9 @@
-"""TOVA: the keys that the last row gave the most weight (Oren et al. 2024, arXiv 2401.06104).
+"""TOVA: the keys with the most weight in the last row (Oren et al. 2024, arXiv 2401.06104).
 
-After the prompt, which is dense however it is cut into chunks, and after each step, the weights of the last
-row, averaged over all query heads of the layer, rank the keys; K stay, for all heads and for good. A step
-reads those and its own key, which is ranked like any other, as in the official code. Keys keep their
-positions there too, unless asked otherwise.
+After the prompt, which is dense for any chunking, and after each step, keys are ranked by the weights of the
+last row, averaged over all query heads of the layer; the K highest stay, for all heads, and the others are
+dropped permanently. A step reads those and its own key, which is ranked like any other, as in the official
+code. Keys keep their positions, which is also the default there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from toptheta.methods.top_theta import keep_recent
 @register
 @dataclass(frozen=True)
 class TOVA(Method):
-    """State, each `[B, N]`: last, the weights of a sequence's last row; dropped."""
+    """State, each `[B, N]`: last, the mean weights of a sequence's last row; dropped, bool."""
 
     name = "tova"
     title = "TOVA"
@@ -32,7 +32,7 @@ class TOVA(Method):
     needs_prompt = True
     by_row = False
     reads_all_keys = False
-    stores = "nothing: the weights that rank are those of the step before"
+    stores = "nothing: keys are ranked by the weights of the previous step"
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert block.state is not None
