@@ -25,5 +25,5 @@ def test_additive_masks(hidden: float):
     for bias in (-0.5, 2.0):
         wrong = mask.clone()
         wrong[0, 0, 2, 1] = bias
-        with pytest.raises(UsageError, match="adds numbers to the scores, which top_theta does not know"):
+        with pytest.raises(UsageError, match="adds a bias to the scores, which top_theta does not support"):
             rows_of(wrong, 4, 4, mask.device)

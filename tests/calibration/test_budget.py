@@ -165,7 +165,7 @@ def test_files_hold_the_same_threshold(tiny_model: LlamaForCausalLM, tmp_path: P
     set_params(tiny_model, mode=3)
     set_params(tiny_model, **BUDGET, K=6, calib_load_path=str(tmp_path))
     assert torch.equal(tiny_model(ids).logits, expected)
-    with pytest.raises(UsageError, match="were calibrated with calib_to budget, but calib_to k is asked for"):
+    with pytest.raises(UsageError, match="were calibrated with calib_to budget, not with calib_to k"):
         set_params(tiny_model, calib_to="k", calib_load_path=str(tmp_path))
     (tmp_path / "calibration.safetensors").unlink()  # th.txt alone, as another program would read it
     set_params(tiny_model, mode=3)
@@ -236,7 +236,7 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
     "params, says",
     [
         ({"placement": "pre-softmax", "sdc": "exact"}, "calib_to budget calibrates a threshold on weights"),
-        ({"calib_to": "k", "calib_layers": "sensitivity"}, "calib_layers sensitivity shares out a budget"),
+        ({"calib_to": "k", "calib_layers": "sensitivity"}, "calib_layers sensitivity distributes a budget"),
         ({"calib_add_sigma": 0.1}, "calib_add_sigma has no effect with calib_to budget"),
         ({"calib_interp": "fit"}, "calib_interp has no effect with calib_to budget"),
         ({"calib_smooth": 3}, "calib_smooth has no effect with calib_to budget"),
@@ -252,5 +252,5 @@ def test_what_does_not_fit(params: dict, says: str, tiny_model: LlamaForCausalLM
 def test_a_budget_that_no_row_can_meet(tiny_model: LlamaForCausalLM) -> None:
     begin(tiny_model, 50)
     tiny_model(tokens(length=40))
-    with pytest.raises(UsageError, match="no row longer than K=50 in layer 0: .* up to 40 tokens"):
+    with pytest.raises(UsageError, match="no row longer than K=50 in layer 0: .* at most 40 tokens"):
         set_params(tiny_model, calibrate=False)

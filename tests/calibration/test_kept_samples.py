@@ -56,7 +56,7 @@ def test_kept_samples_average_to_the_tables(
 
 
 def test_no_samples_to_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no calib_samples.safetensors: calibrate with"):
+    with pytest.raises(UsageError, match="has no calib_samples.safetensors: calibrate with"):
         read_calibration_samples(tmp_path)
     (tmp_path / SAMPLES_NAME).write_bytes(b"not arrays")
     with pytest.raises(UsageError, match="is damaged"):

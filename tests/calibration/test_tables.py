@@ -52,10 +52,10 @@ def test_tables_that_do_not_fit(tiny_model: LlamaForCausalLM, tmp_path: Path) ->
     save_tables(calibrated_tables(tiny_model), tmp_path / "ours")
     set_params(tiny_model, calibrate=False)
     for path, params, message in (
-        ("ours", {"K": 7}, "calibrated for K=6, but K=7"),
-        ("ours", {"placement": "post-softmax"}, "placement pre-softmax, but post-softmax"),
+        ("ours", {"K": 7}, "calibrated for K=6, not for K=7"),
+        ("ours", {"placement": "post-softmax"}, "placement pre-softmax, not for post-softmax"),
         ("ours", {"sdc": "offline-calibrated"}, "SDC table lacks layer 0"),
-        ("nowhere", {}, "no folder"),
+        ("nowhere", {}, "not a folder"),
         ("empty", {}, "neither th.txt nor sdc.txt"),
         ("damaged", {}, "th.txt, line 1: .* is damaged"),
         ("mixed", {}, "layer 0: it mixes several K"),
@@ -85,7 +85,7 @@ def test_tables_that_do_not_fit(tiny_model: LlamaForCausalLM, tmp_path: Path) ->
     # scores can be negative, weights cannot
     (tmp_path / "negative").mkdir()
     (tmp_path / "negative" / "th.txt").write_text("\n".join(line.replace("0.5", "-0.5") for line in lines))
-    with pytest.raises(UsageError, match="they compare scores"):
+    with pytest.raises(UsageError, match="were calibrated on scores"):
         set_params(
             tiny_model, mode=0, K=6, placement="post-softmax", calib_load_path=str(tmp_path / "negative")
         )
@@ -124,9 +124,9 @@ def test_nan_is_refused(tiny_model: LlamaForCausalLM, tmp_path: Path, kind: str)
         ("L0_H0:20 0.5 2 6 9", "line 7: .* is damaged"),
         ("0_H0:20 0.5 2 6", "line 7: .* is damaged"),
         ("L0_H0:1e2 0.5 2 6", "line 7: .* is damaged"),
-        ("L0_H0:99999999 0.5 2 6", "layer 0: it has row length 99999999, but only 1 to 131072"),
+        ("L0_H0:99999999 0.5 2 6", "layer 0: it has row length 99999999, not one from 1 to 131072"),
         ("L0_H0:0 0.5 2 6", "layer 0: it has row length 0"),
-        ("L0_H0:20 0.5 0 6", "layer 0: .* of no sample"),
+        ("L0_H0:20 0.5 0 6", "layer 0: .* has no samples"),
         ("L0_H0:9 0.75 2 6", "layer 0: a head and row length come twice, with different values"),
         ("L1_H0:9 0.5 2 6", "layer 1: it lacks head 1"),
         ("L0_H0:20 0.5 2 6.5", "layer 0: it mixes several K"),
@@ -153,5 +153,5 @@ def test_half_a_gzip_file(tmp_path: Path) -> None:
     whole = gzip.compress(b"".join(b"L0_H%d:9 0.5 2 6\n" % head for head in range(6)))
     for data in (whole[:-9], whole[:20], b"", b"no gzip"):
         (tmp_path / "th.txt.gz").write_bytes(data)
-        with pytest.raises(UsageError, match=r"th\.txt\.gz is (not a whole gzip file|empty)"):
+        with pytest.raises(UsageError, match=r"th\.txt\.gz is (not a complete gzip file|empty)"):
             load_tables(tmp_path, 3, 6)

@@ -98,7 +98,7 @@ def test_thresholds_of_every_kind(folder_model: str, here: Path) -> None:
     ("arguments", "words"),
     [
         ({"pretrained": ""}, "names no model"),
-        ({"pretrained": "9-9"}, "--model_args pretrained '9-9' is no alias"),
+        ({"pretrained": "9-9"}, "--model_args pretrained '9-9' is neither an alias"),
         ({"method": "top_j"}, "--model_args method is 'top_j': choose one of"),
         ({"method": "top_theta"}, "needs calibrated tables: add thresholds="),
         ({"method": "top_k", "sdc": "offline-calibrated"}, "needs calibrated tables"),

@@ -72,7 +72,7 @@ def test_cells_take_every_option_of_sparse_attention(tmp_path: Path) -> None:
         ("--method topk", r"--method is 'topk': choose one of .*\(did you mean top_k"),
         ("--method top_theta:cap", "--method top_theta has no option 'cap': its options are capk"),
         ("--method top_theta:capk=maybe", "--method top_theta:capk is 'maybe': give true or false"),
-        ("--method top_k,dense --calib_tac", "--calib_tac is for thresholds"),
+        ("--method top_k,dense --calib_tac", "--calib_tac applies to thresholds"),
         ("--method dense --vmc", "--vmc has no effect on dense attention"),
         ("--method top_k --effective_k", "--effective_k applies to thresholds"),
     ],

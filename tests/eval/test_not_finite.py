@@ -11,7 +11,7 @@ from toptheta.eval.runner import evaluate
 from toptheta.eval.settings import HUMANEVAL
 from toptheta.util.errors import UsageError
 
-HEAD = "the attention scores of layer 1, head 2 are not finite numbers; where the model overflows, --dtype"
+HEAD = "the attention scores of layer 1, head 2 are not finite numbers; if the model overflows, use --dtype"
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_texts_and_replies(folder_model: str, here_with_text: Path, capsys: pyte
             assert found == pytest.approx(getattr(sparse.metrics[name], number), rel=1e-3)
     assert "minus dense" not in capsys.readouterr().out
     (other,) = evaluate(gen_settings(folder_model, mode=(3,), decode_from=50, **text))
-    with pytest.raises(UsageError, match="asked window0 in different words"):
+    with pytest.raises(UsageError, match="have different prompts for window0"):
         compare(read_answers(str(dense.folder)), read_answers(str(other.folder)))
 
     needles = {"dataset": "needle", "needle_lengths": (200,), "needle_depths": (0, 50, 100)}

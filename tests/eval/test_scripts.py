@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
     ("command", "message"),
     [
         ("test_llama.py --no_such_flag", "no_such_flag"),
-        ("test_llama.py --llama 9-9", "no alias"),
+        ("test_llama.py --llama 9-9", "neither an alias"),
         ("test_llama.py --mode 1 --k 64 --layerk 99:64", "--layerk names layer 99"),
         ("test_llama.py --task hellaswagg", "choose for example hellaswag"),
         ("test_llama.py --resume /nowhere", "no run.json"),

@@ -135,7 +135,9 @@ def test_groups_and_runs_together(tables: Path) -> None:
     assert alone[alone.index("--method") + 1] == "top_p" and alone[alone.index("--seed") + 1] == "1"
     content["tables"]["tiny"]["parts"][0]["group"] = "pears"
     tables.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="reproduce.json: group 'pears' is unknown: choose for example peers"):
+    with pytest.raises(
+        UsageError, match="reproduce.json: group 'pears' is unknown: choose for example peers"
+    ):
         plan(tables)
 
 

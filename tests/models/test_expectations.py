@@ -133,7 +133,7 @@ def test_taken_off_by_transformers() -> None:
     set_params(model, mode=1, K=4)
     sparse = model(tokens()).logits
     model.set_attn_implementation("sdpa")
-    with pytest.raises(UsageError, match="did not compute its attention by top_theta"):
+    with pytest.raises(UsageError, match="did not compute its attention with top_theta"):
         model(tokens())
     model.set_attn_implementation("top_theta")
     assert torch.equal(model(tokens()).logits, sparse)
@@ -146,7 +146,9 @@ def test_taken_off_by_transformers() -> None:
 def test_arguments_that_would_vanish() -> None:
     model = update_model(make("llama"))
     set_params(model, mode=1, K=4)
-    with pytest.raises(UsageError, match="hands its attention cu_seq_lens_q, which top_theta does not know"):
+    with pytest.raises(
+        UsageError, match="passes cu_seq_lens_q to its attention, which top_theta does not support"
+    ):
         model(tokens(), cu_seq_lens_q=torch.tensor([0, 20, 40]))
     with pytest.raises(UsageError, match="is_causal"):
         model(tokens(), is_causal=False)

@@ -202,7 +202,10 @@ def test_statistics(family: Models, monkeypatch, request) -> None:
 def test_kernels(family: Models, monkeypatch, record_property) -> None:
     """The CPU kernel computes every call, with the reference's result, or says why it does not."""
     ids, sizes = tokens(length=20), [14, 1, 4, 1]
-    why = {"gemma2": "the kernels cap no scores (softcap)", "gpt_oss": "the kernels know no attention sinks"}
+    why = {
+        "gemma2": "the kernels do not support capped scores (softcap)",
+        "gpt_oss": "the kernels do not support attention sinks",
+    }
     for method in SPARSE:
         family.steer(method)
         monkeypatch.setattr(registry, "FORCED", None)

@@ -48,7 +48,7 @@ SPOILT = {
         m.model.layers[0].self_attn.v_proj.weight[:16].fill_(torch.nan)
     ),
     "the attention scores of layer 1, head 4": spoil_scores,
-    "the outputs of layer 1, behind its attention,": lambda m: (
+    "the outputs of layer 1, after its attention,": lambda m: (
         m.model.layers[1].mlp.down_proj.weight[0].fill_(torch.nan)
     ),
     "the last layer's outputs": lambda m: m.model.norm.weight[3:4].fill_(torch.nan),
@@ -69,7 +69,7 @@ def test_a_message_says_where_it_begins(tiny_model, where, params, implementatio
         checked(tiny_model)
     assert (
         str(error.value)
-        == f"prompt 1: {where} are not finite numbers; where the model overflows, --dtype float32 helps."
+        == f"prompt 1: {where} are not finite numbers; if the model overflows, use --dtype float32."
     )
 
 

@@ -20,8 +20,8 @@ def test_models(tmp_path: Path) -> None:
     assert find_model("3-8").name == "Llama-3-8B"
     assert find_model("owner/name").location == "owner/name"
     for name, message in (
-        ("3-9", "no alias"),
-        ("a/b/c", "no alias"),
+        ("3-9", "neither an alias"),
+        ("a/b/c", "neither an alias"),
         (str(tmp_path / "x.gguf"), "no such file"),
         (str(tmp_path), "no config.json"),
     ):
@@ -52,7 +52,7 @@ def test_a_model_spread_over_memory_and_disk(small_model, small_tokenizer, here:
     assert spread_notice(spread) == ""  # there is no GPU in it
     spread.hf_device_map["lm_head"] = 0
     assert spread_notice(small_model) == ""
-    assert "33 of its 34 parts rest on CPU or disk" in spread_notice(spread)
+    assert "33 of its 34 parts are on CPU or disk" in spread_notice(spread)
 
 
 def test_families(tmp_path: Path) -> None:

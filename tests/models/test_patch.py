@@ -53,14 +53,14 @@ def test_update_twice_and_restore(tiny_model: LlamaForCausalLM) -> None:
 
 
 def test_no_known_layer() -> None:
-    with pytest.raises(UsageError, match="has no attention layer of a family"):
+    with pytest.raises(UsageError, match="has no attention layer of a supported family"):
         update_model(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10)))
     with torch.device("meta"):
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         vision = sizes | {"image_size": 16, "patch_size": 8}
         config = Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4)
         many = Gemma3ForConditionalGeneration(config)
-    with pytest.raises(UsageError, match="holds a language model of type 'gemma3_text' among others"):
+    with pytest.raises(UsageError, match="contains a language model of type 'gemma3_text' and other parts"):
         update_model(many)
     with pytest.raises(UsageError, match="not patched"):
         set_params(LlamaForCausalLM(tiny_config()), mode=1)

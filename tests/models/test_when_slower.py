@@ -78,7 +78,7 @@ def test_without_a_profile_nothing_changes(tiny_model: LlamaForCausalLM, capsys:
     for _ in range(2):
         assert torch.equal(tiny_model(ids).logits, expected)
     said = capsys.readouterr().err.strip().splitlines()
-    assert said == ["when_slower=dense has no effect on cpu: it is about GPUs that were measured."]
+    assert said == ["when_slower=dense has no effect on cpu: it needs a GPU and its profile."]
     assert take_dense_calls(tiny_model) == (0, 6) and take_dense_calls(tiny_model) == (0, 0)
     set_params(tiny_model, when_slower="sparse")
     tiny_model(ids)

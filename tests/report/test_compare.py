@@ -49,7 +49,7 @@ def test_cells_of_runs(runs: Path) -> None:
     assert cells_of("a") == [Path("a/mode3"), Path("a/mode1_k8")]
     assert cells_of("a/mode1_k8") == [Path("a/mode1_k8")]
     make_cell(runs / "c" / "arc_easy" / "mode3", "dense", [1])
-    for wrong, words in (("nowhere", "holds no finished cell"), ("c", r"one of its tasks \(arc_easy\)")):
+    for wrong, words in (("nowhere", "has no finished cell"), ("c", r"one of its tasks \(arc_easy\)")):
         with pytest.raises(UsageError, match=words):
             cells_of(wrong)
     (runs / "b" / "results.json").write_text("{half")
@@ -102,11 +102,11 @@ def test_the_script(runs: Path) -> None:
     make_cell(runs / "e", "dense", [1, 1], shots=5)
     make_cell(runs / "f", "dense", [1, 1, 1, 1, 0, 0], shots=3)
     for wrong, words in (
-        (["a/mode3"], "names one cell only"),
-        (["a/mode3", "a/mode3"], "names one cell only"),
-        (["a", "nowhere"], "nowhere holds no finished cell"),
+        (["a/mode3"], "is one cell only"),
+        (["a/mode3", "a/mode3"], "is one cell only"),
+        (["a", "nowhere"], "nowhere has no finished cell"),
         (["a", "e"], "answered different questions"),
-        (["a", "f"], "in different words"),
+        (["a", "f"], "have different prompts"),
         ([], "--help lists every flag"),
     ):
         assert_refused(run_script("compare.py", *wrong, cwd=runs), "error: ", words)

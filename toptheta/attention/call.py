@@ -87,7 +87,7 @@ class AttentionCall:
             or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
             or num_heads % k.shape[1]
         ):
-            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+            raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not match")
         for name, table, needed in (
             ("theta", self.theta, self.reads_theta),
             ("sdc_table", self.sdc_table, self.reads_sdc_table),
@@ -130,8 +130,8 @@ class AttentionCall:
     def reference_only(self) -> str | None:
         """What no kernel knows of this call, None if there is nothing."""
         if self.softcap is not None:
-            return "the kernels cap no scores (softcap)"
-        return "the kernels know no attention sinks" if self.sinks is not None else None
+            return "the kernels do not support capped scores (softcap)"
+        return "the kernels do not support attention sinks" if self.sinks is not None else None
 
     def capped(self, scores: Tensor) -> Tensor:
         """Scores after the cap, in place where no gradient is needed."""

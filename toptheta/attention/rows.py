@@ -129,8 +129,8 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     bool_mask = mask if mask.dtype == torch.bool else mask >= 0
     if mask.dtype != torch.bool and not traced and bool(((mask > HIDDEN) & (mask != 0)).any()):
         raise UsageError(
-            "the attention mask adds numbers to the scores, which top_theta does not know: give one of bool, "
-            "or of 0 and minus infinity."
+            "the attention mask adds a bias to the scores, which top_theta does not support: give a bool "
+            "mask, or one of 0 and minus infinity."
         )
     n = bool_mask.sum(dim=-1)[:, 0]
     # The queries are the last rows of the keys, so a real row sees itself: the diagonal that ends at the

@@ -105,12 +105,12 @@ class Calibration(
                 )
             )
         if config is None or config.format != FORMAT:
-            raise ValueError("it has no config.json of a calibration")
+            raise ValueError("its config.json is missing, or not that of a calibration")
         typed(asdict(config), CalibrationConfig)
         typed(config.params, Params)
         unknown = config.params.keys() - Params.__annotations__
         if unknown:
-            raise ValueError(f"its params have {', '.join(sorted(unknown))}")
+            raise ValueError(f"its params have the unknown {', '.join(sorted(unknown))}")
         return cls(load_tables(folder, config.num_layers, config.num_heads, "the calibration"), config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

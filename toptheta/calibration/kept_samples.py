@@ -27,16 +27,16 @@ def read_calibration_samples(folder: Path | str) -> Samples:
     float32 `[S, H]`. Raises UsageError when the folder has none, or the file is damaged."""
     path = Path(folder) / SAMPLES_NAME
     if not path.is_file():
-        raise UsageError(f"{folder} holds no {SAMPLES_NAME}: calibrate with --calib_dump_samples.")
+        raise UsageError(f"{folder} has no {SAMPLES_NAME}: calibrate with --calib_dump_samples.")
     try:
         arrays = load_file(path)
         layers = sorted(int(name.removesuffix(".n")) for name in arrays if name.endswith(".n"))
         samples = {layer: (arrays[f"{layer}.n"], arrays[f"{layer}.values"]) for layer in layers}
         for n, values in samples.values():
             if n.dtype.kind != "i" or values.ndim != 2 or n.shape != values.shape[:1]:
-                raise ValueError("row lengths and values do not fit")
+                raise ValueError("row lengths and values do not match")
             if (n < 1).any() or not np.isfinite(values).all():
-                raise ValueError("it has a length or value that makes no sense")
+                raise ValueError("it has a length below 1 or a value that is not finite")
         return samples
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({error}): remove it, and calibrate anew.") from None
+        raise UsageError(f"{path} is damaged ({error}): remove it, and calibrate again.") from None

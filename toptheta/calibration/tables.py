@@ -123,15 +123,13 @@ def load_tables(
 def _read_tables(folder: Path, name: str, sizes: "_Sizes") -> CalibrationTables:
     if not folder.is_dir():
         raise UsageError(
-            f"{name} is {str(folder)!r}, which is no folder: name one that holds th.txt or sdc.txt."
+            f"{name} is {str(folder)!r}, which is not a folder: name one that has th.txt or sdc.txt."
         )
     if (folder / BINARY_NAME).is_file():
         return _read_binary(folder / BINARY_NAME, sizes)
     theta_path, sdc_path = find_file(folder, "th.txt"), find_file(folder, "sdc.txt")
     if theta_path is None and sdc_path is None:
-        raise UsageError(
-            f"{name} is {str(folder)!r}, which holds neither th.txt nor sdc.txt: calibrate first."
-        )
+        raise UsageError(f"{name} is {str(folder)!r}, which has neither th.txt nor sdc.txt: calibrate first.")
     tables = CalibrationTables(0, 0)
     if theta_path is not None:
         tables.theta, tables.k = _read_lines(theta_path, THRESHOLDS, sizes)
@@ -158,14 +156,14 @@ def check_fit(
         raise UsageError(
             f"the {word} {'lack' if kind == 'theta' else 'lacks'} layer {missing[0]} (of "
             f"{len(layers)} needed): "
-            "calibrate with the K of every layer as it will be used."
+            "calibrate with the same K for every layer as in use."
         )
     for layer in layers:
         if layer in tables.k and tables.k[layer] != k_per_layer[layer]:
             raise UsageError(
                 f"the {word} of layer {layer} {'were' if kind == 'theta' else 'was'} calibrated for "
-                f"K={tables.k[layer]}, but K={k_per_layer[layer]} is asked for: use that K, or "
-                "calibrate anew."
+                f"K={tables.k[layer]}, not for K={k_per_layer[layer]}: use K={tables.k[layer]}, or calibrate "
+                "again."
             )
         bad = np.argwhere(np.isnan(held[layer].values) & (held[layer].samples > 0))
         if len(bad):
@@ -173,35 +171,33 @@ def check_fit(
             raise UsageError(
                 f"the {word} of layer {layer} {'have' if kind == 'theta' else 'has'} NaN for head {head} at "
                 f"row length {n}: the scores that {'they were' if kind == 'theta' else 'it was'} calibrated "
-                "on overflowed; calibrate anew, in a type with a wider range (--dtype bfloat16 or float32)."
+                "on overflowed; calibrate again, in a type with a wider range (--dtype bfloat16 or float32)."
             )
     aim = tables.meta.get("calib_to", "k") if tables.meta else calib_to  # th.txt does not tell
     if kind == "theta" and aim != calib_to:
         raise UsageError(
-            f"the thresholds were calibrated with calib_to {aim}, but calib_to {calib_to} is asked for: use "
-            "that, or calibrate anew."
+            f"the thresholds were calibrated with calib_to {aim}, not with calib_to {calib_to}: use calib_to "
+            f"{aim}, or calibrate again."
         )
     known = tables.meta.get("placement")
     if known is not None and known != placement:
         raise UsageError(
-            f"the {word} {'were' if kind == 'theta' else 'was'} calibrated for placement {known}, but "
-            f"{placement} is "
-            "asked for: use that placement, or calibrate anew."
+            f"the {word} {'were' if kind == 'theta' else 'was'} calibrated for placement {known}, not for "
+            f"{placement}: use placement {known}, or calibrate again."
         )
     if known is None and kind == "theta" and placement == "post-softmax":
         lowest = min(float(np.nanmin(held[layer].values)) for layer in layers)
         if lowest < 0.0:
             raise UsageError(
-                f"the thresholds go down to {lowest:.3g}, so they compare scores, but placement "
-                "post-softmax compares "
-                "weights (0 to 1): use placement pre-softmax, or calibrate anew."
+                f"the thresholds go down to {lowest:.3g}, so they were calibrated on scores, but placement "
+                "post-softmax compares weights (0 to 1): use placement pre-softmax, or calibrate again."
             )
 
 
 def no_long_row(k: int, layer: int, longest: int) -> UsageError:
     """What to say when calibration met no row that is sparse."""
     return UsageError(
-        f"calibration found no row longer than K={k} in layer {layer}: the calibration prompts had up to "
+        f"calibration found no row longer than K={k} in layer {layer}: the calibration prompts had at most "
         f"{longest} tokens. Lower K, or calibrate on longer prompts (more shots)."
     )
 
@@ -234,7 +230,7 @@ class _Sizes:
         layers, heads = self.expected or (num_layers, num_heads)
         if num_heads != heads or (num_layers != layers if exactly else num_layers > layers):
             raise UsageError(
-                f"{self.what} are of a model with {num_layers} layers and {num_heads} heads, but this model "
+                f"{self.what} are for a model with {num_layers} layers and {num_heads} heads, but this model "
                 f"has {layers} and {heads}: load tables that were calibrated on this model."
             )
 
@@ -242,9 +238,9 @@ class _Sizes:
         """A layer's table out of entries `[E]`, each of a head and a row length. Raises ValueError."""
         wrong = n[(n < 1) | (n > self.max_length)]
         if wrong.size:
-            raise ValueError(f"it has row length {wrong[0]}, but only 1 to {self.max_length} make sense")
+            raise ValueError(f"it has row length {wrong[0]}, not one from 1 to {self.max_length}")
         if np.isinf(values).any() or (samples < 1).any():  # NaN is `check_fit`'s to explain
-            raise ValueError("it has a value that is infinite, or of no sample")
+            raise ValueError("it has a value that is infinite or has no samples")
         present = np.unique(heads)
         if len(present) < self.num_heads:
             missing = np.append(present != np.arange(len(present)), True).argmax()
@@ -265,7 +261,7 @@ def _read_lines(path: Path, form: LineFormat, sizes: _Sizes) -> tuple[dict[int, 
     """th.txt or sdc.txt: tables by layer, and K by layer where the file tells. Raises UsageError."""
     frame = read_lines(path, form)
     if frame is None:
-        raise UsageError(f"{path} is empty: make it anew.")
+        raise UsageError(f"{path} is empty: create it again.")
     sizes.found(int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1, exactly=False)
     layers, ks = {}, {}
     for _, rows in frame.groupby("layer"):
@@ -280,7 +276,7 @@ def _read_lines(path: Path, form: LineFormat, sizes: _Sizes) -> tuple[dict[int, 
                 ks[layer] = int(k)
         except ValueError as error:
             raise UsageError(
-                f"{path}, layer {layer}: {error}; correct the lines L{layer}_..., or make the file anew."
+                f"{path}, layer {layer}: {error}; correct the lines L{layer}_..., or create the file again."
             ) from None
     return layers, ks
 
@@ -298,14 +294,14 @@ def _read_binary(path: Path, sizes: _Sizes) -> CalibrationTables:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             if header.get("format") != "toptheta-calibration-1":
-                raise ValueError("it is no calibration table of this program")
+                raise ValueError("it is not a calibration table of this program")
             sizes.found(int(header["num_layers"]), int(header["num_heads"]), exactly=True)
             facts = typed({name: parse_json(header[name]) for name in ("k", "meta")}, _Header)
             tables = CalibrationTables(sizes.num_layers, sizes.num_heads, facts["k"], meta=facts["meta"])
             for key in file.keys():
                 kind, layer, what = key.split(".")
                 if not 0 <= int(layer) < sizes.num_layers or kind not in ("theta", "sdc", "value"):
-                    raise ValueError(f"it has {key}, which this model has not")
+                    raise ValueError(f"it has {key}, which does not exist in this model")
                 part = {name: file.get_tensor(f"{kind}.{layer}.{name}") for name in PARTS[kind]}
                 if what == "values":
                     getattr(tables, kind)[int(layer)] = _binary_table(sizes, **part)
@@ -318,7 +314,7 @@ def _read_binary(path: Path, sizes: _Sizes) -> CalibrationTables:
         if isinstance(error, UsageError):
             raise
         raise UsageError(
-            f"{path} cannot be read ({error}): remove it to use th.txt, or calibrate anew."
+            f"{path} cannot be read ({error}): remove it to use th.txt, or calibrate again."
         ) from None
 
 
@@ -326,6 +322,6 @@ def _binary_table(sizes: _Sizes, n: np.ndarray, values: np.ndarray, samples: np.
     if n.dtype.kind != "i" or n.ndim != 1 or len(n) == 0 or samples.dtype.kind != "i":
         raise ValueError("a list of row lengths or samples is damaged")
     if not values.shape == samples.shape == (sizes.num_heads, len(n)) or (np.diff(n) <= 0).any():
-        raise ValueError("row lengths, values and samples do not fit")
+        raise ValueError("row lengths, values and samples do not match")
     heads, at = samples.nonzero()  # a head may have none of a length
     return sizes.table(n[at], heads, values[heads, at], samples[heads, at])

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             "",
             *textwrap.wrap(self.description or "", 79),
         ]
-        lines += ["", f"{self.prog} --help TOPIC explains the flags of one topic, --help all every flag.", ""]
+        lines += ["", "--help TOPIC explains the flags of one topic, --help all every flag.", ""]
         width = 2 + max(map(len, topics))
         for name, group in topics.items():
             flags = " ".join(action.option_strings[-1] for action in group._group_actions)

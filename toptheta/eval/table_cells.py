@@ -112,9 +112,7 @@ def plan(
             for name in part["methods"]:
                 method = choose(name, methods, "reproduce.json: method")
                 if len(method.keys() & {"mode", "method"}) != 1:
-                    raise UsageError(
-                        f"reproduce.json: method {name!r} needs either 'method' or 'mode'."
-                    )
+                    raise UsageError(f"reproduce.json: method {name!r} needs either 'method' or 'mode'.")
                 flags = table.get("flags", {}) | part.get("flags", {}) | method
                 flags[TASK_FLAG[script]] = task
                 if options.samples is not None:

@@ -98,7 +98,7 @@ def choose(call: AttentionCall) -> Backend | None:
         return None
     if FORCED not in CHOICES:
         raise UsageError(
-            f"TOPTHETA_KERNEL={FORCED} is none of {', '.join(CHOICES)}: set one of them, or unset it."
+            f"TOPTHETA_KERNEL={FORCED} is not one of {', '.join(CHOICES)}: set one of them, or unset it."
         )
     if FORCED == "reference":
         return None
@@ -106,7 +106,7 @@ def choose(call: AttentionCall) -> Backend | None:
     why = _unsupported(backend, call) or backend.ready(call)
     if why is not None:
         raise UsageError(
-            f"TOPTHETA_KERNEL={FORCED} cannot be obeyed, because {why}: unset it, or set it to reference."
+            f"TOPTHETA_KERNEL={FORCED} cannot be used, because {why}: unset it, or set it to reference."
         )
     return backend
 

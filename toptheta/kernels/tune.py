@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
 
     made = Parser(
         prog="python -m toptheta.kernels.tune",
-        description="Measure this GPU: tiles of the kernels, and where thresholds are slower than dense.",
+        description="Measure this GPU: the best tile sizes of the kernels, and where thresholds are slower "
+        "than dense attention.",
         allow_abbrev=False,
     )
     made.add_argument(
@@ -83,13 +84,13 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         default="4.5",
         metavar="N",
-        help="to stop after; what is not measured by then is left out (default 4.5)",
+        help="time limit; what is not measured by then is left out (default 4.5)",
     )
-    made.add_argument("--output", metavar="FILE", help="write the profile to this file, too")
+    made.add_argument("--output", metavar="FILE", help="also write the profile to this file")
     made.add_argument(
         "--tiny",
         action="store_true",
-        help="toys, in Triton's interpreter where there is no GPU: tries the command, and keeps no profile",
+        help="test the command with tiny sizes, in Triton's interpreter if there is no GPU; saves no profile",
     )
     return made
 
@@ -104,8 +105,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     num_heads, num_kv_heads, head_dim = map(int, parts)
     if num_heads % num_kv_heads or head_dim % 8 or head_dim > 256:
         raise UsageError(
-            f"--heads is {arguments.heads}: query heads are a multiple of KV heads, and head_dim is one of 8 "
-            "up to 256."
+            f"--heads is {arguments.heads}: query heads must be a multiple of KV heads, and head_dim a "
+            "multiple of 8 up to 256."
         )
     if arguments.dtype not in DTYPES:
         raise UsageError(f"--dtype is {arguments.dtype!r}: choose {' or '.join(DTYPES)}.")
@@ -322,7 +323,7 @@ def main() -> int:
 
         there = torch.cuda.is_available()
         if not there and not arguments.tiny:
-            raise UsageError("this machine shows no GPU to measure; --tiny tries the command without one.")
+            raise UsageError("this machine has no GPU to measure; --tiny tests the command without one.")
         if not there:
             os.environ["TRITON_INTERPRET"] = "1"
         from toptheta.kernels import profile as profiles
@@ -343,7 +344,7 @@ def main() -> int:
             write_json(Path(arguments.output), asdict(profile))
         took = duration(profile.about["seconds"])
         if arguments.tiny:
-            print(f"Toys, in {took}: no profile is kept.")
+            print(f"Tested with tiny sizes in {took}; no profile is saved.")
         else:
             print(f"Profile, measured in {took}: {profiles.save(profile)}")
     except UsageError as error:
@@ -353,7 +354,7 @@ def main() -> int:
         print(f"error: {error.filename} cannot be written ({error.strerror}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped; nothing is kept.", file=sys.stderr)
+        print("Stopped; nothing is saved.", file=sys.stderr)
         return 130
     return 0
 

@@ -53,8 +53,8 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
     if not hasattr(layer, "method_state"):
         if getattr(layer, "is_sliding", False):
             raise UsageError(
-                f"layer {layer_idx} has a sliding-window cache, which a method that remembers keys cannot "
-                "follow: use another method."
+                f"layer {layer_idx} has a sliding-window cache, which methods with state per key do not "
+                "support: use another method."
             )
         layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
         layer.method_state = State()

@@ -181,9 +181,9 @@ def _install(
             refuse(state.mesh, "value_aware", "use thresholds without it")
             if i not in tables.values:
                 raise UsageError(
-                    "value_aware needs thresholds that were calibrated with it, and th.txt has no place for "
-                    "all of it: calibrate with it, or load the folder of such a run with its "
-                    "calibration.safetensors."
+                    "value_aware needs thresholds that were calibrated with it, which th.txt alone does not "
+                    "contain: calibrate with it, or load a folder with the calibration.safetensors of such "
+                    "a run."
                 )
             parts = (torch.from_numpy(part) for part in (tables.values[i].mean, tables.values[i].scale))
             state.values = ValueNorms(
@@ -228,12 +228,12 @@ def begin_calibration(
     k_per_layer = params.k_per_layer(len(layers))
     if not params.needs_calibration:
         raise UsageError(
-            "calibrate=True has nothing to calibrate: it serves mode 0 and sdc offline-calibrated."
+            "calibrate=True has nothing to calibrate: use it with mode 0 or sdc offline-calibrated."
         )
     if more_k and params.calib_tac:
-        raise UsageError("calib_tac computes with one K, so it calibrates one K at a time.")
+        raise UsageError("calib_tac computes attention with one K, so it calibrates one K at a time.")
     if keep_samples and params.calib_to == "budget":
-        raise UsageError("calib_to budget keeps histograms, no single samples: leave calib_dump_samples out.")
+        raise UsageError("calib_to budget keeps no threshold samples: leave calib_dump_samples out.")
     mesh = layers[0].toptheta.mesh
     if params.calib_to == "budget":
         refuse(mesh, "calib_to budget", "calibrate in one process, and load the folder with calib_load_path")
@@ -387,6 +387,6 @@ def value_gram(layer: Any) -> Tensor:
     for weights that are offloaded."""
     weight = layer.o_proj.weight
     if weight.device.type == "meta":
-        raise UsageError("value_aware reads the output projections, which are offloaded: leave it out.")
+        raise UsageError("value_aware needs the output projections, which are offloaded: leave it out.")
     parts = weight.detach().float().view(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
     return parts.transpose(1, 2) @ parts

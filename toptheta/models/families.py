@@ -95,14 +95,14 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         kind = getattr(getattr(model, "config", None), "model_type", "") or "unknown"
         raise UsageError(
-            f"{type(model).__name__} (model type {kind!r}) has no attention layer of a family that top_theta "
-            f"knows: use a model of {', '.join(MODEL_TYPES)}, or add the family (CONTRIBUTING.md)."
+            f"{type(model).__name__} (model type {kind!r}) has no attention layer of a supported family: use "
+            f"a model of {', '.join(MODEL_TYPES)}, or add the family (CONTRIBUTING.md)."
         )
     outer, inner = (getattr(x.config, "model_type", None) for x in (model, layers[0]))
     if outer != inner:
         raise UsageError(
-            f"{type(model).__name__} (model type {outer!r}) holds a language model of type {inner!r} among "
-            "others, whose masks top_theta does not know: load the language model alone."
+            f"{type(model).__name__} (model type {outer!r}) contains a language model of type {inner!r} and "
+            "other parts, whose masks top_theta does not support: load the language model alone."
         )
     return sorted(layers, key=lambda layer: layer.layer_idx)
 
@@ -113,8 +113,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     unknown = [name for name, x in arguments.items() if x is not None and name not in WITHOUT_EFFECT]
     if unknown:
         raise UsageError(
-            f"the model hands its attention {', '.join(unknown)}, which top_theta does not know: leave it "
-            "out, or compute with attn_implementation 'eager' or 'sdpa'."
+            f"the model passes {', '.join(unknown)} to its attention, which top_theta does not support: "
+            "leave it out, or use attn_implementation 'eager' or 'sdpa'."
         )
 
 

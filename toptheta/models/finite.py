@@ -51,12 +51,12 @@ def checked(model: Any, run: Callable[[list[T]], R], batch: list[T], name: Calla
     if all(map(bool, finite.values())):
         return found
     record_statistics(model, None)  # what comes now is no request
-    help_ = "where the model overflows, --dtype float32 helps."
+    help_ = "if the model overflows, use --dtype float32."
     for one in batch:
         if where := _begins(model, lambda: run([one])):  # noqa: B023
             raise UsageError(f"{name(one)}: {where} are not finite numbers; {help_}")
     names = ", ".join(map(name, batch))
-    raise UsageError(f"{names}: some numbers were not finite, though alone each request has none; {help_}")
+    raise UsageError(f"{names}: some numbers are not finite, but only in this batch; {help_}")
 
 
 def _scores_finite(ends: list[Tensor], scale: float) -> Tensor:
@@ -100,7 +100,7 @@ def _begins(model: Any, run: Callable[[], Any]) -> str | None:
     blocks = {m: index[one] for m in model.modules() for one in m.children() if one in index}
 
     def note_block(block: nn.Module, args: Any, output: Any) -> None:
-        note(_tensor(output), f"the outputs of layer {blocks[block]}, behind its attention,")
+        note(_tensor(output), f"the outputs of layer {blocks[block]}, after its attention,")
 
     with (
         _attention(traced),

@@ -64,8 +64,8 @@ def toptheta_attention_forward(
     check_arguments(kwargs)
     if dropout > 0.0:
         raise UsageError(
-            f"attention_dropout is {dropout} while training, which sparse attention does not know: load the "
-            "model with attention_dropout=0.0, or call model.eval()."
+            f"attention_dropout is {dropout} while training, which sparse attention does not support: load "
+            "the model with attention_dropout=0.0, or call model.eval()."
         )
     rows = rows_of(attention_mask, q_len, kv_len, query.device)
     scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]

@@ -116,8 +116,8 @@ class LayerState(nn.Module):
         if self.now.due:
             self.now.due = False
             raise UsageError(
-                f"layer {self.layer_idx} did not compute its attention by top_theta, although set_params "
-                "says so: call model.set_attn_implementation('top_theta'), or restore_model(model)."
+                f"layer {self.layer_idx} did not compute its attention with top_theta, although set_params "
+                "selected it: call model.set_attn_implementation('top_theta'), or restore_model(model)."
             )
 
     def attach(self, layer: nn.Module) -> None:

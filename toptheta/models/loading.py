@@ -71,7 +71,7 @@ def find_model(llama: str, flag: str = "--llama") -> ModelSource:
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
         if not files:
             raise UsageError(
-                f"{flag} {llama}: its package holds no .gguf file; reinstall it with `{SMALL_INSTALL}`."
+                f"{flag} {llama}: its package has no .gguf file; reinstall it with `{SMALL_INSTALL}`."
             )
         return ModelSource("SmolLM2-135M-Instruct", str(files[0].parent), files[0].name, flag)
     if llama in ALIASES:
@@ -85,14 +85,14 @@ def find_model(llama: str, flag: str = "--llama") -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(
-                f"{flag} {llama}: the folder holds no config.json, so it is no Hugging Face model."
+                f"{flag} {llama}: the folder has no config.json, so it is not a Hugging Face model."
             )
         return ModelSource(path.resolve().name, str(path), flag=flag)
     parts = llama.split("/")
     if len(parts) != 2 or not all(parts) or llama.startswith((".", "/", "~")):
         known = ", ".join([SMALL_MODEL, *ALIASES])
         raise UsageError(
-            f"{flag} {llama!r} is no alias ({known}), no folder, no .gguf file and no hub id of the "
+            f"{flag} {llama!r} is neither an alias ({known}) nor a folder, a .gguf file or a hub id of the "
             "form owner/name."
         )
     return ModelSource(parts[1], llama, flag=flag)
@@ -181,7 +181,7 @@ def spread_notice(model: Any) -> str:
     slow = sum(place in ("cpu", "disk") for place in places)
     if slow in (0, len(places)):
         return ""
-    return f"The GPUs do not hold the model: {slow} of its {len(places)} parts rest on CPU or disk (slow)."
+    return f"The model does not fit on the GPUs: {slow} of its {len(places)} parts are on CPU or disk (slow)."
 
 
 def _why_not_loaded(source: ModelSource, error: Exception) -> str:
@@ -191,22 +191,20 @@ def _why_not_loaded(source: ModelSource, error: Exception) -> str:
     ):
         return (
             f"{source.flag} {source.location} has no safetensors. Pickled weights (pytorch_model.bin) can "
-            "hold programs: convert them, or add --allow_pickle if you trust who made them."
+            "contain code: convert them, or add --allow_pickle if you trust their author."
         )
     if source.is_local:
         return f"{source.flag} {source.location} cannot be loaded: {' '.join(text.split())[:300]}"
     if "gated" in text or "401" in text or "403" in text:
         return (
             f"{source.flag} {source.location} is a gated or private model: accept its terms on its page, "
-            "log in with "
-            "`hf auth login`, and run again; or use smollm2, which needs no account."
+            "log in with `hf auth login`, and run again; or use smollm2, which needs no account."
         )
     if "is not a valid model identifier" in text or "404" in text:
         return f"{source.flag} {source.location}: the hub has no such model; check owner and name."
     return (
         f"{source.flag} {source.location} is not on this machine and the hub cannot be reached: connect to "
-        "the network, name "
-        "a folder that holds the model, or use smollm2."
+        "the network, name a folder with the model, or use smollm2."
     )
 
 
@@ -230,7 +228,7 @@ def unpacked(source: ModelSource) -> ModelSource:
     root = cache_folder()
     folder = root / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        print(f"Unpacking {file.name} once into {folder}", file=sys.stderr)
+        print(f"Unpacking {file.name} to {folder} (first use only)", file=sys.stderr)
         root.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
         try:

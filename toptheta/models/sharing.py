@@ -68,7 +68,7 @@ def push_calibration(
     if not hub_reachable():
         raise UsageError(
             f"the calibration cannot be pushed to {repo_id}, because the hub cannot be reached: connect to "
-            "the network, or write it into a folder with save_calibration."
+            "the network, or write it to a folder with save_calibration."
         )
     try:
         return calibration.push_to_hub(
@@ -141,8 +141,8 @@ def find_calibration(
         ) from None
     except LocalEntryNotFoundError:
         raise UsageError(
-            f"the calibration {where} is no folder, is not on this machine, and the hub cannot be reached: "
-            "connect to the network, or name a folder."
+            f"the calibration {where} is neither a folder nor in the local cache, and the hub cannot be "
+            "reached: connect to the network, or name a folder."
         ) from None
     except HfHubHTTPError as error:
         raise UsageError(f"the calibration {where} cannot be loaded: {_reason(error)}.") from None
@@ -150,7 +150,7 @@ def find_calibration(
         raise
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UsageError(
-            f"the calibration {where} is damaged, or of another program ({error}): name another, or make one "
+            f"the calibration {where} is damaged or not of this format ({error}): name another, or make one "
             "from a run's folder with toptheta-calibration."
         ) from None
 
@@ -163,7 +163,7 @@ def calibration_of(
     _check_not_calibrating(model)
     if tables is None or not params.needs_calibration:
         raise UsageError(
-            "there is no calibration in use to save: calibrate with set_params(mode=0, calibrate=True), or "
+            "the model has no calibration to save: calibrate with set_params(mode=0, calibrate=True), or "
             "load one."
         )
     sizes, (rows, longest) = _sizes(model), sampled(tables)
@@ -264,7 +264,7 @@ def _sizes(model: Any) -> dict[str, Any]:
 
 def _check_not_calibrating(model: nn.Module) -> None:
     if calibrations(model):
-        raise UsageError("the model is being calibrated: end that first with set_params(calibrate=False).")
+        raise UsageError("a calibration is under way: end it first with set_params(calibrate=False).")
 
 
 def _check_model(config: CalibrationConfig, model: nn.Module, strict: bool) -> None:
@@ -275,7 +275,7 @@ def _check_model(config: CalibrationConfig, model: nn.Module, strict: bool) -> N
         if theirs and theirs != sizes[name]:  # what was made of th.txt knows a part of them
             raise UsageError(
                 f"the calibration is for a model with {name} {theirs}, but this model has {sizes[name]}: "
-                f"calibrate this model, or load {config.base_model or 'the other one'}."
+                f"calibrate this model, or load {config.base_model or 'the other model'}."
             )
     if not strict:
         return
@@ -283,11 +283,11 @@ def _check_model(config: CalibrationConfig, model: nn.Module, strict: bool) -> N
     if ours and theirs and ours != theirs:
         raise UsageError(
             f"the calibration is for {config.base_model}, but this model is {sizes['base_model']}: calibrate "
-            "it, or give strict=False if both are the same model."
+            "this model, or give strict=False if both are the same."
         )
     if sizes["revision"] and config.revision and sizes["revision"] != config.revision:
         raise UsageError(
-            f"the calibration is for revision {config.revision} of {config.base_model}, but this model is of "
+            f"the calibration is for revision {config.revision} of {config.base_model}, but this model is "
             f"revision {sizes['revision']}: load that revision, calibrate this one, or give strict=False."
         )
 

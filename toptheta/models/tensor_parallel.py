@@ -49,4 +49,4 @@ def of_all_heads(table: LayerTable, mesh: Any) -> LayerTable:
 def refuse(mesh: Any, what: str, instead: str) -> None:
     """Raise UsageError where `what` does not know that heads are shared out."""
     if mesh is not None:
-        raise UsageError(f"{what} sees only its own process's heads under tensor parallelism: {instead}.")
+        raise UsageError(f"{what} does not support tensor parallelism: {instead}.")

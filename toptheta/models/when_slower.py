@@ -217,8 +217,8 @@ def _profile(device: torch.device) -> Profile | None:
 def _say_once(device: torch.device) -> None:
     if device.type == "cuda":
         say(
-            f"when_slower=dense has no effect, because this GPU was not measured: {COMMAND} does that in "
-            "less than five minutes."
+            f"when_slower=dense has no effect, because there is no profile of this GPU: {COMMAND} measures "
+            "one in less than five minutes."
         )
     else:
-        say(f"when_slower=dense has no effect on {device.type}: it is about GPUs that were measured.")
+        say(f"when_slower=dense has no effect on {device.type}: it needs a GPU and its profile.")

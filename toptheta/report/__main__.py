@@ -20,19 +20,19 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     parser = Parser(
         prog="python -m toptheta.report",
-        description="Write runs as one HTML file: tables, pictures, answers side by side.",
+        description="Write a report on runs as one HTML file: tables, plots, answers side by side.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="DIR",
-        help="a run, products/<timestamp>; one of its tasks or cells; a table",
+        help="folder of a run (products/<timestamp>), of one of its tasks or cells, or of a table",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="the file (default: report.html in the run's folder; of several runs products/reports/)",
+        help="the file (default: report.html in the run's folder; for several runs in products/reports/)",
     )
     parser.add_argument("--open", action="store_true", help="show it in a browser")
     try:

@@ -16,9 +16,9 @@ from toptheta.util.files import timestamp, write_json, write_text
 from toptheta.util.schema import read_json
 
 EXPLANATION = (
-    "± is the standard error, of a difference the paired one; in brackets its 95% interval. Lost and gained: "
-    "questions that the baseline alone had right, and that it alone had wrong; p: McNemar's exact test of "
-    "their balance."
+    "± is the standard error (paired for differences), with the 95% interval in brackets. Lost: questions "
+    "that only the baseline answered correctly; gained: that only the other did; p: McNemar's exact test of "
+    "lost against gained."
 )
 
 
@@ -38,9 +38,7 @@ def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Com
 
     folders = [folder for run in runs for folder in cells_of(run)]
     if len(set(folders)) < 2:
-        raise UsageError(
-            f"{' '.join(runs)} names one cell only: name another run or cell to compare it with."
-        )
+        raise UsageError(f"{' '.join(runs)} is one cell only: name another run or cell to compare it with.")
     results = [_result(folder) for folder in dict.fromkeys(folders)]
     labels = distinct_labels(results)
     baseline = read_answers(str(results[0].folder))
@@ -72,7 +70,7 @@ def cells_of(run: str) -> list[Path]:
         tasks = sorted({path.parent.parent.name for path in folder.glob("*/*/results.json")})
         some = f" one of its tasks ({', '.join(tasks)})," if tasks else ""
         raise UsageError(
-            f"{run} holds no finished cell: name{some} a folder of a run, products/<timestamp>, or of one "
+            f"{run} has no finished cell: name{some} the folder of a run, products/<timestamp>, or of one "
             "of its cells."
         )
     return sorted(cells, key=lambda cell: not _result(cell).dense)

@@ -143,7 +143,7 @@ def _results(folder: Path) -> list[CellResult]:
             results = [one for of_task in read_results_by_task(folder / name).values() for one in of_task]
     if not results:
         raise UsageError(
-            f"{folder} holds no finished cell: name the folder of a run, products/<timestamp>, of one of its "
+            f"{folder} has no finished cell: name the folder of a run, products/<timestamp>, of one of its "
             "tasks or cells, or of a table."
         )
     return results

@@ -186,13 +186,13 @@ def _pairs(
         some = missing[0] if missing else min(further)
         raise UsageError(
             f"{first} and {second} answered different questions ({len(missing)} are only in {first}, "
-            f"{len(further)} only in {second}, {some} among them): compare runs with the same task, seed and "
+            f"{len(further)} only in {second}, such as {some}): compare runs with the same task, seed and "
             "number of questions."
         )
     for answer in baseline:
         if answers[answer.key].hash != answer.hash:
             raise UsageError(
-                f"{first} and {second} asked {answer.key} in different words: compare runs with the same "
+                f"{first} and {second} have different prompts for {answer.key}: compare runs with the same "
                 "shots, template, text and lengths."
             )
     return [(answer, answers[answer.key]) for answer in baseline]

@@ -163,7 +163,7 @@ class CellResult:
 def read_result(path: Path) -> CellResult:
     """The result in a results.json. Raises UsageError when it is damaged, and OSError."""
     try:
-        return CellResult.from_json(read_json(path, dict, "remove it to have the cell finished anew"))
+        return CellResult.from_json(read_json(path, dict, "remove it to finish the cell again"))
     except UsageError as error:
         raise error if str(path) in str(error) else UsageError(f"{path}: {error}") from None
 
@@ -212,7 +212,7 @@ def read_answers(folder: Path | str) -> list[Answer]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UsageError(
-            f"{path} is missing: name the folder of a finished cell. Earlier versions kept no answers: run "
+            f"{path} is missing: name the folder of a finished cell. Earlier versions saved no answers; run "
             "such a cell again."
         ) from None
     except (OSError, UnicodeDecodeError) as error:

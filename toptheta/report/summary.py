@@ -41,18 +41,18 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
 
         for left_out in draw_tradeoff(results, folder / "tradeoff.png", title):
             say(left_out)
-        print(f"Picture: {folder / 'tradeoff.png'}")
+        print(f"Plot: {folder / 'tradeoff.png'}")
     if by_length:
         from toptheta.report.plots.perplexity import draw_perplexity
 
         draw_perplexity(results, folder / "perplexity.png", title)
-        print(f"Picture: {folder / 'perplexity.png'}")
+        print(f"Plot: {folder / 'perplexity.png'}")
     if any(_is_compared(result) and not result.dense for result in results):
         from toptheta.report.plots.divergence import draw_divergence
 
         draw_divergence({title: results}, folder / "kl.png", "KL to dense attention by KV bytes read")
-        print(f"Picture: {folder / 'kl.png'}")
-    print(f"Products: {folder}")
+        print(f"Plot: {folder / 'kl.png'}")
+    print(f"Results: {folder}")
     return results
 
 
@@ -95,7 +95,7 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
                     say(left_out)
                 written.append(picture)
             except UsageError as error:
-                say(f"{task}: no picture, because {error}")
+                say(f"{task}: no plot, because {error}")
     if texts:
         from toptheta.report.plots.divergence import draw_divergence
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-NOTICE = b"\nStopping when this prompt is through. A second signal stops at once.\n"
+NOTICE = b"\nStopping after this prompt. A second signal stops at once.\n"
 
 _blocks: list[bool] = []  # blocks that are open, the innermost last: whether a second signal ends it
 _pending: list[int] = []  # signals put off. Both are of the process, as signals are

@@ -82,14 +82,14 @@ def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.Dat
             or extra.notna().any()
             or not _sound(frame, layer, form.words)
         ):
-            raise ValueError("a value out of its range")
+            raise ValueError("a value is out of range")
         if form.strict:
             line = form.pattern.replace(" ", "[ \t]+").encode()
             if re.sub(rb"(?m)^[ \t]*" + line + rb"[ \t\r]*$", b"", content).strip():
-                raise ValueError("a line of another form")
+                raise ValueError("a line has another format")
     except (ValueError, OverflowError) as error:
         _find_damage(path, content, form)
-        raise UsageError(f"{path} cannot be read ({error}): make it anew.") from None
+        raise UsageError(f"{path} cannot be read ({error}): create it again.") from None
     return frame
 
 
@@ -122,7 +122,9 @@ def file_content(path: Path) -> bytes:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{path} is not a whole gzip file ({error}): remove it, or make it anew.") from None
+        raise UsageError(
+            f"{path} is not a complete gzip file ({error}): remove it, or create it again."
+        ) from None
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}): allow reading it, or remove it."

@@ -19,11 +19,14 @@ def test_data_that_makes_no_sense(here_with_text: Path, folder_model: str) -> No
         ({"dataset": "perplexity", "text": "short.txt"}, "fewer than two windows"),
         ({"dataset": "perplexity", "text": "latin.txt"}, "not UTF-8"),
         ({"dataset": "perplexity", "text": "text.txt", "calib_samples": 90}, "leaves none to evaluate"),
-        ({"dataset": "perplexity", "text": "text.txt", "max_seq_len": 4096}, "model's context of 2048 tokens"),
+        (
+            {"dataset": "perplexity", "text": "text.txt", "max_seq_len": 4096},
+            "model's context of 2048 tokens",
+        ),
         ({"dataset": "needle", "text": "short.txt"}, "fewer than the longest context"),
         (
             {"dataset": "longbench_qmsum", "data_dir": ".", "max_seq_len": 900},
-            "holds neither longbench_qmsum/test.jsonl",
+            "has neither longbench_qmsum/test.jsonl",
         ),
         (
             {"dataset": "longbench_qmsum", "data_dir": "bad", "max_seq_len": 900},

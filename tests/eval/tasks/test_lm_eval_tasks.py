@@ -14,7 +14,7 @@ def test_tasks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no folder 'arc_easy'"):
         check_task("arc_easy", str(tmp_path))
     (tmp_path / "arc_easy").mkdir()
-    with pytest.raises(UsageError, match="holds no test.jsonl"):
+    with pytest.raises(UsageError, match="has no test.jsonl"):
         task_configs("arc_easy", str(tmp_path), False)
     # Rows that tasks share lie under the name of their data set.
     (tmp_path / "gsm8k").mkdir()

@@ -102,7 +102,7 @@ def test_longbench_from_the_hub(
     base = gen_settings("smollm2", dataset="longbench_gov_report", max_seq_len=1024, calib_samples=None)
     job = longbench.LongBenchJob(base, small_tokenizer)
     assert [item.key for item in job.items] == ["test20", "test21", "test22"] and len(job.calibration) == 20
-    with pytest.raises(UsageError, match=r"data.zip holds no data/qmsum.jsonl"):
+    with pytest.raises(UsageError, match=r"data.zip has no data/qmsum.jsonl"):
         longbench.load_rows("longbench_qmsum", None)
 
 

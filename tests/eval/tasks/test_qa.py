@@ -117,7 +117,7 @@ def test_qa_k_above_every_prompt(folder_model: str, here: Path) -> None:
     from toptheta.eval.runner import evaluate
 
     with pytest.raises(
-        UsageError, match="no row longer than K=900 in layer 0: the calibration prompts had up to"
+        UsageError, match="no row longer than K=900 in layer 0: the calibration prompts had at most"
     ):
         evaluate(qa_settings(folder_model, mode=(0,), k=(900,)))
 

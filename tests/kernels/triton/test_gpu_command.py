@@ -38,7 +38,7 @@ def test_tiny_run_and_going_on(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path):
     done = command(tmp_path)
-    assert done.returncode == 2 and "shows no GPU" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "has no GPU" in done.stderr and not list(tmp_path.iterdir())
     done = command(tmp_path, "--tiny", "--only", "call")
     assert done.returncode == 2 and "names call: choose from tests, tune-decode" in done.stderr
 

@@ -105,5 +105,5 @@ def test_wrong_options(package) -> None:
         package.attention(q, q, q, 2, placement="before")
     with pytest.raises(ValueError, match="needs a theta of shape"):
         package.attention(q, q, q, 2, theta=torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         package.attention(q, q[:, :3], q, 2)

@@ -19,7 +19,7 @@ from toptheta.util.errors import UsageError
 def test_forced_but_impossible(tiny_model, monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", "triton")
     steer(tiny_model.to(DEVICE), SPARSE["Top-k"])
-    with pytest.raises(UsageError, match="TOPTHETA_KERNEL=triton cannot be obeyed, because Top-k of"):
+    with pytest.raises(UsageError, match="TOPTHETA_KERNEL=triton cannot be used, because Top-k of"):
         tiny_model(tokens().to(DEVICE))
 
 

@@ -124,7 +124,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert run("a", "b", "--output", "both.html")[0] == 0
     assert "dense, bfloat16" in Path("both.html").read_text()
     code, _, error = run("a", "nowhere")
-    assert code == 2 and error.count("\n") == 1 and "nowhere holds no finished cell" in error
+    assert code == 2 and error.count("\n") == 1 and "nowhere has no finished cell" in error
     (here / "c").write_text("a file")
     code, _, error = run("a", "--output", "c/report.html")
     assert code == 2 and "c/report.html cannot be written" in error

@@ -18,5 +18,5 @@ def test_show_says_what_a_figure_lacks(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.startswith("layer4.txt is missing or empty")
     with pytest.raises(UsageError, match=r"layer4\.txt is missing or empty"):
         show(draw_size_by_length, open_folder(folder, layer_ids=[4]))
-    with pytest.raises(UsageError, match="none is no folder"):
+    with pytest.raises(UsageError, match="none is not a folder"):
         open_folder(tmp_path / "none")

@@ -119,7 +119,7 @@ def test_other_damaged_files_are_named(tmp_path: Path) -> None:
         (lambda: read.read_kept(tmp_path, 2, "attn", "prefill"), r"prefill\.csv, line 3"),
         (lambda: read.read_outcomes(tmp_path), r"results\.jsonl, line 2"),
         (lambda: read.read_config(tmp_path), r"config\.json is damaged \(.*, line 2"),
-        (lambda: read.read_sequence_lengths(tmp_path), r"example\.csv\.gz is not a whole gzip file"),
+        (lambda: read.read_sequence_lengths(tmp_path), r"example\.csv\.gz is not a complete gzip file"),
     ):
         with pytest.raises(UsageError, match=words):
             read_it()

@@ -140,7 +140,7 @@ def test_ids_are_checked_by_files_where_there_is_no_config(old: Path, tmp_path: 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     for script in ("plot_th_llama.py", "plot_gen_llama.py"):
-        assert_refused(run_script(script, "-d", tmp_path / "none", "-t", "t"), "-d/--dir", "is no folder")
+        assert_refused(run_script(script, "-d", tmp_path / "none", "-t", "t"), "-d/--dir", "is not a folder")
         assert_refused(
             run_script(script, "-d", tmp_path, "-t", "t"), "-d/--dir", "nothing to draw", "layer<i>.txt"
         )

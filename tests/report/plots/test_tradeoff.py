@@ -84,7 +84,7 @@ def test_tradeoff_refuses_what_it_cannot_draw() -> None:
     dense, *sparse = tradeoff_results()
     for results, words in (
         ([], "no results"),
-        ([dense], "no result says"),
+        ([dense], "no result has"),
         ([dense, replace(sparse[0], task="gsm8k")], "several tasks"),
         ([dense, replace(sparse[0], metrics={"f1": Metric(1.0)})], "no metric in common"),
     ):

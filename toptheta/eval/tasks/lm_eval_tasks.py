@@ -179,9 +179,7 @@ def _with_local_data(
             }
         )
     if not local:
-        raise UsageError(
-            f"--data_dir: {data_dir / name} has none of the {len(configs)} sub-tasks of {name}."
-        )
+        raise UsageError(f"--data_dir: {data_dir / name} has none of the {len(configs)} sub-tasks of {name}.")
     return local
 
 

@@ -53,9 +53,9 @@ def kept(run: LoadedRun) -> Chart | None:
             ],
         },
     }
-    note = "In % of what dense attention uses. A click shows the threshold of that layer and head below."
+    note = "In % of dense attention. Click a head to show its thresholds below."
     choices = [cell_choice(run, frame), phase_choice(frame), Choice("what", what)]
-    return Chart("kept", "What each head keeps", note, spec, frame, choices, ("layer", "head"))
+    return Chart("kept", "Kept by layer and head", note, spec, frame, choices, ("layer", "head"))
 
 
 def thresholds(run: LoadedRun) -> Chart | None:
@@ -97,7 +97,9 @@ def thresholds(run: LoadedRun) -> Chart | None:
             },
         ],
     }
-    note = "The chosen head; in grey the other heads of its layer. Neighbouring row lengths are averaged."
+    note = (
+        "The selected head, and the other heads of its layer in grey. Neighbouring row lengths are averaged."
+    )
     choices = [cell_choice(run, frame, **facts), number_choice("layer", frame), number_choice("head", frame)]
     return Chart("thresholds", "Thresholds by row length", note, spec, frame, choices)
 
@@ -141,7 +143,7 @@ def by_layer(run: LoadedRun) -> Chart | None:
         "transform": [where("cell", "phase")],
         "layer": _effective(x, mean, spread),
     }
-    note = "Mean (point) and 5 to 95 % (bar) of what single rows keep; the dashed line is K."
+    note = "Elements that a row keeps: mean (point), 5th to 95th percentile (bar); the dashed line is K."
     return Chart(
         "effective_k",
         "Effective K by layer",
@@ -167,7 +169,7 @@ def by_row_length(run: LoadedRun) -> Chart | None:
         "transform": [where("cell", "phase", "layer")],
         "layer": _effective(x, mean, spread),
     }
-    note = "Mean (line) and 5 to 95 % (band) of what the rows of one layer keep; the dashed line is K."
+    note = "Elements that a row keeps: mean (line), 5th to 95th percentile (band); the dashed line is K."
     choices = [cell_choice(run, frame), phase_choice(frame), number_choice("layer", frame)]
     return Chart("effective_k_by_length", "Effective K by row length", note, spec, frame, choices)
 
@@ -207,6 +209,6 @@ def popularity(run: LoadedRun) -> Chart | None:
             ],
         },
     }
-    note = "The first text that was generated: at how many of its decode steps some head keeps the V row."
+    note = "For the first generated text: the share of decode steps in which any head keeps the V row."
     choices = [cell_choice(run, frame), Choice("group", options)]
     return Chart("popularity", "Which V rows are kept", note, spec, frame, choices)

@@ -149,7 +149,7 @@ class Samples {
     place.querySelector(".choices").append(cellLabel, element("label", {}, "question", this.question),
       element("button", { type: "button", textContent: "previous", onclick: () => step(-1) }),
       element("button", { type: "button", textContent: "next", onclick: () => step(1) }),
-      element("label", {}, this.differing, "only those that differ"));
+      element("label", {}, this.differing, "only different answers"));
     this.cell.addEventListener("change", () => this.list());
     this.differing.addEventListener("change", () => this.list());
     this.question.addEventListener("change", () => this.show());
@@ -174,7 +174,7 @@ class Samples {
     if (!question) { sample.replaceChildren(element("p", { class: "quiet", textContent: "All answers are the same." })); return; }
     const parts = [];
     if (question.question) parts.push(element("pre", { class: "question", textContent: question.question }));
-    if (typeof question.target === "string") parts.push(element("p", { class: "quiet", textContent: `Right: ${question.target}` }));
+    if (typeof question.target === "string") parts.push(element("p", { class: "quiet", textContent: `Correct answer: ${question.target}` }));
     const pair = [question.answers[0], this.other(question)].filter(Boolean);
     parts.push(question.choices ? this.likelihoods(question, pair)
       : element("div", { class: "pair" }, ...pair.map((one, i) => this.reply(one, pair, i > 0))));

@@ -88,8 +88,8 @@ def tradeoff(run: LoadedRun) -> Chart | None:
     }  # fmt: skip
     return Chart(
         "tradeoff",
-        "What sparsity costs",
-        "Bars are ± one standard error; numbers at points are K. Each line is one method.",
+        "Quality against cost",
+        "Error bars are ± one standard error; numbers at points are K. Each line is one method.",
         spec,
         rows,
         [Choice("score", y_options), Choice("against", x_options)],
@@ -169,7 +169,7 @@ def by_length(run: LoadedRun) -> Chart | None:
                 "field": "lengths",
                 "type": "ordinal",
                 "sort": order,
-                "title": "tokens before the predicted one",
+                "title": "context length (tokens before the predicted one)",
                 "axis": {"labelAngle": 0},
             },
             "y": y,
@@ -180,7 +180,7 @@ def by_length(run: LoadedRun) -> Chart | None:
     }
     options = [Option("perplexity", {"@y": "ppl", "@y_title": "perplexity"})]
     if base:
-        title = "perplexity above dense's (%)"
+        title = "perplexity above dense (%)"
         options.insert(0, Option(title, {"@y": "above", "@y_title": title}))
     frame = pd.DataFrame(rows)
     note = "Each line is one cell."
@@ -216,5 +216,5 @@ def needles(run: LoadedRun) -> Chart | None:
             {"mark": {"type": "text"}, "encoding": {"text": {"field": "words"}, "color": text_colour}},
         ],
     }
-    note = "A needle is a number hidden in a long text; it is found when the reply holds it."
+    note = "A needle is a number hidden in a long text; it counts as found if the reply contains it."
     return Chart("needles", "Needles found", note, spec, frame, [cell_choice(run, frame)])

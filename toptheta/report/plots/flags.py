@@ -41,23 +41,21 @@ def plot_parser(description: str) -> PlotParser:
     add(
         "--layer-ids",
         metavar="0,1,15",
-        help="draw these layers only (default: 4 spread out where each has its own line, else all)",
+        help="draw only these layers (default: 4 evenly spaced ones where each has its own line, else all)",
     )
     add(
         "--head-ids",
         metavar="0,1,2",
-        help="draw these query heads only (default: the first 4 where each has its own line, else all)",
+        help="draw only these query heads (default: the first 4 where each has its own line, else all)",
     )
     add(
         "--layers",
         metavar="N",
         help="layers of the model, for folders without config.json (default: from the files)",
     )
-    add("--heads", metavar="N", help="query heads of a layer, likewise")
+    add("--heads", metavar="N", help="query heads per layer, for folders without config.json")
     add("--format", default="png", metavar="|".join(FORMATS), help="picture format (default: png)")
-    add(
-        "--output", metavar="DIR", help="folder for the pictures, made if need be (default: the run's folder)"
-    )
+    add("--output", metavar="DIR", help="folder for the plots, created if needed (default: the run's folder)")
     return parser
 
 
@@ -75,7 +73,7 @@ def check_request(args: argparse.Namespace) -> Request:
     folder = Path(args.dir)
     if not folder.is_dir():
         raise UsageError(
-            f"-d/--dir is {args.dir!r}, which is no folder: name the folder of a run, products/<timestamp>."
+            f"-d/--dir is {args.dir!r}, which is not a folder: name that of a run, products/<timestamp>."
         )
     if args.format not in FORMATS:
         raise UsageError(f"--format is {args.format!r}, but must be one of {', '.join(FORMATS)}.")

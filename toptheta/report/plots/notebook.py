@@ -38,7 +38,7 @@ def open_folder(
     """A run's folder for the `draw_...` functions; ids: draw these only. Raises UsageError."""
     path = Path(folder)
     if not path.is_dir():
-        raise UsageError(f"{path} is no folder: name the folder of a run, products/<timestamp>.")
+        raise UsageError(f"{path} is not a folder: name the folder of a run, products/<timestamp>.")
     layers, heads = (None if ids is None else tuple(sorted(set(ids))) for ids in (layer_ids, head_ids))
     return open_run(Request(path, path, "png", title, layers, heads))
 

@@ -26,9 +26,7 @@ def perplexity_figure(results: Sequence[CellResult], title: str) -> Figure:
     no perplexity by length, or they have different lengths."""
     bounds = [[row["length"] for row in result.by_length] for result in results]
     if not bounds or not bounds[0] or any(other != bounds[0] for other in bounds):
-        raise UsageError(
-            "the results hold no perplexity by one and the same context lengths: draw one run's."
-        )
+        raise UsageError("the results have no perplexity by the same context lengths: draw those of one run.")
     dense = [result for result in results if result.dense]
     sparse = [result for result in results if not result.dense]
     compared = bool(dense and sparse)

@@ -85,7 +85,7 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
                 drawn += 1
         if not drawn and not failed:
             raise UsageError(
-                f"-d/--dir is {str(run.folder)!r}, which holds nothing to draw (looked for {inputs}): "
+                f"-d/--dir is {str(run.folder)!r}, which has nothing to draw (looked for {inputs}): "
                 "name the folder of a run, products/<timestamp>, or choose other --layer-ids and --head-ids."
             )
     except UsageError as error:

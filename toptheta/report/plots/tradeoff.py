@@ -70,8 +70,8 @@ def tradeoff_figure(
     ]
     if not placed:
         raise UsageError(
-            f"no result says what a sparse method kept in {PHASE_NAMES[phase]}: run one with "
-            "statistics collected."
+            f"no result has what a sparse method kept in {PHASE_NAMES[phase]}: run one without "
+            "--no_statistics."
         )
 
     families: dict[str, list[CellResult]] = {}
