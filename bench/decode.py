@@ -234,7 +234,7 @@ class Bench:
     def kept(self, cache: Any, ids: Tensor, length: int) -> dict[str, float]:
         """Shares of elements and of V rows that one step under Top-theta keeps."""
         set_params(self.model, **THETA, K=self.k, when_slower="sparse")
-        recorder = Recorder(self.model.config.num_attention_heads)
+        recorder = Recorder()
         record_statistics(self.model, recorder)
         for layer in cache.layers:
             layer.cumulative_length.fill_(length)

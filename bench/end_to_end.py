@@ -113,7 +113,7 @@ class Bench:
             return time.perf_counter() - start
 
         def ours(name: str, count: bool) -> float:
-            recorder = Recorder(self.ours.config.num_attention_heads) if count else None
+            recorder = Recorder() if count else None
             self.steer(name, recorder)
             start = time.perf_counter()
             self.ours(ids, use_cache=False, logits_to_keep=1)
@@ -131,7 +131,7 @@ class Bench:
         """Single steps behind a context; every method has its own cache."""
         self.calibrate(length + 2 * steps)
         methods = [*METHODS, "Top-theta pre, statistics"]
-        recorder = Recorder(self.ours.config.num_attention_heads)
+        recorder = Recorder()
         first = self.stock(self.prompt(length), use_cache=True, logits_to_keep=1).past_key_values
         caches = {name: copy.deepcopy(first) for name in ["stock sdpa", *methods]}
         at = dict.fromkeys(caches, length)

@@ -120,7 +120,7 @@ def main() -> None:
         if name != STOCK:
             lm = ours
             set_params(ours.model, **METHODS[name])
-            ours.recorder = Recorder(ours.config.num_attention_heads)
+            ours.recorder = Recorder()
             record_statistics(ours.model, ours.recorder)
         answer(lm, questions[:1])
         answers[name], seconds[name] = answer(lm, questions)

@@ -123,7 +123,7 @@ def main() -> None:
             if name.startswith("Top-k") and params["sdc"] == "offline-calibrated":
                 continue
             set_params(model, **lookup, calibrate=False)
-            recorder = Recorder(model.config.num_attention_heads)
+            recorder = Recorder()
             kept, divergence = [], 0.0
             for ids, expected in zip(texts, dense):
                 found = read(model, ids, args.calib_length, recorder)

@@ -28,7 +28,7 @@ LAYERS, STEPS = 30, 30
 def microseconds(model: LlamaForCausalLM, ids: torch.Tensor, statistics: bool) -> float:
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    recorder = Recorder(model.config.num_attention_heads) if statistics else None
+    recorder = Recorder() if statistics else None
     record_statistics(model, recorder)
     one, times = ids[:, :1], []
     for _ in range(10):

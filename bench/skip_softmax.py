@@ -33,7 +33,7 @@ PHASES = "prefill", "decode"
 
 def skipped(model: Any, ids: Tensor, steps: int) -> tuple[float, float]:
     """Shares of the scores that a prompt skips, and the last `steps` tokens of `ids` `[1, T]` behind it."""
-    recorder = Recorder(model.config.num_attention_heads)
+    recorder = Recorder()
     record_statistics(model, recorder)
     cache = DynamicCache(config=model.config)
     with reading_prompt(model):

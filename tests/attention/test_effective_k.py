@@ -47,7 +47,7 @@ def test_rows_are_counted_alike_by_kernel_plain_path_and_loops(kind: str) -> Non
         for attend in (sparse_attention, cpu.run):
             assert attend(call(q, k, v, rows, spec, SCALE, theta, count=True))[1].row is None
 
-        recorder = Recorder(HEADS[0], effective_k=True)
+        recorder = Recorder(effective_k=True)
         recorder.add(0, rows, K, plain, (batch, *HEADS[:2], kv_len))
         histogram = recorder.drain()[0][0].histogram
         n = rows.n if rows.real is None else rows.n * rows.real

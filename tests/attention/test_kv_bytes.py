@@ -149,7 +149,7 @@ def test_in_a_model(tiny_model: LlamaForCausalLM, batch: int) -> None:
     prompt = {"input_ids": tokens(batch, 20), "attention_mask": torch.ones(batch, 20, dtype=torch.long)}
     for method, per_step in (("dense", None), ("streaming_llm", 6), ("quest:dense_layers=0,page=2", None)):
         set_params(tiny_model, method=method, K=6)
-        recorder = Recorder(6)
+        recorder = Recorder()
         record_statistics(tiny_model, recorder)
         chunked.generate(tiny_model, prompt, 8, **new)
         prefill, decode = recorder.drain()
@@ -180,7 +180,7 @@ def test_a_cell_sums_over_what_counts(tiny_model: LlamaForCausalLM, tmp_path) ->
     """Steps after a sequence's end do not count, nor do their bytes."""
     update_model(tiny_model)
     set_params(tiny_model, method="streaming_llm", K=6)
-    recorder, cell = Recorder(6), Cell(tmp_path)
+    recorder, cell = Recorder(), Cell(tmp_path)
     record_statistics(tiny_model, recorder)
     prompt = {"input_ids": tokens(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
     chunked.generate(

@@ -38,7 +38,7 @@ def begin(model, k: int, more_k: tuple[int, ...] = (), **params) -> None:
 
 def kept_per_row(model, ids: torch.Tensor, k: int) -> float:
     """Mean of what rows longer than `k` keep, over layers, heads and rows."""
-    recorder = Recorder(model.config.num_attention_heads)
+    recorder = Recorder()
     record_statistics(model, recorder)
     model(ids)
     prefill, _ = recorder.drain()

@@ -147,7 +147,7 @@ def prepare(lm: TopThetaLM, params: dict[str, Any]) -> None:
 def run(lm: TopThetaLM, folder: Path, batch_size: int, generate: bool, ratio: bool) -> tuple[list[Any], dict]:
     """Answers, and all that is counted, each question by itself."""
     lm.batch_size_per_gpu = batch_size
-    lm.recorder = Recorder(lm.config.num_attention_heads, keep_popularity=True, effective_k=ratio)
+    lm.recorder = Recorder(keep_popularity=True, effective_k=ratio)
     record_statistics(lm.model, lm.recorder)
     lm.cell = Cell(folder, (16, 16) if ratio else None, effective_k=ratio)
     try:

@@ -38,7 +38,7 @@ def test_chunks_and_batches(model: LlamaForCausalLM, counted: bool) -> None:
     lengths = (25, 14, 20)
     batch, found = left_padded(lengths), []
     for chunk in (None, 24, 7):
-        recorder = Recorder(6) if counted else None
+        recorder = Recorder() if counted else None
         record_statistics(model, recorder)
         found.append((chunked.generate(model, batch, chunk, **NEW), recorder and recorder.drain()))
     for out, counts in found[1:]:
@@ -57,7 +57,7 @@ def test_chunks_and_batches(model: LlamaForCausalLM, counted: bool) -> None:
 
 def test_what_a_step_reads(model: LlamaForCausalLM) -> None:
     """K keys and its own; SnapKV also what was generated before."""
-    recorder = Recorder(6)
+    recorder = Recorder()
     record_statistics(model, recorder)
     chunked.generate(model, left_padded((25,)), None, **NEW)
     generated = np.arange(5) if "snapkv" in model.model.layers[0].self_attn.toptheta.spec.method.name else 0
@@ -98,7 +98,7 @@ def test_another_method_starts_anew(model: LlamaForCausalLM) -> None:
 
 
 def test_a_prompt_behind_steps_brings_nothing_back(model: LlamaForCausalLM) -> None:
-    recorder = Recorder(6)
+    recorder = Recorder()
     record_statistics(model, recorder)
     cache = DynamicCache(config=model.config)
     model(tokens(length=20), past_key_values=cache)

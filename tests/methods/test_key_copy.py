@@ -127,7 +127,7 @@ def test_behind_a_cache(tiny_model: LlamaForCausalLM) -> None:
 
     cache = DynamicCache(config=tiny_model.config)
     tiny_model(ids[:, :30], past_key_values=cache)
-    record_statistics(tiny_model, Recorder(6))
+    record_statistics(tiny_model, Recorder())
     one = steps(cache, 30, [0, 1])
     record_statistics(tiny_model, None)
     cache.crop(-5)

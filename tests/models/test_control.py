@@ -18,7 +18,7 @@ def test_one_layer_only(tiny_model: LlamaForCausalLM) -> None:
     update_model(tiny_model)
     set_params(tiny_model, mode=1, K=4, test_layer=1)
     assert [layer.spec.sparse for layer in layer_states(tiny_model)] == [False, True, False]
-    recorder = Recorder(6)
+    recorder = Recorder()
     record_statistics(tiny_model, recorder)
     tiny_model(tokens(length=10))
     prefill, _ = recorder.drain()

@@ -43,7 +43,7 @@ def test_cache_chunks_and_padding_agree(name: str, tiny_model: LlamaForCausalLM)
         )
         batch, batch_mask = torch.cat([ids, joined]), torch.cat([torch.ones_like(ids), mask])
         positions = (batch_mask.cumsum(dim=1) - 1).clamp_min(0)
-        recorder = Recorder(6)
+        recorder = Recorder()
         record_statistics(tiny_model, recorder)
         logits = tiny_model(batch, attention_mask=batch_mask, position_ids=positions).logits
         record_statistics(tiny_model, None)

@@ -66,7 +66,7 @@ def test_only_later_rows_count(tiny_model: LlamaForCausalLM) -> None:
     update_model(tiny_model)
     for method in ({"mode": 1, "K": 6}, {"mode": 3}):
         set_params(tiny_model, **method)
-        recorder = Recorder(6)
+        recorder = Recorder()
         record_statistics(tiny_model, recorder)
         against_dense(tiny_model, tokens(), 30, 4)
         prefill, decode = recorder.drain()
@@ -96,7 +96,7 @@ def test_rows_behind_a_prompt_are_decode_steps(tiny_model: LlamaForCausalLM, par
     """The same predictions and counts as when the text is decoded token by token, in one call or in many."""
     steer(tiny_model, params)
     ids = tokens(batch=2, length=40)
-    recorder = Recorder(6)
+    recorder = Recorder()
     cache = DynamicCache(config=tiny_model.config)
     tiny_model(ids[:, :30], past_key_values=cache)
     record_statistics(tiny_model, recorder)
@@ -139,7 +139,7 @@ def test_a_judge_of_another_type(tiny_model: LlamaForCausalLM) -> None:
 def test_dense_for_leaves_no_trace(tiny_model: LlamaForCausalLM) -> None:
     """Also after an error, and while the model is being calibrated."""
     steer(tiny_model, SPARSE["Top-theta offline"])
-    recorder = Recorder(6)
+    recorder = Recorder()
     record_statistics(tiny_model, recorder)
     ids, names = tokens(), ("spec", "calibration", "theta", "sdc_table", "recorder")
 

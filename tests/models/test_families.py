@@ -170,7 +170,7 @@ def test_sliding_window(family: Models, monkeypatch) -> None:
 def test_statistics(family: Models, monkeypatch, request) -> None:
     """What single calls keep is what loops keep; chunks count like the whole, dense layers too."""
     ids, sizes = tokens(2, length=30), [5, 9, 12, 4]
-    recorder = Recorder(4)
+    recorder = Recorder()
     record_statistics(family.ours, recorder)
     request.addfinalizer(lambda: record_statistics(family.ours, None))
     for layer in (None, 1):

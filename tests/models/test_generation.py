@@ -50,7 +50,7 @@ def test_generation_in_chunks(steered: LlamaForCausalLM, path: str, chunk: int) 
     for lengths in ((49,), (49, 20, 41)):
         got = []
         for size in (None, chunk):
-            recorder = Recorder(6)
+            recorder = Recorder()
             record_statistics(steered, recorder)
             out = chunked.generate(
                 steered,

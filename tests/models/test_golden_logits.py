@@ -61,7 +61,7 @@ def test_published_dense_and_topk(patched_model, golden: Path, token_ids: dict) 
     """Prefill of all cases, and greedy decoding of those without SDC (the published decode forgets it)."""
     reference = read_arrays(golden, "dense_and_topk")
     columns = reference["vocab_columns"]
-    recorder = Recorder(9)
+    recorder = Recorder()
     errors: list[float] = []
     counts: list[np.ndarray] = []
     for case, params in json.loads((golden / "dense_and_topk.json").read_text()).items():
@@ -102,7 +102,7 @@ def test_theta_and_sdc_in_decode(
         if "vocab_columns" in reference
         else read_arrays(golden, "dense_and_topk")["vocab_columns"]
     )
-    recorder = Recorder(9)
+    recorder = Recorder()
     errors, counts, compared = [], [], 0
     for case, params in json.loads((golden / f"{file}.json").read_text()).items():
         params = {key: value for key, value in params.items() if key not in ("thresholds", "sdc_table")}

@@ -73,7 +73,7 @@ def test_dense_is_stock_bit_for_bit(implementation: str, recording: bool) -> Non
     stock = LlamaForCausalLM._from_config(tiny_config(), attn_implementation=implementation).eval()
     ours = update_model(copy.deepcopy(stock))
     set_params(ours, mode=3)
-    recorder = Recorder(6)
+    recorder = Recorder()
     record_statistics(ours, recorder if recording else None)
     padding = torch.ones(2, 40, dtype=torch.long)
     padding[1, :7] = 0

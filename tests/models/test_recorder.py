@@ -19,7 +19,7 @@ def test_chunks_answers_and_decode_count_every_row_once(tiny_model: LlamaForCaus
     ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
     tiny_model(ids)
     set_params(tiny_model, calibrate=False)
-    recorder = Recorder(6, effective_k=True)
+    recorder = Recorder(effective_k=True)
     record_statistics(tiny_model, recorder)
     tiny_model(ids)
     whole = {layer: record.histogram for layer, record in recorder.drain()[0].items()}
@@ -50,7 +50,7 @@ def test_chunks_answers_and_decode_count_every_row_once(tiny_model: LlamaForCaus
     attend = kernels.attend
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "attend", lambda call: asked.append(call.count_rows) or attend(call))
-        record_statistics(tiny_model, Recorder(6))
+        record_statistics(tiny_model, Recorder())
         tiny_model(ids)
         record_statistics(tiny_model, None)
         tiny_model(ids)
@@ -62,7 +62,7 @@ def test_statistics_of_chunks_and_repeats(tiny_model: LlamaForCausalLM) -> None:
     """A prefill in chunks, and answers behind a repeated prompt, count like the whole."""
     update_model(tiny_model)
     set_params(tiny_model, mode=1, K=6)
-    recorder = Recorder(6)
+    recorder = Recorder()
     record_statistics(tiny_model, recorder)
     ids = tokens(length=30)
     tiny_model(ids)

@@ -73,7 +73,7 @@ def check(rank: int, folder: Path, door: str) -> None:
             found[name], wanted, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
     with pytest.raises(UsageError, match="record_statistics does not support tensor parallelism"):
-        record_statistics(model, Recorder(9))
+        record_statistics(model, Recorder())
     with pytest.raises(UsageError, match="calib_to budget does not support"):
         set_params(model, mode=0, placement="post-softmax", sdc="none", calib_to="budget", calibrate=True)
 

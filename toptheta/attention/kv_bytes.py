@@ -16,6 +16,7 @@ from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts
 from toptheta.attention.rows import Rows
+from toptheta.methods.params import LayerSpec
 
 FLOAT32 = 4
 INT8_EXTRA = 8  # bytes of a key's step and slack, in addition to its codes
@@ -41,44 +42,66 @@ def visible_keys(rows: Rows, batch: int, steps: bool = False, before: Tensor | N
     return n.expand(batch, -1).flatten()
 
 
-def dense_bytes(rows: Rows, key: Tensor, steps: bool = False, before: Tensor | None = None) -> KVBytes:
-    """Of dense attention. key: `[B, H_kv, N, D]`; steps: the rows are decode steps."""
-    batch, num_kv_heads, _, head_dim = key.shape
-    dense = visible_keys(rows, batch, steps, before) * (2 * head_dim * key.element_size())
-    return KVBytes(dense[:, None].expand(-1, num_kv_heads), dense)
+@dataclass(frozen=True)
+class Price:
+    """What the bytes that a layer reads follow from, besides its counts. element_size: bytes of a number in
+    the cache; two_tier: whether K is read only where its int8 copy (kernels/int8_keys.py) does not decide."""
+
+    spec: LayerSpec
+    head_dim: int
+    element_size: int
+    two_tier: bool = False
+
+    def dense(self, n: Tensor) -> Tensor:
+        """Bytes that dense attention reads for each KV head. n: visible keys."""
+        return n * (2 * self.head_dim * self.element_size)
+
+    def read(self, n: Tensor, attn: Tensor, v_rows: Tensor, keys: Tensor | None, decode: bool) -> Tensor:
+        """`[M, H_kv]` bytes that M calls, or decode steps, read.
+
+        n: `[M]` visible keys; attn: `[M, H]` kept elements; v_rows: `[M, H_kv]` kept V rows; keys: `[M,
+        H_kv]` K rows that are read, None for a method that does not count them. What a method stores in
+        addition to the cache counts in decode steps only.
+        """
+        spec, method, n = self.spec, self.spec.method, n[:, None]
+        if not spec.sparse:
+            return self.dense(n).expand(-1, v_rows.shape[1])
+        # A sum over all visible keys, of weights or of a denominator, needs every score.
+        all_scores = method.reads_all_keys or spec.placement == "post-softmax" or spec.sdc == "exact"
+        k_rows = keys if keys is not None else n if all_scores else v_rows
+        read = (k_rows + v_rows) * (self.head_dim * self.element_size)
+        if self.two_tier:
+            read = read + n * (self.head_dim + INT8_EXTRA)
+        if decode:
+            kept = attn.view(n.shape[0], v_rows.shape[1], -1)
+            extra = method.extra_bytes(n, kept, self.head_dim, self.element_size)
+            read = read + torch.where(spec.may_drop(n), extra, 0)
+            if spec.vmc:
+                read = read + FLOAT32 * self.head_dim  # the sum of V
+        return read
+
+
+def price_of(spec: LayerSpec, key: Tensor, two_tier: bool = False) -> Price:
+    """key: `[B, H_kv, N, D]`."""
+    return Price(spec, key.shape[3], key.element_size(), two_tier)
+
+
+def dense_bytes(rows: Rows, key: Tensor, before: Tensor | None = None) -> KVBytes:
+    """Of dense attention of a prompt, or of a part of one. key: `[B, H_kv, N, D]`."""
+    dense = price_of(LayerSpec(), key).dense(visible_keys(rows, key.shape[0], before=before))
+    return KVBytes(dense[:, None].expand(-1, key.shape[1]), dense)
 
 
 def kv_bytes(
     call: AttentionCall, counts: Counts, keys_read: Tensor | None = None, before: Tensor | None = None
 ) -> KVBytes:
     """Of a call that kept `counts`. keys_read: `[B, H_kv]` K rows that were read with the int8 copy of K,
-    None where it was not used.
-
-    What a method stores in addition to the cache counts in decode steps only.
-    """
-    spec, method = call.spec, call.spec.method
-    dense = dense_bytes(call.rows, call.k, call.decode, before)
-    if not spec.sparse:
-        return dense
-    batch, num_kv_heads, _, head_dim = call.k.shape
-    row, n = head_dim * call.k.element_size(), visible_keys(call.rows, batch, call.decode, before)[:, None]
-    counts = counts.steps()
+    None where it was not used."""
+    price = price_of(call.spec, call.k, keys_read is not None)
+    n, counts = visible_keys(call.rows, call.k.shape[0], call.decode, before), counts.steps()
     v_rows = counts.vrows if before is None else _all_vrows(counts.vrow, before, call.rows.offset)
-    # A sum over all visible keys, of weights or of a denominator, needs every score.
-    all_scores = method.reads_all_keys or spec.placement == "post-softmax" or spec.sdc == "exact"
-    if counts.keys is not None:
-        read = (counts.keys[..., 0] + v_rows) * row
-    elif keys_read is not None:
-        read = (keys_read + v_rows) * row + n * (head_dim + INT8_EXTRA)
-    else:
-        read = ((n if all_scores else v_rows) + v_rows) * row
-    if call.decode:
-        kept = counts.attn.view(n.shape[0], num_kv_heads, -1)
-        extra = method.extra_bytes(n, kept, head_dim, call.k.element_size())
-        read = read + torch.where(spec.may_drop(n), extra, 0)
-        if spec.vmc:
-            read = read + FLOAT32 * head_dim  # the sum of V
-    return KVBytes(read.expand(-1, num_kv_heads), dense.dense)
+    keys = keys_read if counts.keys is None else counts.keys[..., 0]
+    return KVBytes(price.read(n, counts.attn, v_rows, keys, call.decode), price.dense(n))
 
 
 def _all_vrows(vrow: Tensor, before: Tensor, offset: int) -> Tensor:

@@ -183,8 +183,7 @@ def _run_cell(
         return None
     recorder = None
     if settings.statistics:
-        heads = model.config.num_attention_heads
-        recorder = Recorder(heads, settings.vrow_popularity, product.effective_k)
+        recorder = Recorder(settings.vrow_popularity, product.effective_k)
     record_statistics(model, recorder)
     if cell.sparse and cell.when_slower == "dense":
         take_dense_calls(model)  # from here on

@@ -8,13 +8,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from toptheta.attention.call import AttentionCall
-from toptheta.attention.kv_bytes import dense_bytes, kv_bytes
+from toptheta.attention.call import AttentionCall, Counts
+from toptheta.attention.kv_bytes import dense_bytes, kv_bytes, price_of
 from toptheta.attention.rows import Rows, remember, rows_of
 from toptheta.kernels import registry
 from toptheta.kernels.dense import dense_attention
+from toptheta.methods.params import LayerSpec
 from toptheta.models.families import check_arguments, eager_of
 from toptheta.models.layer_state import LayerState
+from toptheta.models.recorder import Recorder
 from toptheta.models.when_slower import SCORES, is_dense
 from toptheta.util.errors import UsageError
 
@@ -46,17 +48,13 @@ def toptheta_attention_forward(
     state.now.due = False
     if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
         state.now.calls += 1
-    batch, num_heads, q_len, _ = query.shape
-    num_kv_heads, kv_len = key.shape[1], key.shape[2]
-    shape = (batch, num_heads, num_kv_heads, kv_len)
+    q_len, kv_len = query.shape[2], key.shape[2]
     spec, recorder = state.spec, state.recorder
     decode = state.shared.is_decode(q_len, kv_len)
     if not spec.sparse and state.calibration is None:
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
-            before = None if decode else recorder.prefix_of(state.layer_idx)
-            kv = dense_bytes(rows, key, decode, before)
-            recorder.add(state.layer_idx, rows, 0, None, shape, decode, kv)
+            _record_dense(recorder, state.layer_idx, rows, query, key, decode)
         return _dense(
             module, state.base, query, key, value, attention_mask, scaling, dropout, special | kwargs
         )
@@ -81,7 +79,7 @@ def toptheta_attention_forward(
     way = state.way(call)
     if way is not None and is_dense(way):
         if recorder is not None:
-            recorder.add(state.layer_idx, rows, 0, None, shape, decode, dense_bytes(rows, key, decode))
+            _record_dense(recorder, state.layer_idx, rows, query, key, decode)
         return dense_attention(call, way).transpose(1, 2).contiguous(), None
     if way == SCORES:
         call.int8 = None
@@ -94,11 +92,32 @@ def toptheta_attention_forward(
         state.now.chooser.counted(counts, rows.n)
     if recorder is not None:
         assert counts is not None
-        before = None if decode else recorder.prefix_of(state.layer_idx)
-        kv = kv_bytes(call, counts, registry.keys_read(call), before)
-        k = spec.k if spec.method.uses_k else 0
-        recorder.add(state.layer_idx, rows, k, counts, shape, decode, kv)
+        _record(recorder, state.layer_idx, call, counts)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _record(recorder: Recorder, layer: int, call: AttentionCall, counts: Counts) -> None:
+    """Hand the counts of a sparse call to the recorder."""
+    k = call.spec.k if call.spec.method.uses_k else 0
+    shape = (call.q.shape[0], call.q.shape[1], call.k.shape[1], call.k.shape[2])
+    if call.decode:
+        keys_read = registry.keys_read(call)
+        price = price_of(call.spec, call.k, keys_read is not None)
+        recorder.add_steps(layer, call.rows, k, counts, shape, price, keys_read)
+    else:
+        kv = kv_bytes(call, counts, before=recorder.prefix_of(layer))
+        recorder.add(layer, call.rows, k, counts, shape, kv)
+
+
+def _record_dense(
+    recorder: Recorder, layer: int, rows: Rows, query: Tensor, key: Tensor, decode: bool
+) -> None:
+    """The same for a call that is computed dense."""
+    shape = (query.shape[0], query.shape[1], key.shape[1], key.shape[2])
+    if decode:
+        recorder.add_steps(layer, rows, 0, None, shape, price_of(LayerSpec(), key))
+    else:
+        recorder.add(layer, rows, 0, None, shape, dense_bytes(rows, key, before=recorder.prefix_of(layer)))
 
 
 def _dense(

@@ -6,6 +6,7 @@ eval/cell.py's job.
 """
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from toptheta.attention.call import Counts
 from toptheta.attention.effective_k import count_rows, empty_histogram
-from toptheta.attention.kv_bytes import KVBytes
+from toptheta.attention.kv_bytes import KVBytes, Price
 from toptheta.attention.rows import Rows
 
 PREFILL, DECODE = "prefill", "generative_decoding"
@@ -57,6 +58,34 @@ class _Open:
     key_real: Tensor | None = None  # of the last call: which keys are not padding
 
 
+@dataclass(frozen=True)
+class _StepFacts:
+    """What the packed numbers of a decode step mean. k: the layer's K, 0: none; price: None, bytes are not
+    counted."""
+
+    num_heads: int
+    num_kv_heads: int
+    k: int
+    price: Price | None
+
+    def records(self, packed: Tensor) -> list[LayerRecord]:
+        """One for each step. packed: `[S, B, H + H_kv (+ H_kv) + 1]` int64: kept elements, kept V rows, where
+        they are counted K rows read, visible keys."""
+        heads, groups = self.num_heads, self.num_kv_heads
+        flat = packed.flatten(0, 1)
+        attn, vrow, n = flat[:, :heads], flat[:, heads : heads + groups], flat[:, -1]
+        keys = flat[:, heads + groups : -1] if flat.shape[1] > heads + groups + 1 else None
+        read, dense = torch.zeros_like(vrow), torch.zeros_like(n)
+        if self.price is not None:
+            read = self.price.read(n, attn, vrow, keys, decode=True) * (n > 0)[:, None]
+            dense = self.price.dense(n)
+        topk = n.clamp(max=self.k) if self.k > 0 else n
+        parts = (attn, vrow, n, topk, n, read, dense)
+        by_step = zip(*(part.unflatten(0, packed.shape[:2]).numpy() for part in parts))
+        names = ("attn", "vrow", "full", "topk", "n", "kv_read", "kv_dense")
+        return [LayerRecord(**dict(zip(names, step))) for step in by_step]
+
+
 @dataclass
 class PrefixCounts:
     """What was counted of the rows of one sequence that several prompts begin with, for
@@ -85,12 +114,12 @@ class Recorder:
     sparse layers; those of a prompt that several answers share count once, as computed.
     """
 
-    def __init__(self, num_heads: int, keep_popularity: bool = False, effective_k: bool = False):
-        self.num_heads, self.keep_popularity, self.effective_k = num_heads, keep_popularity, effective_k
+    def __init__(self, keep_popularity: bool = False, effective_k: bool = False):
+        self.keep_popularity, self.effective_k = keep_popularity, effective_k
         self._histograms: dict[int, Tensor] = {}
         self._open: dict[int, _Open] = {}
         self._prefixes: dict[int, Tensor] = {}  # `[1, H_kv, P]`, of prefixes that the next call goes on from
-        self._steps: dict[int, list[Tensor]] = {}
+        self._steps: dict[int, list[tuple[_StepFacts, Tensor]]] = {}
         self._step_popularity: dict[int, list[Tensor]] = {}
         self._going: tuple[Tensor, int] | None = None  # see go_on
 
@@ -101,21 +130,14 @@ class Recorder:
         k: int,
         counts: Counts | None,
         shape: tuple[int, int, int, int],
-        decode: bool = False,
         kv: KVBytes | None = None,
     ) -> None:
-        """Add one attention call of `layer`. shape: (B, H, H_kv, N). counts None: dense, everything visible
-        is kept. k: the layer's K, 0 if it is left dense or its method has none. decode: its rows are decode
-        steps, else a part of a prompt. kv: what it reads, None: not counted."""
+        """Add one attention call of `layer` on a prompt, or on a part of it. shape: (B, H, H_kv, N). counts
+        None: dense, everything visible is kept. k: the layer's K, 0 if it is left dense or its method has
+        none. kv: what it reads, None: not counted."""
         batch, num_heads, num_kv_heads, kv_len = shape
-        n = rows.n if rows.real is None else rows.n * rows.real
-        n = n.expand(batch, -1)
-        # For popularities; what is dense is not counted key by key, and a sliding cache does not pad.
-        counted = self.keep_popularity and counts is not None and not rows.offset
-        key_real = rows.key_real if counted else None
-        if decode:
-            self._add_steps(layer, n, k, counts, shape, kv, key_real)
-            return
+        n = self._lengths(rows, batch)
+        key_real = self._key_real(rows, counts)
         full = n.sum(dim=-1)
         topk = n.clamp(max=k).sum(dim=-1) if k > 0 else full
         longest = n.amax(dim=-1)
@@ -157,38 +179,54 @@ class Recorder:
             key_real,
         )
 
-    def _add_steps(
+    def add_steps(
         self,
         layer: int,
-        n: Tensor,
+        rows: Rows,
         k: int,
         counts: Counts | None,
         shape: tuple[int, int, int, int],
-        kv: KVBytes | None,
-        key_real: Tensor | None,
+        price: Price | None = None,
+        keys_read: Tensor | None = None,
     ) -> None:
-        """Add decode steps, as many as n `[B, Q]` has columns. Popularity is the call's: fits one step."""
+        """Add the rows of a call as decode steps. Parameters as of `add`; price: None, bytes are not counted;
+        keys_read: `[B, H_kv]` K rows that were read with the int8 copy of K, None where it was not used.
+
+        A step launches as little as it can: what follows from its counts is computed in `drain`, for all
+        steps at once. Popularity is the call's: fits one step.
+        """
         batch, num_heads, num_kv_heads, kv_len = shape
-        keys = n.flatten()
-        if kv is None:
-            kv = KVBytes(keys.new_zeros(len(keys), num_kv_heads), torch.zeros_like(keys))
+        n = self._lengths(rows, batch)
+        lengths = n.reshape(-1, 1)
         if counts is None:
-            attn, vrows = keys[:, None].expand(-1, num_heads), keys[:, None].expand(-1, num_kv_heads)
+            parts = [lengths.expand(-1, num_heads), lengths.expand(-1, num_kv_heads)]
         else:
             steps = counts.steps()
-            attn, vrows = steps.attn, steps.vrows
-        topk = keys.clamp(max=k) if k > 0 else keys
-        numbers = torch.stack([keys, topk, keys, kv.dense], dim=1)
-        packed = torch.cat([attn, vrows, kv.read, numbers], dim=1).view(batch, n.shape[1], -1)
+            parts = [steps.attn, steps.vrows]
+            keys = keys_read if steps.keys is None else steps.keys[..., 0]
+            parts += [] if keys is None else [keys]
+        facts = _StepFacts(num_heads, num_kv_heads, k, price)
+        packed = torch.cat([*parts, lengths], dim=1).view(batch, n.shape[1], -1)
         packed = self._of_all(packed)
-        self._steps.setdefault(layer, []).extend(packed.unbind(dim=1))
+        self._steps.setdefault(layer, []).extend((facts, step) for step in packed.unbind(dim=1))
         if self.keep_popularity:
             if counts is None:
                 seen = torch.arange(kv_len, device=n.device) < n[:, -1:]
                 vrow = seen[:, None].expand(-1, num_kv_heads, -1)
             else:
-                vrow = _without_padding(counts.vrow, key_real)
+                vrow = _without_padding(counts.vrow, self._key_real(rows, counts))
             self._step_popularity.setdefault(layer, []).append(self._of_all(vrow.int()))
+
+    def _lengths(self, rows: Rows, batch: int) -> Tensor:
+        """`[B, Q]` visible keys of each row, 0 for padding."""
+        n = rows.n if rows.real is None else rows.n * rows.real
+        return n.expand(batch, -1)
+
+    def _key_real(self, rows: Rows, counts: Counts | None) -> Tensor | None:
+        """Which keys are not padding, for popularities: what is dense is not counted key by key, and a
+        sliding cache does not pad."""
+        counted = self.keep_popularity and counts is not None and not rows.offset
+        return rows.key_real if counted else None
 
     def _of_all(self, counts: Tensor) -> Tensor:
         """`[B, ...]`, 0 for sequences that are finished, of counts of those that are not."""
@@ -252,21 +290,12 @@ class Recorder:
             )
             for layer, o in self._open.items()
         }
-        heads, decode = self.num_heads, {}
+        decode = {}
         for layer, steps in self._steps.items():
-            packed = torch.stack(steps).cpu().numpy()  # [steps, B, H + 2 H_kv + 4]
-            groups = (packed.shape[2] - heads - 4) // 2
             decode[layer] = [
-                LayerRecord(
-                    attn=s[:, :heads],
-                    vrow=s[:, heads : heads + groups],
-                    full=s[:, -4],
-                    topk=s[:, -3],
-                    n=s[:, -2],
-                    kv_read=s[:, heads + groups : -4],
-                    kv_dense=s[:, -1],
-                )
-                for s in packed
+                record
+                for facts, alike in groupby(steps, key=lambda step: step[0])
+                for record in facts.records(torch.stack([step for _, step in alike]).cpu())
             ]
             for record, vrow in zip(decode[layer], self._step_popularity.get(layer, [])):
                 record.popularity = vrow.cpu().numpy()

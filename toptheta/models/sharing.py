@@ -207,7 +207,7 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
     short.
     """
     sizes, before = _sizes(model), recorder_of(model)
-    recorder = Recorder(sizes["num_heads"])
+    recorder = Recorder()
     ks = get_params(model).k_per_layer(sizes["num_layers"])
     histograms, kl, same = dict[int, np.ndarray](), list[Tensor](), list[Tensor]()
     record_statistics(model, recorder)

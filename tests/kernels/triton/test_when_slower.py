@@ -73,7 +73,7 @@ def test_slower_thresholds_are_dense(way, model):
     ids = tokens(length=24).to(DEVICE)
     expected = by(model, ids, DENSE)
     set_params(model, **SLOWER)
-    recorder = Recorder(2)
+    recorder = Recorder()
     record_statistics(model, recorder)
     got = read(model, DynamicCache(config=model.config), ids)
     record_statistics(model, None)
@@ -103,7 +103,7 @@ def test_counts_correct_what_is_expected(model):
     ids = tokens(length=24).to(DEVICE)
     set_params(model, **SLOWER)
     measured(kernel=0.7, scores=1.0)  # dense where more than 40 % are kept
-    recorder = Recorder(2)
+    recorder = Recorder()
     record_statistics(model, recorder)
     read(model, DynamicCache(config=model.config), ids)
     record_statistics(model, None)

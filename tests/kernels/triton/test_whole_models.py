@@ -44,7 +44,7 @@ def test_whole_model(name, monkeypatch):
     got = {}
     for path in ("reference", "triton"):
         monkeypatch.setattr(kernels, "FORCED", path)
-        recorder = Recorder(2)
+        recorder = Recorder()
         record_statistics(model, recorder)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         given = {"attention_mask": mask[:, :21], "position_ids": positions[:, :21]}
@@ -140,7 +140,7 @@ def test_two_tiers_keep_the_same(monkeypatch):
     got = {}
     for kind, make in CACHES.items():
         copies.clear()
-        recorder = Recorder(2)
+        recorder = Recorder()
         record_statistics(model, recorder)
         cache, logits = make(model.config), []
         for start, end in ((0, 20), (20, 21), (21, 22), (22, 23)):
