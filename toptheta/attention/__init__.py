@@ -1,1 +1,1 @@
-"""One attention call: its rows, the reference, what it counts. Knows nothing of transformers."""
+"""One attention call: its rows, the reference implementation and its counts. Independent of transformers."""

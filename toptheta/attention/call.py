@@ -1,7 +1,7 @@
-"""One attention call, as it is handed from the attention function to the reference and to every backend.
+"""One attention call, as the attention function passes it to the reference and to every backend.
 
-Shapes: B sequences, H query heads, H_kv key/value heads, G = H / H_kv heads of a group, Q query rows, N keys,
-D head_dim. A head's group is `head // G`.
+Shapes: B sequences, H query heads, H_kv key/value heads, G = H / H_kv query heads per group, Q query rows, N
+keys, D head_dim. The group of a head is `head // G`.
 """
 
 from dataclasses import dataclass
@@ -29,25 +29,28 @@ class Int8Keys:
 
 
 class Calibrator(Protocol):
-    """Sees the rows of every block while a layer is calibrated; see calibration/sampler.py."""
+    """Observes the rows of every block while a layer is calibrated; see calibration/sampler.py."""
 
     def observe(self, block: Block) -> None: ...
 
 
 @dataclass
 class AttentionCall:
-    """What attention is to compute.
+    """The inputs of one attention call.
 
-    q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`. theta, sdc_table: `[H, L]` calibrated values by row length,
-    looked up at min(n, L - 1), with -inf and 0 for lengths up to K; None where the spec needs none. count:
-    count what is kept; count_rows: also by row. The cache may hold more than K and V: v_sum `[B, H_kv, D]`
-    float32, the sum of V over the visible keys of the only query row, so that the kernels need not read all
-    of V; int8, the copy of K, so that the Triton kernels need not read all of K; state, what the method
-    remembers; factor `[B, H, N]` float32, how much each key's value counts. values: how rows of V are
-    weighed, for a method that does.
-    decode: the query rows are decode steps; else they belong to a prompt. softcap: scores are softcap *
-    tanh(scores / softcap) before all else; sinks: `[H]`, a score for each head that is in every row's
-    denominator and no key's.
+    q: `[B, H, Q, D]`; k, v: `[B, H_kv, N, D]`.
+    theta, sdc_table: `[H, L]`, calibrated values by row length, looked up at min(n, L - 1), with -inf and 0
+    for lengths up to K; None if the spec does not need them.
+    count: whether to count what is kept; count_rows: also for each row.
+    decode: whether the query rows are decode steps; else they belong to a prompt.
+    softcap: scores are first capped to softcap * tanh(scores / softcap).
+    sinks: `[H]`, a score for each head that belongs to every row's denominator but to no key.
+    values: the norms of value-aware thresholds, for a method that uses them.
+
+    From the cache, where it has them: v_sum, `[B, H_kv, D]` float32, the sum of V over the visible keys of
+    the only query row, so that the kernels need not read all of V; int8, the copy of K, so that the Triton
+    kernels need not read all of K; state, that of the method; factor, `[B, H, N]` float32, the relative norm
+    of each key's value.
     """
 
     q: Tensor
@@ -71,16 +74,16 @@ class AttentionCall:
 
     @property
     def count_steps(self) -> bool:
-        """Whether the rows are several decode steps, of each of which is counted what it keeps."""
+        """Whether the rows are several decode steps that are counted separately."""
         return self.count and self.decode and self.q.shape[2] > 1
 
     @property
     def kernel(self) -> KernelSpec | None:
-        """The spec as kernels know it; None: the reference path only."""
+        """The spec in the form that kernels support; None: reference path only."""
         return self.spec.kernel
 
     def check_shapes(self) -> None:
-        """Raise ValueError where the tensors do not fit: kernels follow addresses blindly."""
+        """Raise ValueError if shapes do not match: kernels do not check addresses."""
         q, k, v, num_heads = self.q, self.k, self.v, self.q.shape[1]
         if (
             v.shape != k.shape
@@ -108,8 +111,8 @@ class AttentionCall:
         return RowTables(*(None if t is None else per_row(t, n) for t in (self.theta, self.sdc_table)))
 
     def value_factors(self) -> Tensor:
-        """`[B, H, N]` float32, how much each key's value counts, for value-aware thresholds: as the cache
-        holds it or, from `state`, computed for the keys of these rows alone."""
+        """`[B, H, N]` float32, the relative norm of each key's value, for value-aware thresholds: from the
+        cache or, with `state`, computed for the keys of these rows only."""
         if self.factor is not None:
             return self.factor
         assert self.values is not None
@@ -128,13 +131,13 @@ class AttentionCall:
 
     @property
     def reference_only(self) -> str | None:
-        """What no kernel knows of this call, None if there is nothing."""
+        """Why no kernel supports this call, or None."""
         if self.softcap is not None:
             return "the kernels do not support capped scores (softcap)"
         return "the kernels do not support attention sinks" if self.sinks is not None else None
 
     def capped(self, scores: Tensor) -> Tensor:
-        """Scores after the cap, in place where no gradient is needed."""
+        """Scores after the cap, in place unless a gradient is needed."""
         if self.softcap is None:
             return scores
         if scores.requires_grad:
@@ -144,10 +147,13 @@ class AttentionCall:
 
 @dataclass
 class Counts:
-    """What selection kept. attn: `[B, H]` kept elements. vrow: `[B, H_kv, N]` how many (row, head) pairs keep
-    a V row. row: `[B, H, Q]` int32 kept elements of each row, and row_vrows: `[B, H_kv, Q]` int32 V rows that
-    any head of a group keeps for a row, or None (not asked for). keys: `[B, H_kv, Q]` int32 K rows that are
-    read for a row, where not all are, else None. Rows that are padding count nowhere, and have 0."""
+    """Counts of what selection kept; padding rows count as 0.
+
+    attn: `[B, H]`, kept elements. vrow: `[B, H_kv, N]`, how many (row, head) pairs keep each V row. row:
+    `[B, H, Q]` int32, kept elements of each row, or None if not counted. row_vrows: `[B, H_kv, Q]` int32, V
+    rows that any head of a group keeps for each row, or None if not counted. keys: `[B, H_kv, Q]` int32, K
+    rows that are read for each row, or None if all are.
+    """
 
     attn: Tensor
     vrow: Tensor
@@ -157,11 +163,11 @@ class Counts:
 
     @cached_property
     def vrows(self) -> Tensor:
-        """`[B, H_kv]` V rows that any (row, head) pair keeps; to be asked for when all is counted."""
+        """`[B, H_kv]`, V rows that any (row, head) pair keeps; use it only when counting is complete."""
         return (self.vrow > 0).sum(dim=-1)
 
     def steps(self) -> "Counts":
-        """The counts by decode step, each of which counts as a sequence of its own: `[B * Q, ...]`."""
+        """The counts of each decode step, as if it were a separate sequence: `[B * Q, ...]`."""
         if self.row is None or self.row_vrows is None:
             return self
         keys = None if self.keys is None else self.keys.transpose(1, 2).flatten(0, 1)[..., None]
@@ -181,8 +187,8 @@ class Counts:
         )
 
     def add(self, keep: Tensor, real: Tensor | None, start: int, read: Tensor | None = None) -> None:
-        """Add what the rows from `start` on keep, `[B, H, R, E]` bool; rows where `real` is False count
-        nowhere. read: the keys that they read, likewise; None: all."""
+        """Add what the rows from `start` on keep, `[B, H, R, E]` bool; rows where `real` is False do not
+        count. read: the keys that they read, in the same form; None: all."""
         if real is not None:
             keep = keep & real[:, None, :, None]
             read = None if read is None else read & real[:, None, :, None]
@@ -202,5 +208,5 @@ class Counts:
 
 
 def per_row(table: Tensor, n: Tensor) -> Tensor:
-    """`[B or 1, H, R, 1]` values of a `[H, L]` table at the row lengths `n` `[B or 1, R]`."""
+    """The values `[B or 1, H, R, 1]` of a `[H, L]` table at the row lengths `n` `[B or 1, R]`."""
     return table[:, n.clamp(max=table.shape[1] - 1)].transpose(0, 1).unsqueeze(-1)

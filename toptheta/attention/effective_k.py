@@ -1,8 +1,8 @@
-"""Effective K: how many elements each single row keeps, as histograms by row length.
+"""Effective K: how many elements individual rows keep, as histograms by row length.
 
-Covers counting rows on the device and what is read off the counts. A histogram is an int64 array `[LENGTHS,
-KEPT + 1]`: how many rows are of a bin of lengths and of a bin of kept elements; the last column holds the
-exact sum of kept elements. Its size is fixed, and histograms of one layer and phase may be added.
+Covers counting rows on the device, and the statistics derived from the counts. A histogram is an int64 array
+`[LENGTHS, KEPT + 1]`: the number of rows by bin of lengths and bin of kept elements; the last column is the
+exact sum of kept elements. Its size is fixed, and histograms of one layer and phase can be added.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ LENGTH_EDGES = np.array([0, *(round(2 ** (i / 4)) for i in range(16, 81))])
 KEPT_EDGES = np.concatenate([np.arange(64), *(np.arange(32, 64) << shift for shift in range(1, 15))])
 RELATIVE_ERROR = 1 / 64
 LENGTHS, KEPT = len(LENGTH_EDGES), len(KEPT_EDGES)
-LONGEST = 2**31 - 1  # in place of an end of the last bin of lengths
+LONGEST = 2**31 - 1  # the end of the last bin of lengths, which is open
 PERCENTS = (5, 50, 95)
 COLUMNS = ("layer", "phase", "n_low", "n_high", "k", "rows", "mean", "p5", "p50", "p95")
 
@@ -36,7 +36,7 @@ def _edges(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def count_rows(histogram: Tensor, kept: Tensor, n: Tensor, used: Tensor) -> None:
-    """Add rows to `histogram`, in place and without reading anything back.
+    """Add rows to `histogram`, in place and without a device synchronisation.
 
     kept: `[B, H, Q]` elements that each row keeps; n: `[B or 1, Q]` row lengths; used: `[B or 1, Q]` bool,
     the rows that count.
@@ -51,10 +51,11 @@ def count_rows(histogram: Tensor, kept: Tensor, n: Tensor, used: Tensor) -> None
 
 
 def summary(counts: np.ndarray) -> dict[str, Any]:
-    """rows, mean (exact), p5, p50, p95 of kept elements from `[KEPT + 1]` counts of a histogram, rows > 0.
+    """rows, and mean (exact), p5, p50 and p95 of the kept elements, from the counts `[KEPT + 1]` of at least
+    one row.
 
-    Percentile p is the smallest number such that p % of the rows keep no more; it is exact below 64 and
-    within RELATIVE_ERROR above.
+    Percentile p is the smallest number such that p % of the rows keep no more than it; it is exact below 64,
+    and within RELATIVE_ERROR above.
     """
     total = int(counts[:-1].sum())
     below = counts[:-1].cumsum()
@@ -66,7 +67,7 @@ def summary(counts: np.ndarray) -> dict[str, Any]:
 
 
 def by_length(histogram: np.ndarray, layer: int, phase: str, k: int) -> list[dict[str, Any]]:
-    """A row of COLUMNS for each bin of row lengths that occurred; n_low and n_high belong to the bin."""
+    """A row of COLUMNS for each bin of row lengths that occurred; n_low and n_high are inclusive."""
     ends = np.append(LENGTH_EDGES[1:] - 1, LONGEST)
     return [
         {
@@ -82,7 +83,8 @@ def by_length(histogram: np.ndarray, layer: int, phase: str, k: int) -> list[dic
 
 
 def overall(histograms: dict[int, np.ndarray], phase: str, ks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """For each K: phase, k, the summary over all its layers and lengths, and `layers`, that of each layer.
+    """For each K: phase, k, the summary over all its layers and lengths, and `layers`, the summary of each
+    layer.
 
     histograms: by layer; ks: K of every layer.
     """

@@ -1,12 +1,12 @@
-"""KV bytes: what attention reads of the cache, against what dense attention reads.
+"""KV bytes: the bytes of the cache that attention reads, compared with dense attention.
 
-Counted by KV head, from what was kept: the heads of a group read what any of them needs once. Dense
-attention reads K and V of every visible key in the model's type. A method reads the K rows that it needs a
-score of, the V rows that it keeps, and whatever it stores in addition to the cache.
+Counted per KV head, from what was kept: the heads of a group read what any of them needs once. Dense
+attention reads K and V of every visible key in the model's type. A method reads the K rows whose scores it
+needs, the V rows that it keeps, and whatever it stores in addition to the cache.
 
-A prompt whose beginning other prompts share (models/prefix.py) is counted as one call, although its first
-rows were computed in another one: `before` is `[B or 1, H_kv, P]`, how often each V row of the P tokens of
-that beginning was kept by its own rows.
+A prompt with a shared prefix (models/prefix.py) is counted as one call, although the prefix was computed in
+another: `before` is `[B or 1, H_kv, P]`, how often each V row of the P tokens of the prefix was kept by the
+rows of the prefix.
 """
 
 from dataclasses import dataclass
@@ -19,20 +19,21 @@ from toptheta.attention.rows import Rows
 from toptheta.methods.params import LayerSpec
 
 FLOAT32 = 4
-INT8_EXTRA = 8  # bytes of a key's step and slack, in addition to its codes
+INT8_EXTRA = 8  # bytes of a key's step and slack, besides its codes
 
 
 @dataclass
 class KVBytes:
-    """read: `[B, H_kv]` int64, what one call reads; dense: `[B]` int64, what dense attention would, for each
-    KV head. Of several decode steps in one call: by step, `[B * Q, ...]`."""
+    """read: `[B, H_kv]` int64, bytes that one call reads; dense: `[B]` int64, bytes that dense attention
+    would read for each KV head. For several decode steps in one call: per step, `[B * Q, ...]`."""
 
     read: Tensor
     dense: Tensor
 
 
 def visible_keys(rows: Rows, batch: int, steps: bool = False, before: Tensor | None = None) -> Tensor:
-    """`[B]` int64, keys that any real row of each sequence sees; steps: that each row sees, `[B * Q]`."""
+    """`[B]` int64, the number of keys that any real row of each sequence sees; steps: those that each row
+    sees, `[B * Q]`."""
     if before is not None:  # each row sees itself
         rest = rows.n.shape[1] if rows.real is None else rows.real.sum(dim=-1)
         return (rows.n.new_full((1,), before.shape[2]) + rest).expand(batch)
@@ -44,7 +45,7 @@ def visible_keys(rows: Rows, batch: int, steps: bool = False, before: Tensor | N
 
 @dataclass(frozen=True)
 class Price:
-    """What the bytes that a layer reads follow from, besides its counts. element_size: bytes of a number in
+    """Computes the bytes that a layer reads from its counts. element_size: bytes of a number in
     the cache; two_tier: whether K is read only where its int8 copy (kernels/int8_keys.py) does not decide."""
 
     spec: LayerSpec
@@ -87,7 +88,7 @@ def price_of(spec: LayerSpec, key: Tensor, two_tier: bool = False) -> Price:
 
 
 def dense_bytes(rows: Rows, key: Tensor, before: Tensor | None = None) -> KVBytes:
-    """Of dense attention of a prompt, or of a part of one. key: `[B, H_kv, N, D]`."""
+    """The bytes of dense attention of a prompt or a part of one. key: `[B, H_kv, N, D]`."""
     dense = price_of(LayerSpec(), key).dense(visible_keys(rows, key.shape[0], before=before))
     return KVBytes(dense[:, None].expand(-1, key.shape[1]), dense)
 
@@ -95,8 +96,8 @@ def dense_bytes(rows: Rows, key: Tensor, before: Tensor | None = None) -> KVByte
 def kv_bytes(
     call: AttentionCall, counts: Counts, keys_read: Tensor | None = None, before: Tensor | None = None
 ) -> KVBytes:
-    """Of a call that kept `counts`. keys_read: `[B, H_kv]` K rows that were read with the int8 copy of K,
-    None where it was not used."""
+    """The bytes of a call that kept `counts`. keys_read: `[B, H_kv]`, K rows that were read besides the int8
+    copy of K; None if the copy was not used."""
     price = price_of(call.spec, call.k, keys_read is not None)
     n, counts = visible_keys(call.rows, call.k.shape[0], call.decode, before), counts.steps()
     v_rows = counts.vrows if before is None else _all_vrows(counts.vrow, before, call.rows.offset)
@@ -105,8 +106,8 @@ def kv_bytes(
 
 
 def _all_vrows(vrow: Tensor, before: Tensor, offset: int) -> Tensor:
-    """`[B, H_kv]` V rows that a prompt keeps: its last rows, `vrow` `[B, H_kv, N]` of the keys from `offset`
-    on, or its first ones, `before`."""
+    """`[B, H_kv]`, V rows that a prompt keeps, by its last rows (`vrow` `[B, H_kv, N]`, for the keys from
+    `offset` on) or by its prefix (`before`)."""
     kept = torch.nn.functional.pad(vrow > 0, (offset, 0))
     kept[..., : before.shape[2]] |= before > 0
     return kept.sum(dim=-1)

@@ -1,8 +1,7 @@
-"""Sparse attention over blocks of query rows in plain PyTorch: what all kernels are compared with (DESIGN
-sections 2-3).
+"""Sparse attention over blocks of query rows in plain PyTorch: the reference for all kernels.
 
-Pure tensor functions: they know nothing of modules, files or flags. Scores are float32 whatever the model's
-type. Shapes as in call.py; a block has R rows and sees the first E keys.
+Pure tensor functions, independent of modules, files and flags. Scores are float32 for any model type. Shapes
+as in call.py; a block has R rows and sees the first E keys.
 """
 
 import torch
@@ -22,11 +21,11 @@ BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 def sparse_attention(
     call: AttentionCall, calibrator: Calibrator | None = None
 ) -> tuple[Tensor, Counts | None]:
-    """Attention of `call.spec`, `[B, H, Q, D]` in q's type, and what it kept if `call.count`.
+    """The attention output of `call`, `[B, H, Q, D]` in q's type, and the counts if `call.count`.
 
-    calibrator: sees each block before selection. A row that sees no key gives zeros. Memory is that of a few
-    blocks of scores, never `[B, H, Q, N]`, unless a gradient is needed: then autograd keeps all blocks. What
-    is kept is taken as given, as a mask is: no gradient flows through the choice.
+    calibrator: observes each block before selection. A row that sees no key gives zeros. Memory is that of a
+    few blocks of scores, never `[B, H, Q, N]`, unless a gradient is needed: then autograd keeps all blocks.
+    Selection acts as a constant mask: no gradient flows through it.
     """
     q, k, v, rows, spec = call.q, call.k, call.v, call.rows, call.spec
     batch, num_heads, q_len, head_dim = q.shape
@@ -40,7 +39,7 @@ def sparse_attention(
     counts = Counts.zeros(call) if call.count else None
     state = call.state
     if state is None and spec.method.has_state:
-        state = State()  # for this call alone
+        state = State()  # for this call only
     if state is not None:
         state.belong_to(spec.method)
         state.grow(kv_len)
@@ -98,11 +97,10 @@ def sparse_attention(
 def sparse_weights(
     block: Block, spec: LayerSpec, tables: RowTables, calibrator: Calibrator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Final attention weights and what was kept, both `[B, H, R, E]`, of one block of rows.
+    """Final attention weights and the kept keys of one block of rows, both `[B, H, R, E]`.
 
-    block: x holds the scores. Their memory becomes that of the weights, unless a gradient is needed:
-    afterwards x is the final weights with placement pre-softmax, and the weights before selection with
-    post-softmax.
+    block: x contains the scores. Unless a gradient is needed they are overwritten: afterwards x contains the
+    final weights with placement pre-softmax, and the weights before selection with post-softmax.
     """
     scores = block.x
     finite_max = block.row_max.clamp_min(torch.finfo(scores.dtype).min)  # finite on fully masked rows
@@ -137,12 +135,12 @@ def _divided(weights: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _only(weights: Tensor, keep: Tensor) -> Tensor:
-    """Weights of what is kept, 0 elsewhere."""
+    """The weights of kept keys, 0 elsewhere."""
     return weights.masked_fill(~keep, 0.0) if weights.requires_grad else weights.masked_fill_(~keep, 0.0)
 
 
 def _whole(block: Block, denominator: Tensor) -> Tensor:
-    """The denominator with the sink's part, whose share the block takes."""
+    """The denominator with the sink's part; stores the share without it in the block."""
     if block.sinks is None:
         return denominator
     whole = block.with_sink(denominator)
@@ -152,8 +150,8 @@ def _whole(block: Block, denominator: Tensor) -> Tensor:
 
 @torch.no_grad()
 def select(block: Block, spec: LayerSpec, tables: RowTables, calibrator: Calibrator | None = None) -> Tensor:
-    """What `spec` keeps of the block, `[B, H, R, E]` bool: rows with n <= K are left dense. calibrator: sees
-    the block before."""
+    """The keys that `spec` keeps in the block, `[B, H, R, E]` bool; rows with n <= K are left dense.
+    calibrator: observes the block first."""
     if calibrator is not None:
         calibrator.observe(block)
     if not spec.sparse:
@@ -163,9 +161,9 @@ def select(block: Block, spec: LayerSpec, tables: RowTables, calibrator: Calibra
 
 
 def mean_of_visible(v: Tensor, rows: Rows) -> Tensor:
-    """Mean of V over each row's visible keys, `[B, H_kv, Q, D]` float32; 0 for a row that sees nothing.
+    """The mean of V over each row's visible keys, `[B, H_kv, Q, D]` float32; 0 for a row that sees no key.
 
-    For causal rows one running sum serves all rows; any other mask costs a matrix product.
+    Causal rows share one running sum; any other mask costs a matrix product.
     """
     q_len, kv_len = rows.n.shape[1], v.shape[2]
     n = rows.n.clamp_min(1)[:, None, :, None]
@@ -181,6 +179,6 @@ def mean_of_visible(v: Tensor, rows: Rows) -> Tensor:
 
 
 def block_rows(elements_per_row: int, q_len: int, device: str) -> int:
-    """How many query rows one block holds, so that its scores stay within BLOCK_ELEMENTS."""
+    """The number of query rows of a block such that its scores stay within BLOCK_ELEMENTS."""
     budget = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"])
     return max(1, min(q_len, budget // max(1, elements_per_row)))

@@ -1,6 +1,6 @@
-"""Rows: which keys each query sees, how many those are, and which queries are real (DESIGN section 1).
+"""Rows: which keys each query sees, how many, and which queries are not padding.
 
-A mask of None is the plain causal mask of an unpadded batch: no `[Q, KV]` tensor is ever made for it.
+A mask of None is the plain causal mask of an unpadded batch, for which no `[Q, KV]` tensor is created.
 """
 
 import weakref
@@ -12,11 +12,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from toptheta.util.errors import UsageError
 
-# Numbers in an additive mask: as low as this they hide a key, between this and 0 they are a bias.
+# In an additive mask, a value as low as this hides a key; one between this and 0 is a bias.
 HIDDEN = -1e4
 
-# The Rows of a mask that is alive. transformers makes the mask once for all layers and hands each of them the
-# tensor alone: this is the one place where what was found about it can wait for the layers.
+# The Rows of every mask in use. transformers creates a mask once for all layers and passes only the tensor to
+# each of them, so that what is derived from it can be shared between layers only here.
 _rows_of_mask = WeakTensorKeyDictionary()
 
 
@@ -24,13 +24,15 @@ _rows_of_mask = WeakTensorKeyDictionary()
 class Rows:
     """Visibility of the keys for a batch of query rows.
 
-    n: `[B or 1, Q]` int64, number of visible keys of each row. real: `[B or 1, Q]` bool, rows that belong to
-    a sequence rather than to padding (None: all). mask: `[B, 1, Q, KV]` bool, True = visible, or None for
-    plain causal (row i sees keys 0..i; a single row sees every key). first: position of the first query among
-    the keys if the pattern is causal plus padding, else None; first_on_device: the same, `[1]` int64, where
-    reading it would wait for the device. key_real: `[B, KV]` bool, keys that are not
-    padding (None: all). causal: the pattern is known to be causal plus padding, even if first is not. offset:
-    position of the first key in its sequence: a sliding cache has forgotten those before.
+    n: `[B or 1, Q]` int64, the number of visible keys of each row.
+    real: `[B or 1, Q]` bool, rows that are not padding (None: all).
+    mask: `[B, 1, Q, KV]` bool, True = visible; None: plain causal (row i sees keys 0 to i; a single row sees
+    every key).
+    first: position of the first query among the keys if the pattern is causal plus padding, else None;
+    first_on_device: the same as `[1]` int64, where reading it would synchronise with the device.
+    key_real: `[B, KV]` bool, keys that are not padding (None: all).
+    causal: whether the pattern is known to be causal plus padding, even if `first` is None.
+    offset: position of the first key in its sequence; a sliding cache has dropped earlier keys.
     """
 
     n: Tensor
@@ -41,13 +43,13 @@ class Rows:
     key_real: Tensor | None = None
     causal: bool = False
     offset: int = 0
-    # Of this mask, found once for all layers; no copy takes them along.
+    # Derived from this mask once for all layers; not copied by `replace`.
     _span: Tensor | None = field(default=None, init=False, repr=False)
     _continued: tuple[weakref.ref[Tensor], int, bool] | None = field(default=None, init=False, repr=False)
 
     def first_tensor(self) -> Tensor | None:
-        """Position of the first query among the keys, `[1]` int64 on the device of n, or None where the
-        pattern is not causal plus padding. Made once, for all layers."""
+        """Position of the first query among the keys, `[1]` int64 on the device of n; None if the pattern is
+        not causal plus padding. Created once for all layers."""
         if self.first_on_device is None and (self.first is not None or self.mask is None):
             at = torch.full((1,), self.first or 0, dtype=torch.int64, device=self.n.device)
             if torch.compiler.is_compiling():
@@ -56,8 +58,8 @@ class Rows:
         return self.first_on_device
 
     def span(self) -> Tensor | None:
-        """`[B, 2]` int32: the first key that any row of a sequence sees, and the one after the last; `[0, 0]`
-        where there is none. None without a mask. Found once, for all layers."""
+        """`[B, 2]` int32: the first key that any row of a sequence sees, and one past the last; `[0, 0]` if
+        there is none. None without a mask. Computed once for all layers."""
         if self.mask is None or self._span is not None:
             return self._span
         seen = self.mask[:, 0].any(dim=1)
@@ -67,11 +69,11 @@ class Rows:
         return self._span
 
     def longest(self) -> Tensor:
-        """`[B or 1]` visible keys of the longest real row."""
+        """`[B or 1]`, the number of visible keys of the longest real row."""
         return (self.n if self.real is None else self.n * self.real).amax(dim=-1)
 
     def seen(self, kv_len: int) -> Tensor:
-        """`[B or 1, KV]` bool, the keys that any real row sees; of causal rows, as many as the longest
+        """`[B or 1, KV]` bool, the keys that any real row sees; for causal rows, as many as the longest row
         sees."""
         if self.mask is None or self.causal:
             return torch.arange(kv_len, device=self.n.device) < self.longest()[:, None]
@@ -79,14 +81,14 @@ class Rows:
         return (visible if self.real is None else visible & self.real[:, :, None]).any(dim=1)
 
     def num_seen(self) -> Tensor:
-        """`[B or 1]` how many keys any real row sees."""
+        """`[B or 1]`, the number of keys that any real row sees."""
         if self.mask is None or self.causal:
             return self.longest()
         return self.seen(self.mask.shape[3]).sum(dim=-1)
 
     def continues(self, before: Tensor | None, end: int) -> bool:
-        """Whether `key_real` goes on from `before`, the one of an earlier step, over its first `end` keys.
-        All layers of a step ask for the same: compared once, for on a GPU that waits for the device."""
+        """Whether `key_real` equals `before`, that of an earlier step, in its first `end` keys. Compared once
+        for all layers of a step, because on a GPU this synchronises with the device."""
         if self.key_real is None or before is None:
             return self.key_real is before
         if self._continued is None or self._continued[0]() is not before or self._continued[1] != end:
@@ -95,11 +97,11 @@ class Rows:
         return self._continued[2]
 
     def end(self, stop: int, kv_len: int) -> int:
-        """Number of leading keys that rows before `stop` can see at most."""
+        """The number of leading keys that rows before `stop` can see at most."""
         return kv_len if self.first is None else min(kv_len, self.first + stop)
 
     def visible(self, start: int, stop: int, kv_len: int) -> Tensor | None:
-        """`[B or 1, 1, stop - start, end]` bool for rows start..stop, or None if they see all of the first
+        """`[B or 1, 1, stop - start, end]` bool for rows start to stop; None if they see all of the first
         `end` keys."""
         end = self.end(stop, kv_len)
         if self.mask is not None:
@@ -112,11 +114,11 @@ class Rows:
 
 
 def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Rows:
-    """The Rows for the mask that an attention layer is handed; counted once for all layers.
+    """The Rows for the mask that an attention layer receives; computed once for all layers.
 
-    A float mask is read as additive: 0 is visible, HIDDEN and below is not. Raises UsageError for other
-    numbers in it, outside torch.compile. Without a mask the rows are plain causal, aligned at the
-    first key as scaled_dot_product_attention does; a single row then sees every key.
+    A float mask is additive: 0 is visible, HIDDEN and below is not. Raises UsageError for other values in it
+    (not under torch.compile). Without a mask the rows are plain causal, aligned at the first key as in
+    scaled_dot_product_attention; a single row then sees every key.
     """
     if mask is None:
         if q_len == 1:
@@ -143,5 +145,5 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
 
 
 def remember(mask: Tensor, rows: Rows) -> None:
-    """Keep what is known of a mask for the layers that will be handed it."""
+    """Store the Rows of a mask for the layers that will receive it."""
     _rows_of_mask[mask] = rows
