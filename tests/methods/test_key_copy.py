@@ -13,7 +13,8 @@ from toptheta.attention.kv_bytes import kv_bytes
 from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.methods.base import State, parse_method
-from toptheta.methods.key_copy import FIRST, LAST, represented
+from toptheta.methods.key_codes import ROOM, KeyCodes
+from toptheta.methods.key_copy import FIRST, LAST, codes_of
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_theta import TopTheta
 from toptheta.models.control import record_statistics
@@ -82,13 +83,63 @@ def test_against_loops(layout: str, placement: str, theta: float, copy: str, lar
         assert missed  # the estimates decide something
 
 
+def copied(k: Tensor, mean: Tensor, bits: int) -> KeyCodes:
+    copy = KeyCodes.around(mean, bits)
+    copy.put(k, 0)
+    return copy
+
+
+def represented(k: Tensor, mean: Tensor, bits: int) -> Tensor:
+    return copied(k, mean, bits).represented()
+
+
 def test_the_copy_by_hand() -> None:
     k = torch.tensor([[[[7.0, -3.4, 0.0], [1.0, 1.0, 1.0]]]])
-    mean = torch.tensor([[[[0.0, 0.0, 1.0]]]])
+    mean = torch.tensor([[[0.0, 0.0, 1.0]]])
     expected = torch.tensor([[[[7.0, -3.0, -0.0], [1.0, 1.0, 1.0]]]])
     torch.testing.assert_close(represented(k, mean, 4), expected, rtol=0.01, atol=0.01)
     torch.testing.assert_close(represented(k, mean, 8), k, rtol=0.01, atol=0.04)
-    assert torch.equal(represented(k[:, :, :1], k[:, :, :1], 4), k[:, :, :1])  # nothing but the mean
+    assert torch.equal(represented(k[:, :, :1], k[:, :, 0], 4), k[:, :, :1])  # nothing but the mean
+    four = copied(torch.tensor([[[[7.0, -3.0, -7.0, 2.0]]]]), torch.zeros(1, 1, 4), 4)
+    assert four.codes[0, 0, 0].tolist() == [7 - 7 * 16, (-3 & 15) + 2 * 16]  # channels 0 and 2, 1 and 3
+    assert four.steps[0, 0, 0] == 1.0 and four.codes.dtype == torch.int8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_copy_follows_the_cache(bits: int) -> None:
+    """Step by step, behind a crop, a later prompt and other sequences it is the copy of all keys at once."""
+    torch.manual_seed(1)
+    k, state = torch.randn(3, 2, 2 * ROOM, 16), State()
+    seen = torch.ones(3, 2 * ROOM, dtype=torch.bool)
+    seen[1, :9] = False  # padding
+    mean = torch.stack([k[b, :, 0 if b != 1 else 9 : 29].mean(dim=1) for b in range(3)])
+
+    def step(end: int, order: list[int]) -> None:
+        keys = k[order, :, :end]
+        copy = codes_of(state, keys, seen[order, :end], 1, True, bits)
+        torch.testing.assert_close(copy.mean, mean[order])
+        assert torch.equal(copy.represented(), represented(keys, copy.mean, bits))
+
+    order = [0, 1, 2]
+    for end in (30, 31, 32):
+        step(end, order)
+    state.crop(30)
+    k[:, :, 30:] = torch.randn(3, 2, 2 * ROOM - 30, 16)
+    for end in (31, 32, 50, 51, 2 * ROOM):  # 18 keys of another prompt, and more than there was room for
+        step(end, order)
+    other = state.clone()
+    state.select(torch.tensor([2, 0]))
+    state.repeat(2)
+    state.crop(100)
+    before = k.clone()
+    k[:, :, 100:] += 1.0
+    step(101, [2, 2, 0, 0])
+    k.copy_(before)
+    state = other
+    state.crop(200)
+    step(201, order)
+    state.clear()
+    assert state.key_codes is None
 
 
 def test_what_a_step_reads() -> None:

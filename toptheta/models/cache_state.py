@@ -69,8 +69,7 @@ def branch(cache_: Cache, batch: int) -> Cache:
     for layer in own.layers:
         state = getattr(layer, "method_state", None)
         if state is not None:
-            tensors = {name: x.clone() for name, x in state.tensors.items()}
-            layer.method_state = State(tensors, dict(state.numbers), state.owner)
+            layer.method_state = state.clone()
     if batch > 1:
         own.batch_repeat_interleave(batch)
     return own

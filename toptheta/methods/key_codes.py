@@ -1,0 +1,87 @@
+"""A copy of the keys of a layer in few bits, in the form that kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+ROOM = 256  # keys that a full copy gets room for, in addition to those that come
+
+
+@dataclass
+class KeyCodes:
+    """The copy of the first `length` keys: a key is represented by mean + step * code.
+
+    codes: `[B, H_kv, room, D]` int8 or, in four bits, `[B, H_kv, room, D / 2]`: the low half of byte i is the
+    code of channel i, the high half that of channel i + D / 2. steps: `[B, H_kv, room]` bfloat16. mean: `[B,
+    H_kv, D]` float32.
+    """
+
+    codes: Tensor
+    steps: Tensor
+    mean: Tensor
+    bits: int
+    length: int = 0
+
+    @classmethod
+    def around(cls, mean: Tensor, bits: int) -> KeyCodes:
+        """Of no keys yet."""
+        batch, num_kv_heads, head_dim = mean.shape
+        width = head_dim if bits == 8 else (head_dim + 1) // 2
+        codes = mean.new_zeros(batch, num_kv_heads, 0, width, dtype=torch.int8)
+        return cls(codes, mean.new_zeros(batch, num_kv_heads, 0, dtype=torch.bfloat16), mean, bits)
+
+    def put(self, k: Tensor, first: int) -> None:
+        """Make `k` `[B, H_kv, M, D]` the keys from `first` on, the last ones."""
+        codes, steps = coded(k, self.mean, self.bits)
+        self.length = first + k.shape[2]
+        more = self.length - self.codes.shape[2]
+        if more > 0:
+            self.codes = pad(self.codes, (0, 0, 0, more + ROOM))
+            self.steps = pad(self.steps, (0, more + ROOM))
+        self.codes[:, :, first : self.length] = codes
+        self.steps[:, :, first : self.length] = steps
+
+    def represented(self) -> Tensor:
+        """What the copy stands for, `[B, H_kv, length, D]` float32."""
+        codes, steps = self.codes[:, :, : self.length], self.steps[:, :, : self.length, None]
+        if self.bits == 4:
+            codes = torch.cat([(codes << 4) >> 4, codes >> 4], dim=-1)[..., : self.mean.shape[-1]]
+        return self.mean[:, :, None] + steps.float() * codes
+
+    def crop(self, length: int) -> None:
+        """Forget all keys from `length` on; the mean stays."""
+        self.length = min(self.length, length)
+
+    def select(self, index: Tensor) -> KeyCodes:
+        """Of sequences reordered or repeated: `[new B]` indices of sequences."""
+        return self._changed(lambda x: x.index_select(0, index.to(x.device)))
+
+    def repeat(self, repeats: int) -> KeyCodes:
+        """Of each sequence repeated, as torch.repeat_interleave does."""
+        return self._changed(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def clone(self) -> KeyCodes:
+        return self._changed(Tensor.clone)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> KeyCodes:
+        codes, steps, mean = (change(x) for x in (self.codes, self.steps, self.mean))
+        return KeyCodes(codes, steps, mean, self.bits, self.length)
+
+
+def coded(k: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and steps of the keys `k` `[B, H_kv, M, D]` around `mean` `[B, H_kv, D]`, as in `KeyCodes`."""
+    largest = 2 ** (bits - 1) - 1
+    centred = k.float() - mean[:, :, None]
+    steps = (centred.abs().amax(dim=-1) / largest).to(torch.bfloat16)
+    steps = torch.where(steps > 0.0, steps, 1.0)
+    codes = (centred / steps.float()[..., None]).round().clamp(-largest, largest).to(torch.int8)
+    if bits == 4:
+        half = (codes.shape[-1] + 1) // 2
+        low, high = codes[..., :half], codes[..., half:]
+        codes = (low & 15) | (pad(high, (0, half - high.shape[-1])) << 4)
+    return codes, steps
