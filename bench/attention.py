@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The attention call alone: milliseconds, and the ratio to torch's scaled_dot_product_attention.
 
-    .venv/bin/python bench/attention.py [--device cpu|cuda] [--dtype TYPE] [--quick] [--output FILE]
+    .venv/bin/python bench/attention.py [--device cpu|cuda] [--dtype TYPE] [--quick] [--copies] [--output F]
 
 On a GPU see attention_gpu.py; the rest is about the CPU. Every repetition runs all methods one after the
 other on the same tensors, so that a busy machine slows all of them; the numbers are medians. Leaves out the
@@ -11,7 +11,8 @@ model has it beside its cache.
 
 Queries and keys are random with scores of standard deviation 1.5; thresholds are calibrated on other prompts
 drawn likewise: the mean (K+1)-th largest score or weight of rows of each sampled length. "kept" is what they
-then keep.
+then keep. --copies: decode alone, with copies of K in 8 and 4 bits next to Top-theta without one; each step
+codes its own key, and those of the cache are coded before.
 """
 
 import argparse
@@ -22,9 +23,10 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +34,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from toptheta.attention.call import AttentionCall
+from toptheta.attention.call import AttentionCall, Counts
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.calibration.interpolation import nearest_lookup
 from toptheta.kernels import registry as kernels
 from toptheta.kernels.drawn import SCORE_SPREAD
+from toptheta.methods.base import State
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
@@ -50,6 +53,11 @@ METHODS = {
     "Top-k": LayerSpec(TopK(), "pre-softmax", K),
     "Top-theta pre": LayerSpec(TopTheta(), "pre-softmax", K, "exact", vmc=True),
     "Top-theta post": LayerSpec(TopTheta(), "post-softmax", K, vmc=True),
+}
+COPIES = {
+    "Top-theta post": METHODS["Top-theta post"],
+    "int8 copy of K": LayerSpec(TopTheta(key_copy="int8"), "post-softmax", K, vmc=True),
+    "int4 copy of K": LayerSpec(TopTheta(key_copy="int4"), "post-softmax", K, vmc=True),
 }
 
 
@@ -72,8 +80,11 @@ class Case:
         return 2 * size * self.batch * num_kv_heads * head_dim * self.kv_len
 
 
-def cases(quick: bool, dtype: str) -> list[Case]:
+def cases(quick: bool, dtype: str, copies: bool = False) -> list[Case]:
     """Every case; for each model the shorter first, so that they tell how long the next will take."""
+    if copies:
+        lengths = [4096] if quick else [4096, 32768, 131072]
+        return [Case("Llama-3-8B", "decode", n, 1, dtype) for n in lengths]
     prefill, decode, batches = [2**i << 10 for i in range(6)], [4096, 7000, 32768, 131072], (1, 4, 16)
     if quick:
         prefill, decode, batches = [1024, 4096], [4096, 7000], (1,)
@@ -109,53 +120,65 @@ def calibrated(case: Case, placement: str, device: torch.device, k_keep: int = K
     return theta.expand(num_heads, -1).contiguous()
 
 
-def calls(case: Case, device: torch.device) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What each method runs, and the share of elements that it keeps."""
+def calls(
+    case: Case, device: torch.device, methods: dict[str, LayerSpec]
+) -> tuple[dict[str, Callable[[], object]], dict[str, dict[str, float]]]:
+    """What each method runs, and the shares of elements that it keeps and, with a copy of K, of K that it
+    reads."""
     num_heads, _, head_dim = MODELS[case.model]
     copies = 1 if case.phase == "prefill" else 1 + COLD_BYTES // case.kv_bytes
     q, *first = draw(case, device)
     pairs = [first, *(draw(case, device)[1:] for _ in range(copies - 1))]
-    # In decode the model has the sum of V beside its cache, for VMC.
-    turn = itertools.cycle(
-        [(k, v, v.sum(dim=2, dtype=torch.float32) if case.phase == "decode" else None) for k, v in pairs]
-    )
+    # In decode the model has the sum of V beside its cache, for VMC, and what a method remembers.
+    decode = case.phase == "decode"
+    caches = [(k, v, v.sum(dim=2, dtype=torch.float32) if decode else None, {}) for k, v in pairs]
+    turn: Iterator[tuple[Tensor, Tensor, Tensor | None, dict[LayerSpec, State]]] = itertools.cycle(caches)
     rows = rows_of(None, case.q_len, case.kv_len, device)
     scale = 1 / math.sqrt(head_dim)
 
     def sdpa() -> Tensor:
-        k, v, _ = next(turn)
+        k, v, *_ = next(turn)
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=case.phase == "prefill", scale=scale, enable_gqa=True
         )
 
-    def ours(spec: LayerSpec, theta: Tensor | None) -> Callable[[], object]:
-        def one() -> object:
-            k, v, v_sum = next(turn)
-            return kernels.attend(AttentionCall(q, k, v, rows, spec, scale, theta, v_sum=v_sum))
+    def ours(spec: LayerSpec, theta: Tensor | None) -> Callable[..., Any]:
+        def one(count: bool = False) -> tuple[Tensor, Counts | None]:
+            k, v, v_sum, states = next(turn)
+            state = states.setdefault(spec, State()) if spec.method.has_state else None
+            return kernels.attend(
+                AttentionCall(
+                    q, k, v, rows, spec, scale, theta, count=count, v_sum=v_sum, state=state, decode=decode
+                )
+            )
 
         return one
 
     found: dict[str, Callable[[], object]] = {"sdpa": sdpa}
-    kept = {"sdpa": 1.0}
-    for name, spec in METHODS.items():
+    shares = {"sdpa": {"kept": 1.0}}
+    for name, spec in methods.items():
         theta = calibrated(case, spec.placement, device) if spec.method.needs_thresholds else None
-        found[name] = ours(spec, theta)
-        kept[name] = kept_share(q, next(turn)[:2], rows, spec, scale, theta)
-    return found, kept
+        run = found[name] = ours(spec, theta)
+        for _ in pairs:  # so that each has its state
+            counts = run(count=True)[1]
+        shares[name] = shares_of(counts, rows, q.shape[:2])
+    return found, shares
 
 
-def kept_share(
-    q: Tensor, kv: tuple[Tensor, Tensor], rows: Rows, spec: LayerSpec, scale: float, theta
-) -> float:
-    _, counts = kernels.attend(AttentionCall(q, *kv, rows, spec, scale, theta, count=True))
-    assert counts is not None
-    full = rows.n.expand(q.shape[0], -1).sum() * q.shape[1]
-    return float(counts.attn.sum() / full)
+def shares_of(counts: Counts, rows: Rows, heads: torch.Size) -> dict[str, float]:
+    batch, num_heads = heads
+    full = float(rows.n.expand(batch, -1).sum())
+    shares = {"kept": round(float(counts.attn.sum()) / (full * num_heads), 5)}
+    if counts.keys is not None:
+        shares["K rows read"] = round(float(counts.keys.sum()) / (full * counts.keys.shape[1]), 5)
+    return shares
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
-    """Median milliseconds, ratio to sdpa and kept share of every method; some `seconds` of repetitions."""
-    found, kept = calls(case, device)
+def measure(
+    case: Case, device: torch.device, seconds: float, methods: dict[str, LayerSpec]
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds, ratio to sdpa and shares of every method; some `seconds` of repetitions."""
+    found, shares = calls(case, device, methods)
     times: dict[str, list[float]] = {name: [] for name in found}
     start = time.perf_counter()
     while True:
@@ -173,7 +196,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, dict[
         name: {
             "ms": round(ms, 4),
             "ratio": round(ms / medians["sdpa"], 3),
-            "kept": round(kept[name], 5),
+            **shares[name],
             "repetitions": repetitions,
         }
         for name, ms in medians.items()
@@ -199,6 +222,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=["decode", "prefill"], help="with --device cuda: this one alone")
     parser.add_argument("--batch", type=int, help="with --device cuda: this one alone")
     parser.add_argument("--tiny", action="store_true", help="with --device cuda: toys, to try the script")
+    parser.add_argument("--copies", action="store_true", help="on CPU: decode with copies of K")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="on CPU"
@@ -211,7 +235,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     device = torch.device(args.device)
-    output = args.output or Path(__file__).parent / "results" / f"attention-{args.device}.json"
+    name = f"attention-{args.device}" + ("-copies" if args.copies else "")
+    output = args.output or Path(__file__).parent / "results" / f"{name}.json"
+    methods = COPIES if args.copies else METHODS
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.device == "cuda":
@@ -236,15 +262,16 @@ def main() -> None:
         "kernel": kernels.FORCED or "chosen",
     }
     print("  ".join(f"{key}: {value}" for key, value in about.items()))
-    print("median ms (ratio to sdpa); kept: share of elements that Top-theta pre keeps\n")
-    names = ["sdpa", *METHODS]
+    last, share = ("int4 copy of K", "K rows read") if args.copies else ("Top-theta pre", "kept")
+    print(f"median ms (ratio to sdpa); {share}: the share, of {last}\n")
+    names = ["sdpa", *methods]
     print(
         f"{'model':13}{'phase':8}{'batch':>6}{'kv_len':>8}"
         + "".join(f"{n:>19}" for n in names)
-        + f"{'kept':>9}"
+        + f"{share:>13}"
     )
     results, spent = [], {}
-    for case in cases(args.quick, args.dtype):
+    for case in cases(args.quick, args.dtype, args.copies):
         label = f"{case.model:13}{case.phase:8}{case.batch:6}{case.kv_len:8}"
         size = case.batch * case.q_len * case.kv_len
         before = spent.get((case.model, case.phase))  # size and seconds of the last case of this kind
@@ -256,11 +283,11 @@ def main() -> None:
             continue
         start = time.perf_counter()
         with torch.no_grad():
-            got = measure(case, device, seconds=2.0 if args.quick else 4.0)
+            got = measure(case, device, 2.0 if args.quick else 4.0, methods)
         one_round = sum(cell["ms"] for cell in got.values()) / 1e3
         spent[case.model, case.phase] = (size, 7 * one_round)  # five repetitions, and the kept shares
         cells = "".join(f"{got[n]['ms']:11.2f} ({got[n]['ratio']:.2f})".rjust(19) for n in names)
-        print(f"{label}{cells}{got['Top-theta pre']['kept']:9.4f}", flush=True)
+        print(f"{label}{cells}{got[last][share]:13.4f}", flush=True)
         seconds = round(time.perf_counter() - start, 1)
         results.append(asdict(case) | {"methods": got, "seconds": seconds})
 

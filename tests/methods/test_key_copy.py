@@ -193,6 +193,6 @@ def test_behind_a_cache(tiny_model: LlamaForCausalLM) -> None:
 def test_its_names() -> None:
     method = parse_method("top_theta:key_copy=int4")
     assert method == TopTheta(key_copy="int4") and method.label(64) == "Top-theta key_copy=int4 K=64"
-    assert method.kernel_spec() is None and "4 bits" in method.stores
+    assert method.kernel_spec().key_bits == 4 and "4 bits" in method.stores
     with pytest.raises(UsageError, match="key_copy is 'int3': choose none, int8 or int4"):
         parse_method("top_theta:key_copy=int3")

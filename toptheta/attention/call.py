@@ -13,6 +13,8 @@ from torch import Tensor
 
 from toptheta.attention.rows import Rows
 from toptheta.methods.base import Block, KernelSpec, RowTables, State, ValueNorms
+from toptheta.methods.key_codes import KeyCodes
+from toptheta.methods.key_copy import codes_of
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_theta import value_factors
 
@@ -123,6 +125,27 @@ class AttentionCall:
         value_factors(state, self.values, self.v[:, :, :end], own)
         state.grow(kv_len)
         return state.tensors["factor"][:, :, :kv_len]
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of the copy of K by which a kernel chooses what to read of K; 0: it reads all."""
+        spec = self.kernel
+        return spec.key_bits if self.decode and spec is not None and spec.sparse else 0
+
+    def key_codes(self) -> KeyCodes:
+        """The copy of K in `key_bits`, of the keys that these rows may see."""
+        state = self.state if self.state is not None else State()
+        state.belong_to(self.spec.method)
+        rows, (q_len, kv_len) = self.rows, (self.q.shape[2], self.k.shape[2])
+        visible = rows.visible(q_len - 1, q_len, kv_len)
+        return codes_of(
+            state,
+            self.k[:, :, : rows.end(q_len, kv_len)],
+            None if visible is None else visible[:, 0, 0],
+            q_len,
+            rows.first is not None,
+            self.key_bits,
+        )
 
     @property
     def needs_gradient(self) -> bool:

@@ -50,6 +50,7 @@ class KernelSpec:
     vmc: bool = False
     capk: bool = False
     weighed: bool = False  # compare the weight times the factor of the key's value
+    key_bits: int = 0  # of the quantized copy of K that selects the K rows to read; 0: all are read
 
     @property
     def sparse(self) -> bool:

@@ -105,9 +105,10 @@ class TopTheta(Method):
         return block.factor
 
     def kernel_spec(self) -> KernelSpec | None:
-        if self.floor > 1 or self.key_copy != "none":
+        if self.floor > 1:
             return None
-        return KernelSpec(Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware)
+        bits = BITS.get(self.key_copy, 0)
+        return KernelSpec(Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware, key_bits=bits)
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.floor < 1:

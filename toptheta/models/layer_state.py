@@ -151,7 +151,8 @@ class LayerState(nn.Module):
             if self.spec.method.needs_values:
                 call.factor = extras.factor
             call.v_sum = extras.at(call.v, call.rows) if self.spec.vmc else None
-        if self.spec.method.has_state and (call.factor is None or call.kernel is None):
+        by_kernel = call.factor is not None and call.kernel is not None and not call.kernel.key_bits
+        if self.spec.method.has_state and not by_kernel:  # else the cache holds all of it
             call.state = self.method_state()
 
     def way(self, call: AttentionCall) -> str | None:

@@ -58,6 +58,8 @@ class Call(ctypes.Structure):
         *_fields(_INT, "theta_len table_len"),
         *_fields(_AT, "factor"),
         *_fields(_INT, "factor_batch factor_head"),
+        *_fields(_AT, "codes steps key_mean read"),
+        *_fields(_INT, "code_bits codes_batch codes_head steps_batch steps_head"),
         *_fields(_AT, "v_sum out"),
         *_fields(_INT, "out_batch out_head out_row"),
         *_fields(_AT, "attn vrow row ks"),
@@ -171,6 +173,10 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"head_dim is {head_dim}, and the kernel does multiples of 16 up to {MAX_HEAD_DIM}"
     if call.kernel is None:
         return f"{call.spec.method.title} has no kernel"
+    if call.key_bits and q.shape[2] > 1:
+        return "the kernel reads a copy of K for one decode step at a time"
+    if call.key_bits == 4 and head_dim % 32:
+        return f"head_dim is {head_dim}, and the kernel reads 4-bit copies of K in multiples of 32"
     return None
 
 
@@ -196,6 +202,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
         if counts.row is not None:
             args.row = counts.row.data_ptr()
     prepared.run()
+    if counts is not None and prepared.read is not None:
+        counts.keys = prepared.read.sum(dim=-1, dtype=torch.int32)[..., None]
+        if call.rows.real is not None:
+            counts.keys = counts.keys * call.rows.real[:, None]
     return out.to(call.q.dtype), counts
 
 
@@ -312,6 +322,14 @@ class _Prepared:
             factor = self.keep(call.value_factors())
             args.factor, args.factor_batch = factor.data_ptr(), self.batch_stride(factor)
             args.factor_head = factor.stride(1)
+        self.read: Tensor | None = None  # `[B, H_kv, N]` uint8, 1 where K is read, of a call with a copy of K
+        if spec.key_bits and call.key_bits:
+            copy, self.read = call.key_codes(), torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.uint8)
+            codes, steps, mean = (self.keep(x) for x in (copy.codes, copy.steps, copy.mean.contiguous()))
+            args.codes, args.steps, args.key_mean = codes.data_ptr(), steps.data_ptr(), mean.data_ptr()
+            args.read, args.code_bits = self.read.data_ptr(), copy.bits
+            args.codes_batch, args.codes_head = codes.stride()[:2]
+            args.steps_batch, args.steps_head = steps.stride()[:2]
         if spec.vmc:
             if call.v_sum is not None and q_len == 1:
                 args.v_sum = self.keep(call.v_sum.contiguous()).data_ptr()

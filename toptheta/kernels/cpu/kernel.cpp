@@ -6,7 +6,9 @@
 // There are two ways to compute the scores:
 //   many rows (prefill): K is packed once per KV head, then tiles of ROWS rows are matrix products in registers;
 //   few rows (decode): K is read once, without packing, for all heads of a group; keys are split over threads.
-// Only the kept V rows are read (and, for the mean of V, each V row once).
+// Only the kept V rows are read (and, for the mean of V, each V row once). With a copy of K in few bits
+// (methods/key_copy.py) a decode step first scores all keys by the copy, and then reads K only for those that some head
+// of the group may keep.
 //
 // Without torch headers this compiles in seconds; the threads are those of torch's own OpenMP pool.
 // GCC vectors of W floats are used for AVX-512, AVX2 and other CPUs; only compaction and exp2 use intrinsics.
@@ -37,12 +39,14 @@ constexpr int SUM_BLOCK = 64;     // keys per stored partial sum of V
 constexpr int CHUNK = 256;        // keys of one work item or one partial sum; a multiple of SUM_BLOCK and PANEL
 constexpr int ITEM_TILES = 4;     // tiles of one work item of prefill
 constexpr int FEW = 4;            // rows whose dot products are computed together in decode
+constexpr int FIRST = 4, LAST = 16;  // keys of a row that are read whatever the copy says; key_copy.py has them, too
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef int32_t vi_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int8_t vb_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
 
 enum { TOP_THETA = 0, TOP_K = 1 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -68,6 +72,10 @@ struct Call {
   int64_t theta_len, table_len;
   const float* factor;  // [B, H, N], of value-aware thresholds on weights
   int64_t factor_batch, factor_head;
+  const void *codes, *steps;  // a copy of K, see KeyCodes in key_codes.py: int8 or two of 4 bits, bfloat16; null: none
+  const float* key_mean;      // [B, H_kv, D]
+  uint8_t* read;              // [B, H_kv, N], all 0: becomes 1 where K is read
+  int64_t code_bits, codes_batch, codes_head, steps_batch, steps_head;
   const float* v_sum;  // [B, H_kv, Q, D], sum of V over each row's visible keys; null: computed here
   float* out;
   int64_t out_batch, out_head, out_row;
@@ -111,6 +119,30 @@ inline vf load(const fp16* p) {
   wide |= (magnitude >= 0x7c00) & 0x7f800000;        // infinity and NaN
   return (vf)(wide | (bits & 0x8000) << 16);
 #endif
+}
+
+// Two channels of a key: i in the low half of byte i, i + D / 2 in its high half.
+struct int4 {
+  int8_t two;
+};
+
+inline vi load_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*static_cast<const vb_unaligned*>(p), vi);
+#endif
+}
+
+// Channels d..d + W of a key of `dim` channels.
+template <typename T>
+inline vf channels(const T* key, int64_t d, int64_t) { return load(key + d); }
+inline vf channels(const int8_t* key, int64_t d, int64_t) { return __builtin_convertvector(load_bytes(key + d), vf); }
+inline vf channels(const int4* key, int64_t d, int64_t dim) {
+  vi code = d < dim / 2 ? load_bytes(key + d) << 28 : load_bytes(key + d - dim / 2) << 24;
+  return __builtin_convertvector(code >> 28, vf);
 }
 
 inline float widen(float x) { return x; }
@@ -537,6 +569,50 @@ void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own) {
   }
 }
 
+// Keys that the row does not see become -inf, up to a whole last vector.
+void hide(const Call& c, const Row& row, float* x, int64_t padded) {
+  if (c.mask != nullptr) {
+    const uint8_t* visible = c.mask + row.b * c.mask_batch + row.i * c.mask_row;
+    for (int64_t j = 0; j < row.end; j++) x[j] = visible[j] ? x[j] : -INF;
+  }
+  for (int64_t j = row.end; j < padded; j++) x[j] = -INF;
+}
+
+// out = x, times how much each key's value counts where that is given.
+void weigh_values(const Call& c, const Row& row, const float* x, int64_t padded, float* out) {
+  const float* factor = c.factor + row.b * c.factor_batch + row.h * c.factor_head;
+  for (int64_t j = 0; j < row.end; j++) out[j] = x[j] > -INF ? x[j] * factor[j] : -INF;
+  for (int64_t j = row.end; j < padded; j++) out[j] = -INF;
+}
+
+inline uint8_t* read_of(const Call& c, const Row& row) { return c.read + (row.b * c.num_kv_heads + row.g) * c.kv_len; }
+
+// Mark the keys that K is read for because of a row whose scores by the copy are x: those above its threshold, and its
+// first and last ones. Other heads of its group may mark keys at the same time.
+void mark_keys(const Call& c, const Row& row, float* x, Scratch& w) {
+  int64_t n = c.n[row.b * c.n_batch + row.i], padded = ceil_div(row.end, W) * W, count = 0;
+  if (n == 0) return;
+  hide(c, row, x, padded);
+  uint8_t* read = read_of(c, row);
+  auto mark = [&](int64_t j) { __atomic_store_n(read + j, 1, __ATOMIC_RELAXED); };
+  for (int64_t j = 0, seen = 0; j < row.end && seen < FIRST; j++)
+    if (x[j] > -INF) mark(j), seen++;
+  for (int64_t j = row.end - 1, seen = 0; j >= 0 && seen < LAST; j--)
+    if (x[j] > -INF) mark(j), seen++;
+
+  float* compared = x;
+  if (c.post_softmax) {
+    compared = w.weighed.get(padded);
+    std::memcpy(compared, x, padded * sizeof(float));
+    softmax(compared, padded, max_of_row(compared, padded));
+    if (c.factor != nullptr) weigh_values(c, row, compared, padded, compared);
+  }
+  int32_t* indices = w.indices.get(padded + W);
+  collect<false>(compared, padded, at_length(c.theta, c.theta_len, row.h, n), 0, indices, w.values.get(padded + W),
+                 count);
+  for (int64_t j = 0; j < count; j++) mark(indices[j]);
+}
+
 // Compute the output of one row from its scores x, which are overwritten; x has room for a whole last vector. With
 // may_defer, a row that keeps most of its keys is left to the caller, whose matrix product is faster: this returns
 // true, x holds the final weights, and their product with V is still to be added to the output.
@@ -548,32 +624,31 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
   bool chosen = c.num_ks > 0 && (c.chosen == nullptr || c.chosen[row.b * c.chosen_batch + row.i]);
   if (n == 0 || (out == nullptr && !chosen)) return false;
 
-  if (c.mask != nullptr) {
-    const uint8_t* visible = c.mask + row.b * c.mask_batch + row.i * c.mask_row;
-    for (int64_t j = 0; j < row.end; j++) x[j] = visible[j] ? x[j] : -INF;
-  }
-  for (int64_t j = row.end; j < padded; j++) x[j] = -INF;
+  hide(c, row, x, padded);
   float row_max = max_of_row(x, padded);
   if (c.post_softmax) {
     softmax(x, padded, row_max);
     row_max = max_of_row(x, padded);
   }
 
-  // What is compared: the weights, or with `factor` their products with it.
+  // What is compared: scores or weights, or with `factor` weights times it; with a copy of K, only of keys that were
+  // read.
   bool sparse = (c.mode == TOP_THETA || c.mode == TOP_K) && n > c.k_keep;
+  const uint8_t* read = c.codes != nullptr && sparse ? read_of(c, row) : nullptr;
   const float* compared = x;
-  if (c.factor != nullptr && sparse) {
-    const float* factor = c.factor + row.b * c.factor_batch + row.h * c.factor_head;
-    float* products = w.weighed.get(padded);
-    for (int64_t j = 0; j < row.end; j++) products[j] = x[j] > -INF ? x[j] * factor[j] : -INF;
-    for (int64_t j = row.end; j < padded; j++) products[j] = -INF;
-    compared = products;
-    row_max = max_of_row(compared, padded);
+  float largest = row_max;
+  if (sparse && (c.factor != nullptr || read != nullptr)) {
+    float* changed = w.weighed.get(padded);
+    if (c.factor != nullptr) weigh_values(c, row, x, padded, changed);
+    else std::memcpy(changed, x, padded * sizeof(float));
+    for (int64_t j = 0; read != nullptr && j < row.end; j++) changed[j] = read[j] ? changed[j] : -INF;
+    compared = changed;
+    largest = max_of_row(compared, padded);
   }
   bool top_k = c.mode == TOP_K && sparse && out != nullptr;
   float threshold = -INF;  // keys above it are kept: at least the row's largest
   if (c.mode == TOP_THETA && out != nullptr)
-    threshold = std::min(at_length(c.theta, c.theta_len, row.h, n), std::nextafter(row_max, -INF));
+    threshold = std::min(at_length(c.theta, c.theta_len, row.h, n), std::nextafter(largest, -INF));
   int64_t largest_k = top_k ? c.k_keep : 0;
   for (int64_t which = 0; chosen && which < c.num_ks; which++)
     if (c.ks[which] < n) largest_k = std::max(largest_k, c.ks[which] + 1);
@@ -587,6 +662,12 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
   Kept kept = select_row(c, compared, padded, threshold, row_max, sparse, w);
   if (compared != x)
     for (int64_t j = 0; j < kept.count; j++) kept.values[j] = x[kept.indices[j]];
+  if (read != nullptr && c.sdc == SDC_EXACT && !c.post_softmax) {  // the estimates of keys that were not read
+    vf sum = {};
+    for (int64_t j = 0; j < padded; j += W)
+      sum += load(compared + j) > -INF ? vf{} : exp_nonpositive(load(x + j) - row_max);
+    kept.dropped_sum += sum_lanes(sum);
+  }
   float sum = weigh(c, row.h, n, row_max, sparse, kept);
   count_row(c, row, kept, own);
   if (c.vmc && sparse) add_v_mean<T>(c, row, 1.0f - sum, n, out);
@@ -718,17 +799,17 @@ inline void sum_parts(vf* parts) {
   if constexpr (H > 1) sum_parts<H / 2>(parts);
 }
 
-// Scores of R rows against keys from..to of one KV head. q: R rows of D, already scaled.
-template <int R, typename T>
-void dot_rows(const float* q, const T* k, int64_t k_row, int64_t dim, int64_t from, int64_t to, float* x,
+// Scores of R rows against the keys key_at(from), .., key_at(to - 1) of one KV head. q: R rows of D, already scaled.
+template <int R, typename T, typename Key>
+void dot_rows(const float* q, const T* k, int64_t k_row, int64_t dim, Key key_at, int64_t from, int64_t to, float* x,
               int64_t x_row) {
   for (int64_t key = from; key < to; key += W) {
     vf parts[R][W];
     for (int j = 0; j < W; j++) {
-      const T* row = k + std::min(key + j, to - 1) * k_row;
+      const T* row = k + key_at(std::min(key + j, to - 1)) * k_row;
       vf sum[R] = {};
       for (int64_t d = 0; d < dim; d += W) {
-        vf of_key = load(row + d);
+        vf of_key = channels(row, d, dim);
         for (int r = 0; r < R; r++) sum[r] += load(q + r * dim + d) * of_key;
       }
       for (int r = 0; r < R; r++) parts[r][j] = sum[r];
@@ -742,22 +823,71 @@ void dot_rows(const float* q, const T* k, int64_t k_row, int64_t dim, int64_t fr
 
 inline int64_t few_row_stride(const Call& c) { return ceil_div(c.kv_len, W) * W; }
 
+// Scores of rows m..m + count of a group, at most FEW, against such keys; returns the scaled queries of the rows.
+template <typename T, typename K, typename Key>
+const float* score_rows(const Call& c, int64_t bg, int64_t m, int64_t count, const K* k, int64_t k_row, Key key_at,
+                        int64_t from, int64_t to, float* x, int64_t x_row, Scratch& w) {
+  int64_t dim = c.head_dim;
+  float* query = w.query.get(dim * FEW);
+  for (int64_t r = 0; r < count; r++) {
+    const T* q = q_of<T>(c, row_at(c, bg, m + r));
+    for (int64_t d = 0; d < dim; d++) query[r * dim + d] = widen(q[d]) * float(c.scale);
+  }
+  if (count == 4) dot_rows<4>(query, k, k_row, dim, key_at, from, to, x, x_row);
+  if (count == 3) dot_rows<3>(query, k, k_row, dim, key_at, from, to, x, x_row);
+  if (count == 2) dot_rows<2>(query, k, k_row, dim, key_at, from, to, x, x_row);
+  if (count == 1) dot_rows<1>(query, k, k_row, dim, key_at, from, to, x, x_row);
+  return query;
+}
+
+constexpr auto every_key = [](int64_t key) { return key; };
+
 template <typename T>
 void score_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w) {
-  int64_t num_rows = c.q_len * (c.num_heads / c.num_kv_heads), dim = c.head_dim, x_row = few_row_stride(c);
-  float* query = w.query.get(dim * FEW);
+  int64_t num_rows = c.q_len * (c.num_heads / c.num_kv_heads), x_row = few_row_stride(c);
   const T* k = k_of<T>(c, bg / c.num_kv_heads, bg % c.num_kv_heads);
+  for (int64_t m = 0; m < num_rows; m += FEW)
+    score_rows<T>(c, bg, m, std::min<int64_t>(FEW, num_rows - m), k, c.k_row, every_key, from, to,
+                  c.scores + (bg * num_rows + m) * x_row, x_row, w);
+}
+
+// The same by the copy of K: q * mean + step * (q * code).
+template <typename T, typename Code>
+void estimate_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w) {
+  int64_t num_rows = c.num_heads / c.num_kv_heads, dim = c.head_dim, x_row = few_row_stride(c);
+  int64_t b = bg / c.num_kv_heads, g = bg % c.num_kv_heads;
+  to = std::min(to, row_at(c, bg, 0).end);  // the copy has no keys behind it
+  if (from >= to) return;
+  const Code* codes = static_cast<const Code*>(c.codes) + b * c.codes_batch + g * c.codes_head;
+  const bf16* steps = static_cast<const bf16*>(c.steps) + b * c.steps_batch + g * c.steps_head;
   for (int64_t m = 0; m < num_rows; m += FEW) {
-    int64_t here = std::min<int64_t>(FEW, num_rows - m);
-    for (int64_t r = 0; r < here; r++) {
-      const T* q = q_of<T>(c, row_at(c, bg, m + r));
-      for (int64_t d = 0; d < dim; d++) query[r * dim + d] = widen(q[d]) * float(c.scale);
-    }
+    int64_t count = std::min<int64_t>(FEW, num_rows - m);
     float* x = c.scores + (bg * num_rows + m) * x_row;
-    if (here == 4) dot_rows<4>(query, k, c.k_row, dim, from, to, x, x_row);
-    if (here == 3) dot_rows<3>(query, k, c.k_row, dim, from, to, x, x_row);
-    if (here == 2) dot_rows<2>(query, k, c.k_row, dim, from, to, x, x_row);
-    if (here == 1) dot_rows<1>(query, k, c.k_row, dim, from, to, x, x_row);
+    const float* query = score_rows<T>(c, bg, m, count, codes, dim * c.code_bits / 8, every_key, from, to, x, x_row, w);
+    for (int64_t r = 0; r < count; r++, x += x_row) {
+      vf of_mean = {};
+      for (int64_t d = 0; d < dim; d += W) of_mean += load(query + r * dim + d) * load(c.key_mean + bg * dim + d);
+      float shift = sum_lanes(of_mean);
+      for (int64_t j = from; j < to; j++) x[j] = x[j] * widen(steps[j]) + shift;
+    }
+  }
+}
+
+// The scores themselves of the keys that are marked, in place of those by the copy.
+template <typename T>
+void read_chunk(const Call& c, int64_t bg, int64_t from, int64_t to, Scratch& w) {
+  int64_t num_rows = c.num_heads / c.num_kv_heads, x_row = few_row_stride(c), num_read = 0;
+  int32_t* keys = w.indices.get(CHUNK);
+  for (int64_t j = from; j < to; j++)
+    if (c.read[bg * c.kv_len + j]) keys[num_read++] = int32_t(j);
+  if (num_read == 0) return;
+  const T* k = k_of<T>(c, bg / c.num_kv_heads, bg % c.num_kv_heads);
+  float* tile = w.tile.get(FEW * CHUNK);
+  for (int64_t m = 0; m < num_rows; m += FEW) {
+    int64_t count = std::min<int64_t>(FEW, num_rows - m);
+    score_rows<T>(c, bg, m, count, k, c.k_row, [=](int64_t j) { return keys[j]; }, 0, num_read, tile, CHUNK, w);
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t j = 0; j < num_read; j++) c.scores[(bg * num_rows + m + r) * x_row + keys[j]] = tile[r * CHUNK + j];
   }
 }
 
@@ -774,17 +904,30 @@ void run(const Call& c) {
   int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), blocks = ceil_div(tiles, ITEM_TILES);
   // Waking the other threads costs some microseconds, which small calls do not earn back.
   bool tiny = groups * num_rows * c.kv_len * c.head_dim < (1 << 18);
-  std::atomic<int64_t> prepared{0}, summed{0}, finished{0};
+  std::atomic<int64_t> prepared{0}, marked{0}, read{0}, summed{0}, finished{0};
 #pragma omp parallel num_threads(int(c.threads)) if (!tiny)
   {
     Scratch& w = scratch;
     share(prepared, groups * chunks, [&](int64_t item) {
       int64_t bg = item / chunks, from = item % chunks * CHUNK, to = std::min(from + CHUNK, c.kv_len);
       if (c.packed != nullptr) pack_k<T>(c, bg, from, to);
-      else score_chunk<T>(c, bg, from, to, w);
+      else if (c.codes == nullptr) score_chunk<T>(c, bg, from, to, w);
+      else if (c.code_bits == 8) estimate_chunk<T, int8_t>(c, bg, from, to, w);
+      else estimate_chunk<T, int4>(c, bg, from, to, w);
       if (c.sums != nullptr) sum_v<T>(c, bg, from, to);
     });
 #pragma omp barrier
+    if (c.codes != nullptr) {
+      share(marked, groups * num_rows, [&](int64_t item) {
+        mark_keys(c, row_at(c, item / num_rows, item % num_rows), c.scores + item * few_row_stride(c), w);
+      });
+#pragma omp barrier
+      share(read, groups * chunks, [&](int64_t item) {
+        int64_t from = item % chunks * CHUNK;
+        read_chunk<T>(c, item / chunks, from, std::min(from + CHUNK, c.kv_len), w);
+      });
+#pragma omp barrier
+    }
     if (c.sums != nullptr) {
       share(summed, groups, [&](int64_t bg) { accumulate_sums(c, bg); });
 #pragma omp barrier
@@ -812,11 +955,11 @@ extern "C" {
 int64_t toptheta_vector_width() { return W; }
 
 // How many floats `packed`, `sums` and `scores` of a call must hold (0: pass null). The scores are computed as for many
-// rows if packed is given, else as for few.
+// rows if packed is given, else as for few. A call with a copy of K has one row for each head.
 void toptheta_workspace(const Call* call, int64_t* sizes) {
   const Call& c = *call;
   int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
-  bool many = num_rows > 2 * ROWS;
+  bool many = num_rows > 2 * ROWS && c.codes == nullptr;
   sizes[0] = many ? groups * panels(c) * PANEL * c.head_dim : 0;
   sizes[1] = c.vmc && c.v_sum == nullptr ? groups * sum_blocks(c) * c.head_dim : 0;
   sizes[2] = many ? 0 : groups * num_rows * few_row_stride(c);

@@ -57,6 +57,8 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"{call.spec.method.title} has no kernel"
     if spec.sparse and spec.capk:
         return "the kernels have no capk"
+    if call.key_bits:
+        return "the kernels read no copy of K in few bits"
     if spec.sparse and spec.selection == Selection.LARGEST and call.q.shape[2] > 1:
         return "Top-k of many rows has no kernel"
     if call.count_rows:
