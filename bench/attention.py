@@ -43,6 +43,7 @@ from toptheta.methods.base import State
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
+from toptheta.util.environment import cpu_name
 
 K = 64
 COLD_BYTES = 256 << 20  # of K and V that decode calls take turns with
@@ -207,12 +208,9 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device; on the CPU a call is over when it returns."""
 
 
-def device_name(device: torch.device) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def device_name() -> str:
+    """The CPU and the instruction set that torch uses on it, on which the kernel's speed depends, too."""
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:
@@ -253,7 +251,7 @@ def main() -> None:
         return
 
     about = {
-        "device": device_name(device),
+        "device": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -241,7 +241,7 @@ def main() -> None:
         return
 
     about = {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

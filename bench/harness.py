@@ -132,7 +132,7 @@ def main() -> None:
     shared = {} if args.anew else shared_lengths(prompts)
     beginnings = {prompt[:length] for prompt, length in shared.items()}
     about = {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     about = {
-        "device": device_name(torch.device("cpu")),
+        "device": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

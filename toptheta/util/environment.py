@@ -30,7 +30,7 @@ def environment(device: str) -> dict[str, Any]:
         ).stdout.strip()
     except OSError:
         commit = ""
-    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else _cpu_name()
+    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else cpu_name()
     return {
         "toptheta": toptheta.__version__,
         "git_commit": commit or None,
@@ -44,7 +44,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
