@@ -1,1 +1,1 @@
-"""From samples of rows to tables of thresholds."""
+"""From sampled rows to tables of thresholds, and their files."""

@@ -1,8 +1,8 @@
-"""A calibration to share: its tables, what they were calibrated for, and a card, as a folder or a repository
-of the Hugging Face hub.
+"""A shareable calibration: its tables, their settings and a model card, as a folder or a Hugging Face hub
+repository.
 
-A folder holds calibration.safetensors, config.json and README.md. Covers files only: models/sharing.py takes
-a calibration from a model and puts it to use.
+A folder contains calibration.safetensors, config.json and README.md. Covers the files only: models/sharing.py
+takes a calibration from a model and applies one to it.
 """
 
 import os
@@ -21,8 +21,8 @@ from toptheta.util.schema import typed
 
 FORMAT = "toptheta-calibration-1"
 PAPER = "https://arxiv.org/abs/2502.08363"
-SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # how tables were made
-# What a calibration is used with, beside the method and K, by name and type
+SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # options of the calibration
+# The options that a calibration is used with, besides the method and K, by name and type
 OPTIONS = {
     f.name: get_type_hints(MethodOptions)[f.name]
     for f in fields(MethodOptions)
@@ -33,13 +33,13 @@ Params: Any = TypedDict("Params", {"method": str, "K": int | list[int]} | OPTION
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """config.json: what the tables are for, and what is known about them.
+    """config.json: the model and settings of the tables, and how they were calibrated.
 
-    base_model: hub id or name; revision: its commit; model_type: as transformers calls it; empty where
-    unknown, as sizes are 0. params: the method and its options as `set_params` takes them; calibrated_with:
-    the options that shaped the tables. text: what they were calibrated on; rows: sampled rows of each head of
-    a layer; longest: the longest row among them. measured: what `measure` of models/sharing.py found on other
-    text, empty where nothing was measured.
+    base_model: hub id or name; revision: its commit; model_type: that of transformers; empty where unknown,
+    like sizes of 0. params: the method and its options, as `set_params` takes them; calibrated_with: the
+    options of the calibration. text: name of the calibration text; rows: sampled rows of each head of a
+    layer; longest: the length of the longest of them. measured: what `measure` of models/sharing.py found on
+    other text, empty if not measured.
     """
 
     format: str
@@ -67,8 +67,8 @@ class Calibration(
     paper_url=PAPER,
     model_card_template=resources.files(__package__).joinpath("card.md.j2").read_text(encoding="utf-8"),
 ):
-    """Tables with their config. `save_pretrained`, `push_to_hub` and `from_pretrained` are
-    huggingface_hub's."""
+    """Tables and their config. `save_pretrained`, `push_to_hub` and `from_pretrained` are those of
+    huggingface_hub."""
 
     def __init__(self, tables: CalibrationTables, config: CalibrationConfig):
         self.tables, self.config = tables, config
@@ -88,8 +88,8 @@ class Calibration(
         token: str | bool | None,
         config: CalibrationConfig | None = None,
     ) -> "Calibration":
-        """Raises UsageError for tables that are damaged or do not fit config.json, ValueError where that is
-        missing or another program's, and what `hf_hub_download` raises."""
+        """Raises UsageError for tables that are damaged or do not match config.json, ValueError if
+        config.json is missing or has another format, and what `hf_hub_download` raises."""
         if os.path.isdir(model_id):
             folder = model_id
         else:
@@ -124,8 +124,8 @@ class Calibration(
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write all files into `folder`, in place of those of an earlier calibration; none is left half
-        written."""
+        """Write all files into `folder`, replacing those of an earlier calibration; each file is written
+        completely or not at all."""
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

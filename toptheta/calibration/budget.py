@@ -1,9 +1,9 @@
-"""One threshold on weights for a whole budget: `--calib_to budget`, ours, not the paper's.
+"""One threshold on weights for a whole budget: `--calib_to budget`, our extension of the paper.
 
-A threshold theta keeps, of each row, the keys whose attention weight is above it; heads and rows that spread
-their attention keep more than others. It is chosen such that the mean over sampled rows and heads is K. One
-pass over the prompts collects histograms of log-weights; every K is solved from them. As weights sum to 1 in
-a row of any length, the threshold needs no row length.
+In each row the threshold theta keeps the keys whose attention weight is above it; heads and rows that spread
+their attention keep more keys than others. It is chosen such that the mean over sampled rows and heads is K.
+One pass over the prompts collects histograms of log-weights, from which the threshold for every K is solved.
+As the weights of a row of any length sum to 1, the threshold does not depend on the row length.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +18,22 @@ from toptheta.calibration.sampler import RowSampler
 from toptheta.calibration.tables import LayerTable, no_long_row
 from toptheta.methods.base import NEG_INF, ValueNorms
 
-# Bins of ln(weight), equally wide; the first also takes what is lower. Weighed by their values, weights may
-# be above 1. A bin is so narrow that what a threshold keeps is known within a few parts in a thousand.
+# Equally wide bins of ln(weight); the first also counts lower weights. Weights times value norms may be above
+# 1. Bins are narrow enough to know the kept count of a threshold within a few parts in a thousand.
 LOWEST, HIGHEST, BINS = -24.0, 4.0, 4096
 WIDTH = (HIGHEST - LOWEST) / BINS
-PROBES = (0.5, 1.0, 2.0)  # of K: where a layer's damage is measured
-LEAST = 1.0  # of what a layer keeps: a row is never empty
-PROMPTS, PROMPT_TOKENS = 2, 512  # that damage is measured on
+PROBES = (0.5, 1.0, 2.0)  # multiples of K at which a layer's damage is measured
+LEAST = 1.0  # minimum kept by a layer: a row is never empty
+PROMPTS, PROMPT_TOKENS = 2, 512  # on which damage is measured
 
 
 class BudgetCalibration(RowSampler):
     """Histograms of the log-weights of one layer's sampled rows: for each K, of the rows longer than K.
 
-    counts: by K, `[H, BINS]` int64; rows: by K, how many rows those are. gram: of ValueNorms, for value-aware
-    thresholds: then what is counted is the weight times the value's factor, by the mean and scale that the
-    first prompt with a sampled row gives. prompts: the first tokens of some prompts, for what is measured
-    after the pass; only one layer of a model has them.
+    counts: by K, `[H, BINS]` int64; rows: by K, the number of these rows. gram: that of ValueNorms, for
+    value-aware thresholds: then the weight times the value's relative norm is counted, with the mean and
+    scale from the first prompt with a sampled row. prompts: the first tokens of some prompts, for
+    measurements after the pass; only one layer of a model has them.
     """
 
     apart = True
@@ -49,14 +49,14 @@ class BudgetCalibration(RowSampler):
     ):
         super().__init__(ks, sample_frac, seed, device)
         self.gram, self.values = gram, None if gram is None else _no_values(gram)
-        self.weighed = False  # whether mean and scale are known
+        self.weighed = False  # whether mean and scale are set
         self.counts = {k: torch.zeros(num_heads, BINS, dtype=torch.int64, device=device) for k in self.ks}
         self.rows = {k: torch.zeros((), dtype=torch.int64, device=device) for k in self.ks}
         self.prompts: list[Tensor] = []
 
     @property
     def in_order(self) -> bool:
-        return self.gram is not None  # the first prompt gives the scale
+        return self.gram is not None  # the first prompt determines the scale
 
     @torch.no_grad()
     def sample(self, call: AttentionCall) -> None:
@@ -87,9 +87,9 @@ class BudgetCalibration(RowSampler):
             self.add(log_weights, n, self.chosen[:, at])
 
     def _factors(self, call: AttentionCall) -> Tensor:
-        """`[B, H, N]` logarithm of what each key's value counts."""
+        """`[B, H, N]`, the logarithm of the relative norm of each key's value."""
         assert self.gram is not None and self.values is not None
-        if not self.weighed:  # the first prompt: what is padding there has no part in the mean
+        if not self.weighed:  # the first prompt; its padding is excluded from the mean
             self.weighed = True
             real = call.rows.key_real
             rows = call.v.float().transpose(1, 2)  # [B, N, H_kv, D]
@@ -138,23 +138,22 @@ class BudgetCalibration(RowSampler):
 
 
 def _no_values(gram: Tensor) -> ValueNorms:
-    """Of no prompt yet: the scale is 0."""
+    """Before the first prompt: the scale is 0."""
     return ValueNorms(
         gram, torch.zeros(0, device=gram.device), torch.zeros(gram.shape[0], device=gram.device)
     )
 
 
 def kept_above(counts: np.ndarray, rows: int, log_theta: float) -> float:
-    """Mean number of weights above a threshold, of the rows of a histogram `[..., BINS]`, over all its
-    heads."""
+    """The mean number of weights above a threshold, over the rows and heads of a histogram `[..., BINS]`."""
     heads = counts.reshape(-1, BINS)
     above = np.append(heads.sum(axis=0)[::-1].cumsum()[::-1], 0) / (rows * len(heads))
     return float(np.interp((log_theta - LOWEST) / WIDTH, np.arange(BINS + 1), above))
 
 
 def solve_threshold(counts: np.ndarray, rows: int, k: float) -> float:
-    """ln(theta) such that a row keeps `k` weights on average over the rows and heads of a histogram `[...,
-    BINS]`. Raises ValueError when there are no rows, or they hold fewer than k."""
+    """ln(theta) such that `k` weights are kept on average over the rows and heads of a histogram
+    `[..., BINS]`. Raises ValueError if there are no rows, or they have fewer than k keys."""
     heads = counts.reshape(-1, BINS)
     if rows == 0:
         raise ValueError("no row was sampled")
@@ -173,9 +172,9 @@ def budget_tables(
 ) -> dict[int, LayerTable]:
     """Thresholds by layer, the same for every head and row length. budgets: by layer; ks: K of every layer.
 
-    Layers with one K share its budget: by one threshold or, with `measure`, by one for each layer
-    (`share_out`). measure: from log-thresholds and K, the damage `[layers, thresholds]` of each layer that is
-    sparse alone, all layers of the model. Raises UsageError when no row was longer than K.
+    Layers with the same K share its budget: with one threshold or, with `measure`, with one for each layer
+    (`share_out`). measure: returns, for log-thresholds and K, the damage `[layers, thresholds]` of making
+    only that layer sparse, for all layers of the model. Raises UsageError if no row was longer than K.
     """
     tables = {}
     for k in sorted({ks[i] for i in budgets}):
@@ -196,19 +195,19 @@ def budget_tables(
 
 
 def share_out(damage: np.ndarray, kept: np.ndarray, k: float, most: np.ndarray) -> np.ndarray:
-    """What each layer should keep, `[layers]`, with mean `k`, such that one more element in any of them would
-    help as much.
+    """The number of elements that each layer should keep, `[layers]`, with mean `k`, such that one more
+    element reduces the damage equally in all layers.
 
-    damage, kept: `[layers, probes]`, what a layer alone costs the output (KL, nats) when it keeps that much;
-    most: `[layers]`, what there is to keep. Damage is taken to fall as a power of what is kept, A c^-b,
-    fitted to the probes: then A b c^(-b - 1) is the same for all layers.
+    damage: `[layers, probes]`, KL of the output (nats) when only this layer is sparse and keeps `kept`
+    elements, `[layers, probes]`; most: `[layers]`, the elements that there are. Damage is modelled as a power
+    of the kept elements c, A c^-b, fitted to the probes: then A b c^(-b - 1) is the same for all layers.
     """
     x, y = np.log(kept.clip(1e-3)), np.log(damage.clip(1e-9))
     x_mean, y_mean = x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)
     spread = ((x - x_mean) ** 2).sum(axis=1).clip(1e-9)
     power = (-((x - x_mean) * (y - y_mean)).sum(axis=1) / spread).clip(0.1, 10.0)
     log_scale = y_mean[:, 0] + power * x_mean[:, 0]
-    low, high = -60.0, 60.0  # of the logarithm of what one more element helps
+    low, high = -60.0, 60.0  # of the logarithm of the gain from one more element
 
     def keeping(log_gain: float) -> np.ndarray:
         return np.exp(((log_scale + np.log(power) - log_gain) / (power + 1)).clip(-5, 20)).clip(LEAST, most)
@@ -220,14 +219,14 @@ def share_out(damage: np.ndarray, kept: np.ndarray, k: float, most: np.ndarray) 
 
 
 def _most(counts: np.ndarray, rows: int) -> float:
-    """What the sampled rows have to keep: nearly all their keys."""
+    """The most that the sampled rows can keep: nearly all their keys."""
     return 0.99 * counts.sum() / (rows * counts.reshape(-1, BINS).shape[0])
 
 
 def histogram(
     budgets: Mapping[int, BudgetCalibration], layers: Sequence[int], k: int
 ) -> tuple[np.ndarray, int]:
-    """`[layers, H, BINS]` counts of these layers, and how many rows of each layer they are of."""
+    """`[layers, H, BINS]`, the counts of these layers, and the number of sampled rows of each."""
     rows = int(budgets[layers[0]].rows[k])
     if rows == 0:
         raise no_long_row(k, layers[0], budgets[layers[0]].longest)
@@ -235,7 +234,7 @@ def histogram(
 
 
 def constant_table(theta: float, k: int, num_heads: int, rows: int) -> LayerTable:
-    """One threshold at the shortest row length that is sparse: all longer ones look it up there."""
+    """A table with one threshold at the shortest sparse row length; all longer rows take it from there."""
     values, samples = np.full((num_heads, k + 2), np.nan), np.zeros((num_heads, k + 2), dtype=np.int64)
     values[:, k + 1], samples[:, k + 1] = theta, rows
     return LayerTable(values, samples)

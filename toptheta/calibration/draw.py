@@ -1,4 +1,4 @@
-"""Drawing a share of the rows of a prompt."""
+"""Sampling a share of the rows of a prompt."""
 
 from math import ceil
 
@@ -11,9 +11,9 @@ from toptheta.methods.base import NEG_INF
 def draw_rows(eligible: Tensor, seen: Tensor, frac: float, generator: torch.Generator) -> Tensor:
     """Draw ceil(frac * eligible) rows of each sequence without replacement, `[B, Q]` bool.
 
-    A row's weight is 1 + (most seen - seen) of its length, so that lengths sampled least so far come first.
-    Weighted drawing without replacement is the top of log(weight) + Gumbel noise (Efraimidis and Spirakis
-    2006); nothing here waits for the device.
+    The weight of a row is 1 + max(seen) - seen of its length, so that the lengths sampled least so far are
+    preferred. Weighted sampling without replacement takes the largest log(weight) + Gumbel noise (Efraimidis
+    and Spirakis 2006), without synchronising with the device.
     """
     weight = 1.0 + (seen.amax(dim=-1, keepdim=True) - seen).double()
     uniform = torch.rand(seen.shape, generator=generator, device=seen.device, dtype=torch.float64)
@@ -25,5 +25,5 @@ def draw_rows(eligible: Tensor, seen: Tensor, frac: float, generator: torch.Gene
 
 
 def sample_count(eligible: int, frac: float) -> int:
-    """How many of `eligible` rows `draw_rows` samples."""
+    """The number of rows that `draw_rows` samples from `eligible` rows."""
     return ceil(frac * eligible - 1e-9)

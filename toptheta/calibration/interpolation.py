@@ -1,6 +1,7 @@
-"""From calibrated values to look-up tables by row length: lengths that calibration never saw, and smoothing.
+"""From calibrated values to look-up tables by row length: interpolation to uncalibrated lengths, and
+smoothing.
 
-Pure numpy, all heads of a layer at once. Used for thresholds and for the SDC table alike.
+Pure numpy, all heads of a layer at once. Used for thresholds and SDC tables.
 """
 
 from itertools import combinations
@@ -8,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 MAX_FIT_LENGTH = 1 << 17  # 'fit' tables reach this row length at most: 512 KB a head
-LEAST_POSITIVE = 1e-12  # of values whose logarithm is fitted: what is lower would outweigh all others
+LEAST_POSITIVE = 1e-12  # minimum of values whose logarithm is fitted: lower ones would dominate the fit
 
 
 def lookup_table(
@@ -23,10 +24,10 @@ def lookup_table(
 ) -> np.ndarray:
     """Fill a `[H, L]` table, NaN where not calibrated, for every row length; returns float32 `[H, L]`.
 
-    samples: `[H, L]` how many rows each value was taken from. Lengths up to `k`, whose rows stay dense, get
-    `below`; lengths of L and above are to be looked up at L - 1. interp: 'nearest', 'linear' or 'fit', which
-    makes the table reach row length `max_n` (MAX_FIT_LENGTH at most) and stays in the open range `within`:
-    one that starts at 0 is fitted in logarithms. smooth: see `smoothed`. Raises ValueError for a head with no
+    samples: `[H, L]`, the number of samples of each value. Lengths up to `k`, whose rows stay dense, get
+    `below`; look up lengths of L and more at L - 1. interp: 'nearest', 'linear' or 'fit', which extends the
+    table to row length `max_n` (at most MAX_FIT_LENGTH) and keeps values within the open interval `within`;
+    if that starts at 0, logarithms are fitted. smooth: see `smoothed`. Raises ValueError for a head without a
     calibrated length.
     """
     empty = np.isnan(values).all(axis=1)
@@ -43,8 +44,8 @@ def lookup_table(
 
 
 def smoothed(values: np.ndarray, samples: np.ndarray, width: int) -> np.ndarray:
-    """Each calibrated value of `[H, L]` becomes the mean of those whose lengths are within `width` of its
-    own, weighted by their samples."""
+    """Replace each calibrated value of `[H, L]` by the mean of those whose lengths differ by at most `width`,
+    weighted by their samples."""
     known = ~np.isnan(values)
     weights = _weights(values, samples)
     window = np.arange(values.shape[1])
@@ -60,7 +61,8 @@ def smoothed(values: np.ndarray, samples: np.ndarray, width: int) -> np.ndarray:
 
 
 def nearest_lookup(values: np.ndarray, k: int, below: float) -> np.ndarray:
-    """Each length takes the nearest calibrated one's value (ties: the smaller); see `lookup_table`."""
+    """Each length takes the value of the nearest calibrated length (the smaller in a tie); see
+    `lookup_table`."""
     num_heads, length = values.shape
     wanted = np.arange(length)
     out = np.empty((num_heads, length), dtype=np.float32)
@@ -77,8 +79,8 @@ def nearest_lookup(values: np.ndarray, k: int, below: float) -> np.ndarray:
 
 
 def linear_lookup(values: np.ndarray, k: int, below: float) -> np.ndarray:
-    """Lengths between two calibrated ones lie on the line between them, those beyond the ends take the
-    nearest's value; see `lookup_table`."""
+    """Lengths between two calibrated ones are interpolated linearly, those beyond the ends take the nearest
+    value; see `lookup_table`."""
     wanted = np.arange(values.shape[1])
     out = np.empty(values.shape, dtype=np.float32)
     for head, row in enumerate(values):
@@ -96,13 +98,13 @@ def fit_lookup(
     length: int,
     within: tuple[float, float] = (-np.inf, np.inf),
 ) -> np.ndarray:
-    """A smooth monotone curve per head, at all lengths up to `length`, exclusive; see `lookup_table`.
+    """A smooth monotone curve per head, at all lengths below `length`; see `lookup_table`.
 
-    y(n) = a + b log(n) - c K/n + d log(1 - K/n) with b, c, d of one sign: each term rises with n, so y is
-    monotone whatever they are. The last two follow the steep start (at n = K + 1 the sample is the row's
-    minimum), the first goes on for ever. Least squares over the calibrated lengths, weighted by their
-    samples, and a ridge of one sample on b, c and d: lengths that lie close together say nothing about a
-    trend, and without it their noise would be taken for one and extrapolated.
+    y(n) = a + b log(n) - c K/n + d log(1 - K/n) with b, c, d of the same sign: each term rises with n, so y
+    is monotone. The last two terms model the steep start (at n = K + 1 the sample is the row's minimum), the
+    first the growth at large n. Least squares over the calibrated lengths, weighted by their samples, with a
+    ridge penalty of one sample on b, c and d: lengths that are close together do not determine a trend, and
+    without the penalty their noise would be extrapolated.
     """
     low, high = within
     known = np.flatnonzero(~np.isnan(values).all(axis=0))
@@ -143,7 +145,7 @@ def _one_sign_slopes(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """`[H, T]` minimisers of s G s / 2 - m s with all s >= 0 or all s <= 0; gram `[H, T, T]`, moment
     `[H, T]`.
 
-    The minimum has some s at 0 and the others as if free: all subsets of few terms are tried.
+    At the minimum some s are 0 and the others are unconstrained: all subsets of the few terms are tried.
     """
     terms = moment.shape[1]
     best, most = np.zeros_like(moment), np.zeros(len(moment))
@@ -159,5 +161,5 @@ def _one_sign_slopes(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
 
 
 def _weights(values: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Samples behind each calibrated value, at least 1; 0 where not calibrated."""
+    """The number of samples of each calibrated value, at least 1; 0 where not calibrated."""
     return np.where(np.isnan(values), 0.0, np.maximum(samples, 1))

@@ -23,8 +23,8 @@ def write_calibration_samples(folder: Path | str, samples: Samples) -> None:
 
 
 def read_calibration_samples(folder: Path | str) -> Samples:
-    """The samples of a cell: layer -> row lengths int32 `[S]` and (K+1)-th largest scores, or weights,
-    float32 `[S, H]`. Raises UsageError when the folder has none, or the file is damaged."""
+    """The samples of a cell: layer -> row lengths int32 `[S]`, and (K+1)-th largest scores (or weights)
+    float32 `[S, H]`. Raises UsageError if the folder has none, or the file is damaged."""
     path = Path(folder) / SAMPLES_NAME
     if not path.is_file():
         raise UsageError(f"{folder} has no {SAMPLES_NAME}: calibrate with --calib_dump_samples.")

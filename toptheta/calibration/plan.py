@@ -1,8 +1,8 @@
-"""Which rows of each calibration prompt are sampled, where that is a share of them (DESIGN section 4).
+"""Which rows of each calibration prompt are sampled, if only a share of them is.
 
-Row lengths that were drawn least so far are preferred, so what is drawn of a prompt depends on those before
-it. Prompts are therefore announced before any is computed, and drawn in the order of their keys: whatever
-order, chunks, batches or processes compute them, the same rows are sampled.
+Row lengths drawn least so far are preferred, so the rows drawn for a prompt depend on earlier prompts.
+Prompts are therefore announced before any is computed, and drawn in the order of their keys. The same rows
+are then sampled for any order, chunks, batches or processes.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from toptheta.calibration.draw import draw_rows
 
 
 class RowPlan:
-    """frac: share of a prompt's rows; seed: of the drawing; longest: most tokens of prompt and reply."""
+    """frac: share of a prompt's rows; seed: of the sampling; longest: maximum tokens of prompt and reply."""
 
     def __init__(self, frac: float, seed: int, longest: int):
         self.frac, self.seed, self.longest = frac, seed, longest
@@ -26,19 +26,19 @@ class RowPlan:
         self._tables: dict[tuple[int, torch.device], Tensor] = {}  # of these, by the smallest K
 
     def announce(self, spans: Mapping[str, tuple[int, int]]) -> None:
-        """Add prompts. spans: by a prompt's key (start, stop): its rows have lengths start + 1 to stop. To be
-        called with all there are, those of other processes and earlier starts included."""
+        """Add prompts. spans: by a prompt's key (start, stop): its rows have lengths start + 1 to stop. Call
+        it with all prompts, including those of other processes and earlier starts."""
         for key in sorted(spans.keys() - self._spans.keys()):
             self._spans[key] = spans[key]
 
     def begin(self, keys: Sequence[str]) -> None:
-        """The sequences of the calls from here on are the prompts of these keys, in this order, all of which
-        were announced."""
+        """Declare that the following calls compute the prompts with these keys, in this order. All must have
+        been announced."""
         self._keys, self._tables = list(keys), {}
 
     def rows(self, least_k: int, n: Tensor) -> Tensor | None:
-        """Which rows of a call are sampled, bool like n, of those longer than `least_k`; None where it is of
-        no prompt that was begun. n: `[B, Q]` row lengths."""
+        """Which rows of a call are sampled, of those longer than `least_k`, as bool like n; None if the call
+        does not belong to the declared prompts. n: `[B, Q]` row lengths."""
         if n.shape[0] != len(self._keys):
             return None
         at = (least_k, n.device)
@@ -48,7 +48,7 @@ class RowPlan:
         return self._tables[at].gather(1, n.clamp(max=self.longest))
 
     def _table(self, key: str, least_k: int) -> np.ndarray:
-        """`[longest + 1]` bool by row length. What follows the prompt is decoded, each row sampled with
+        """`[longest + 1]` bool by row length. Rows after the prompt are decoded, and each is sampled with
         probability `frac`."""
         if least_k not in self._drawn:
             self._drawn[least_k] = _Drawn(self.frac, self.seed, least_k)
@@ -62,7 +62,7 @@ class RowPlan:
 
 
 class _Drawn:
-    """What is drawn of the prompts for one K, in the order in which they were announced."""
+    """The rows drawn of the prompts for one K, in the order in which the prompts were announced."""
 
     def __init__(self, frac: float, seed: int, least_k: int):
         self.frac, self.least_k = frac, least_k
@@ -71,7 +71,7 @@ class _Drawn:
         self.lengths: dict[str, np.ndarray] = {}
 
     def of(self, key: str, spans: Mapping[str, tuple[int, int]]) -> np.ndarray:
-        """Row lengths that are drawn of a prompt."""
+        """The row lengths that are drawn of a prompt."""
         if key not in self.lengths:
             for other in list(spans)[len(self.lengths) :]:
                 self.lengths[other] = self._draw(*spans[other])

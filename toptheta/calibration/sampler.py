@@ -1,6 +1,6 @@
-"""Calibration of one layer: which rows are sampled, and what a sample is (DESIGN section 4).
+"""Calibration of one layer: which rows are sampled, and what a sample is.
 
-Sums stay on the device (statistics.py). Files and whole models are the business of tables.py.
+Sums stay on the device (statistics.py). tables.py handles files and whole models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from toptheta.methods.base import Block, Method, RowTables
 
 
 class KeptSamples:
-    """Every sample of one K, on the CPU: it grows with the samples, unlike RunningSums."""
+    """All samples of one K, on the CPU: its size grows with the samples, unlike RunningSums."""
 
     def __init__(self, num_heads: int):
         self.n = [torch.zeros(0, dtype=torch.int32)]
         self.values = [torch.zeros(0, num_heads)]
 
     def add(self, samples: Tensor, n: Tensor, sampled: Tensor) -> None:
-        """As of RunningSums."""
+        """Same as `RunningSums.add`."""
         self.n.append(n[sampled].int().cpu())
         self.values.append(samples.transpose(1, 2)[sampled].float().cpu())
 
@@ -37,7 +37,7 @@ class KeptSamples:
         self.n, self.values = [state["n"]], [state["values"]]
 
     def add_state(self, state: dict[str, Tensor]) -> None:
-        """Add what another process has kept."""
+        """Add the samples of another process."""
         self.n.append(state["n"])
         self.values.append(state["values"])
 
@@ -45,22 +45,22 @@ class KeptSamples:
 class RowSampler:
     """Chooses the rows of one layer that are sampled while prompts run through it.
 
-    ks: the K that the pass serves: rows longer than the smallest are eligible. sample_frac: share of a
-    prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`. plan: what is drawn of
-    prompts that were announced, shared by all layers; the rows of other calls are drawn call by call.
+    ks: all K that are calibrated in this pass: rows longer than the smallest are eligible. sample_frac: share
+    of a prompt's eligible rows that are sampled, drawn with a generator seeded by `seed`. plan: the rows
+    drawn of announced prompts, shared by all layers; the rows of other calls are drawn per call.
     """
 
-    apart = False  # whether samples are taken from the call itself, by `sample`, apart from the attention
+    apart = False  # whether `sample` takes the samples from the call, independently of the attention
 
     @property
     def in_order(self) -> bool:
-        """Whether a prompt's samples depend on the prompts before it, so that they cannot be shared out."""
+        """Whether a prompt's samples depend on earlier prompts, so that processes cannot divide them."""
         return False
 
     def __init__(self, ks: Sequence[int], sample_frac: float, seed: int, device: torch.device | str):
         self.ks, self.sample_frac, self.device = tuple(ks), sample_frac, torch.device(device)
         self.seen = torch.zeros(0, dtype=torch.int64, device=self.device)  # rows sampled so far, by length
-        self.longest = 0  # of any row met, sampled or not: for the error when no row was longer than K
+        self.longest = 0  # longest row seen, sampled or not: for the error if no row is longer than K
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
         self.plan: RowPlan | None = None
         self.chosen: Tensor | None = None  # `[B, Q]` bool, the rows of this call that are sampled
@@ -89,11 +89,11 @@ class RowSampler:
         self.seen.index_add_(0, n.reshape(-1), self.chosen.reshape(-1).long())
 
     def sample(self, call: AttentionCall) -> None:
-        """Take the samples of the chosen rows of a call, where `apart`."""
+        """Take the samples of the chosen rows of a call, if `apart`."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed calibration needs, as flat named tensors."""
+        """Everything needed to resume the calibration, as named tensors."""
         return {
             "seen": self.seen,
             "longest": torch.tensor(self.longest),
@@ -105,7 +105,7 @@ class RowSampler:
         self.generator.set_state(state["generator"].cpu())
 
     def add_state(self, state: dict[str, Tensor]) -> None:
-        """Add to this state that of another process, which had other prompts."""
+        """Add the state of another process, which computed other prompts."""
         self.longest = max(self.longest, int(state["longest"]))
         more = state["seen"].to(self.device)
         length = max(len(self.seen), len(more))
@@ -114,11 +114,10 @@ class RowSampler:
 
 
 class LayerCalibration(RowSampler):
-    """Samples of one layer while prompts run through it. `ks` may hold several K: one pass then serves them
-    all.
+    """Samples of one layer while prompts run through it, for one or several K in one pass.
 
-    method, placement, add_sigma: as they will be used. with_sdc: also sample R of SDC 'exact', for what the
-    method would drop. keep_samples: keep each sample of thresholds, in the computer's memory.
+    method, placement, add_sigma: as they will be used. with_sdc: also sample R of SDC 'exact', for the keys
+    that the method would drop. keep_samples: keep every threshold sample in CPU memory.
     """
 
     def __init__(
@@ -145,7 +144,7 @@ class LayerCalibration(RowSampler):
 
     @property
     def in_order(self) -> bool:
-        return self.with_sdc and bool(self.thresholds)  # R of what the thresholds so far would drop
+        return self.with_sdc and bool(self.thresholds)  # R depends on the thresholds so far
 
     def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
         for sums in (*self.thresholds.values(), *self.missing.values()):
@@ -153,12 +152,12 @@ class LayerCalibration(RowSampler):
         super().start_call(n, real, batch, kv_len)
 
     def observe(self, block: Block) -> None:
-        """Take the samples of one block: its (K+1)-th largest, and R of what would be dropped."""
+        """Take the samples of one block: the (K+1)-th largest of each row, and R of the dropped keys."""
         x, rows = block.x, block.x.shape[2]
         n = block.n.expand(x.shape[0], -1)
         assert self.chosen is not None
         chosen = self.chosen[:, block.start : block.start + rows]
-        if self.sample_frac < 1.0:  # ranking is the costly part: spare it for rows that no sequence samples
+        if self.sample_frac < 1.0:  # ranking is expensive: skip rows that no sequence samples
             some = chosen.any(dim=0).nonzero()[:, 0]
             x, n, chosen = x[:, :, some], n[:, some], chosen[:, some]
             if some.numel() == 0:
@@ -175,8 +174,8 @@ class LayerCalibration(RowSampler):
                 self.missing[k].add(self._dropped(rows_of_k), n, sampled)
 
     def take(self, samples: Tensor | None, missing: Tensor | None, n: Tensor) -> None:
-        """Take what a kernel has sampled of a whole call: `[len(ks), B, H, Q]` samples of thresholds (None:
-        taken before) and of R (None: not sampled), 0 where not chosen. n: `[B or 1, Q]`."""
+        """Take the samples of a whole call from a kernel: `[len(ks), B, H, Q]` threshold samples (None:
+        already taken) and samples of R (None: not sampled), 0 where not chosen. n: `[B or 1, Q]`."""
         assert self.chosen is not None
         n = n.expand(self.chosen.shape[0], -1)
         for i, k in enumerate(self.ks):
@@ -192,17 +191,17 @@ class LayerCalibration(RowSampler):
             self.kept[k].add(samples, n, sampled)
 
     def kept_samples(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row lengths int32 `[S]` and values float32 `[S, H]` of every sample, with keep_samples only."""
+        """Row lengths int32 `[S]` and values float32 `[S, H]` of all samples; only with keep_samples."""
         state = self.kept[k].state()
         return state["n"].numpy(), state["values"].numpy()
 
     def running_threshold(self, k: int) -> Tensor:
-        """Thresholds from the samples so far, `[H, L]` float32; NaN where nothing was sampled."""
+        """The thresholds from the samples so far, `[H, L]` float32; NaN where nothing was sampled."""
         return self.thresholds[k].threshold(self.add_sigma).float()
 
     def _dropped(self, block: Block) -> Tensor:
-        """R of SDC 'exact' for the block's rows, `[B, H, R]`, by the thresholds so far, if the method has
-        any."""
+        """R of SDC 'exact' for the block's rows, `[B, H, R]`, with the thresholds so far if the method uses
+        thresholds."""
         k, scores, row_max = block.budget, block.x, block.row_max
         tables = RowTables()
         if self.thresholds:
@@ -234,7 +233,7 @@ class LayerCalibration(RowSampler):
     def _parts(
         self, state: dict[str, Tensor]
     ) -> Iterator[tuple[RunningSums | KeptSamples, dict[str, Tensor]]]:
-        """What holds samples, each with its part of a state."""
+        """All objects with samples, each with its part of a state."""
         for kind, by_k in (("theta", self.thresholds), ("sdc", self.missing), ("kept", self.kept)):
             for k, part in by_k.items():
                 prefix = f"{kind}.{k}."

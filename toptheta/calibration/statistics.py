@@ -1,16 +1,14 @@
-"""Running sums of calibration samples per (head, row length), and the thresholds that they make (DESIGN
-section 4)."""
+"""Running sums of calibration samples per (head, row length), and the thresholds derived from them."""
 
 import torch
 from torch import Tensor
 
 
 class RunningSums:
-    """Count, sum and sum of squares of samples per (head, n); grows with the longest row, not with the
-    samples.
+    """Count, sum and sum of squares of samples per (head, n). The size grows with the longest row, not with
+    the number of samples.
 
-    float64 holds the sum of squares: a variance taken from float32 sums loses its digits after some hundred
-    samples.
+    Sums are float64: a variance from float32 sums loses its digits after a few hundred samples.
     """
 
     def __init__(self, num_heads: int, device: torch.device):
@@ -19,7 +17,7 @@ class RunningSums:
         self.squares = torch.zeros(num_heads, 0, dtype=torch.float64, device=device)
 
     def reserve(self, max_n: int) -> None:
-        """Make room for row lengths up to `max_n`."""
+        """Allocate row lengths up to `max_n`."""
         missing = max_n + 1 - self.count.shape[1]
         if missing > 0:
             self.count, self.total, self.squares = (
@@ -61,7 +59,7 @@ class RunningSums:
         )
 
     def add_state(self, state: dict[str, Tensor]) -> None:
-        """Add what another process has summed."""
+        """Add the sums of another process."""
         length = state["count"].shape[1]
         self.reserve(length - 1)
         for key, sums in self.state().items():

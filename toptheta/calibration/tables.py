@@ -1,7 +1,7 @@
-"""Calibrated tables of a whole model: th.txt, sdc.txt and the binary table (DESIGN section 4).
+"""Calibrated tables of a whole model: th.txt, sdc.txt and the binary table.
 
-th.txt and sdc.txt are the published project's formats. `calibration.safetensors` holds the same numbers with
-what they were calibrated for, and loads in no time. A table that does not fit the model or its use is
+th.txt and sdc.txt are the published project's formats. `calibration.safetensors` contains the same numbers
+and what they were calibrated for, and loads fast. A table that does not match the model or the parameters is
 refused.
 """
 
@@ -29,7 +29,7 @@ PARTS = {"theta": _TABLE, "sdc": _TABLE, "value": ("mean", "scale")}  # of a lay
 @dataclass
 class LayerTable:
     """One kind of calibrated value of one layer. values: `[H, L]` float64 by row length, NaN where not
-    calibrated; samples: `[H, L]` int64, how many rows each value was taken from."""
+    calibrated; samples: `[H, L]` int64, the number of samples of each value."""
 
     values: np.ndarray
     samples: np.ndarray
@@ -37,8 +37,8 @@ class LayerTable:
 
 @dataclass
 class LayerValues:
-    """What values are compared with, of one layer: mean `[H_kv, D]` of V, scale `[H]` the mean norm of the
-    projected, centred values; float32."""
+    """The normalisation of values of one layer: mean, `[H_kv, D]`, the mean of V; scale, `[H]`, the mean norm
+    of the projected, centred values; float32."""
 
     mean: np.ndarray
     scale: np.ndarray
@@ -46,11 +46,10 @@ class LayerValues:
 
 @dataclass
 class CalibrationTables:
-    """Tables of all layers. theta, sdc: layer -> LayerTable (a layer left dense has none). k: K per layer,
-    where known. values: layer -> LayerValues, for value-aware thresholds; th.txt has no place for them.
+    """Tables of all layers. theta, sdc: layer -> LayerTable (none for a layer left dense). k: K per layer,
+    where known. values: layer -> LayerValues, for value-aware thresholds; th.txt does not contain them.
 
-    meta: model, revision, placement and flags they were calibrated with; empty for the published project's
-    files.
+    meta: model, revision, placement and flags of the calibration; empty for the published project's files.
     """
 
     num_layers: int
@@ -63,13 +62,13 @@ class CalibrationTables:
 
 
 def save_tables(tables: CalibrationTables, folder: Path | str) -> None:
-    """Write th.txt, sdc.txt (where there are any) and the binary table into `folder`."""
+    """Write th.txt and sdc.txt (if there are such tables) and the binary table into `folder`."""
     save_text(tables, folder)
     save_binary(tables, folder)
 
 
 def save_text(tables: CalibrationTables, folder: Path | str) -> None:
-    """Write th.txt and sdc.txt, where there are any, into `folder`."""
+    """Write th.txt and sdc.txt (if there are such tables) into `folder`."""
     folder = Path(folder)
     if tables.theta:
         write_text(folder / "th.txt", "".join(_lines(tables.theta, tables.k)))
@@ -99,9 +98,9 @@ def save_binary(tables: CalibrationTables, folder: Path | str) -> None:
 
 
 def read_tables(folder: Path | str, name: str = "calib_load_path") -> CalibrationTables:
-    """Read the tables in `folder`, the binary one if it is there. Those of th.txt and sdc.txt are of as many
-    layers and heads as their lines name. Raises UsageError when there are none, or they are damaged; `name`
-    is what the user calls the folder."""
+    """Read the tables in `folder`, the binary one if it exists. For th.txt and sdc.txt the numbers of layers
+    and heads are the largest in their lines. Raises UsageError if there are no tables, or they are damaged;
+    `name` is the user's name for the folder in messages."""
     return _read_tables(Path(folder), name, _Sizes())
 
 
@@ -112,8 +111,8 @@ def load_tables(
     name: str = "calib_load_path",
     max_length: int = MAX_FIT_LENGTH,
 ) -> CalibrationTables:
-    """`read_tables` for a model of these sizes, with rows up to `max_length`. Raises UsageError also when
-    they are another model's."""
+    """`read_tables` for a model of these sizes, with rows up to `max_length`. Also raises UsageError for
+    tables of another model."""
     what = f"{name}: the tables in {str(folder)!r}"
     tables = _read_tables(Path(folder), name, _Sizes(max_length, (num_layers, num_heads), what))
     tables.num_layers = num_layers
@@ -147,8 +146,8 @@ def check_fit(
     layers: list[int],
     calib_to: str = "k",
 ) -> None:
-    """Raise UsageError unless `tables` hold `kind` ('theta' or 'sdc') of `layers` for these K, this placement
-    and, where they say it, this aim of calibration."""
+    """Raise UsageError unless `tables` contain `kind` ('theta' or 'sdc') of `layers` for these K, this
+    placement and, if stored, this `calib_to`."""
     held = tables.theta if kind == "theta" else tables.sdc
     word = "thresholds" if kind == "theta" else "SDC table"
     missing = [layer for layer in layers if layer not in held]
@@ -195,7 +194,7 @@ def check_fit(
 
 
 def no_long_row(k: int, layer: int, longest: int) -> UsageError:
-    """What to say when calibration met no row that is sparse."""
+    """The error for a calibration without a sparse row."""
     return UsageError(
         f"calibration found no row longer than K={k} in layer {layer}: the calibration prompts had at most "
         f"{longest} tokens. Lower K, or calibrate on longer prompts (more shots)."
@@ -213,8 +212,8 @@ def _lines(layers: dict[int, LayerTable], k: dict[int, int] | None) -> Iterator[
 
 @dataclass
 class _Sizes:
-    """Of tables as they are read. max_length: of a row; expected: layers and heads of the model that they are
-    for; what: the tables, for the error that they do not fit. num_layers, num_heads: of what was read."""
+    """Sizes of tables while they are read. max_length: maximum row length; expected: layers and heads of the
+    model; what: the tables' name in errors. num_layers, num_heads: the sizes read."""
 
     max_length: int = MAX_FIT_LENGTH
     expected: tuple[int, int] | None = None
@@ -223,8 +222,8 @@ class _Sizes:
     num_heads: int = 0
 
     def found(self, num_layers: int, num_heads: int, exactly: bool) -> None:
-        """Take the sizes of a file, whose last layers may lack unless `exactly`. Raises UsageError where they
-        are not those expected."""
+        """Take the sizes of a file, which may lack the last layers unless `exactly`. Raises UsageError if
+        they are not the expected ones."""
         self.num_layers = max(self.num_layers, num_layers)
         self.num_heads = num_heads
         layers, heads = self.expected or (num_layers, num_heads)
@@ -235,7 +234,7 @@ class _Sizes:
             )
 
     def table(self, n: np.ndarray, heads: np.ndarray, values: np.ndarray, samples: np.ndarray) -> LayerTable:
-        """A layer's table out of entries `[E]`, each of a head and a row length. Raises ValueError."""
+        """A layer's table from entries `[E]`, each for a head and a row length. Raises ValueError."""
         wrong = n[(n < 1) | (n > self.max_length)]
         if wrong.size:
             raise ValueError(f"it has row length {wrong[0]}, not one from 1 to {self.max_length}")
@@ -258,7 +257,7 @@ class _Sizes:
 
 
 def _read_lines(path: Path, form: LineFormat, sizes: _Sizes) -> tuple[dict[int, LayerTable], dict[int, int]]:
-    """th.txt or sdc.txt: tables by layer, and K by layer where the file tells. Raises UsageError."""
+    """th.txt or sdc.txt: tables by layer, and K by layer if the file contains it. Raises UsageError."""
     frame = read_lines(path, form)
     if frame is None:
         raise UsageError(f"{path} is empty: create it again.")
@@ -282,7 +281,7 @@ def _read_lines(path: Path, form: LineFormat, sizes: _Sizes) -> tuple[dict[int, 
 
 
 class _Header(TypedDict):
-    """What the binary table says of itself."""
+    """The metadata of the binary table."""
 
     k: dict[int, Count]
     meta: dict[str, str]
