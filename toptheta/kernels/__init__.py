@@ -1,1 +1,1 @@
-"""How a call is computed fast: backends, and the registry that chooses among them."""
+"""Fast backends for attention calls, and the registry that chooses one."""

@@ -1,4 +1,4 @@
-"""Dense attention of a call, in place of the sparse one, in several ways."""
+"""Dense attention for a call instead of sparse attention, in several implementations."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,18 @@ from toptheta.attention.call import AttentionCall
 from toptheta.kernels.triton import backend as triton
 from toptheta.methods.params import LayerSpec
 
-# torch's scaled_dot_product_attention as it chooses, its FlashAttention, our kernel that drops nothing
+# torch's scaled_dot_product_attention with its own choice, its FlashAttention, our kernel without selection
 DENSE_WAYS = ("sdpa", "flash", "kernel")
 PLAIN = LayerSpec()
 
 
 def dense_ways(masked: bool) -> tuple[str, ...]:
-    """Those that there are for a call with a mask, or without: FlashAttention takes none."""
+    """The implementations for a call with a mask, or without: FlashAttention does not take a mask."""
     return tuple(way for way in DENSE_WAYS if way != "flash" or not masked)
 
 
 def dense_attention(call: AttentionCall, way: str) -> Tensor:
-    """`[B, H, Q, D]`: attention of `call` that drops nothing, whatever its spec. way: one of
-    `dense_ways`."""
+    """`[B, H, Q, D]`: dense attention of `call`, ignoring its spec. way: one of `dense_ways`."""
     if way == "kernel":
         return triton.run(AttentionCall(call.q, call.k, call.v, call.rows, PLAIN, call.scale))[0]
     if way == "flash":

@@ -1,8 +1,8 @@
-"""Random queries, keys and values to time attention on, and the calls that compute them.
+"""Random queries, keys and values for timing attention, and the calls that compute it.
 
-Scores are normal with standard deviation SCORE_SPREAD; the query heads of a group share SHARED of their
-variance, as heads of a model do. In decode keys and values come from memory: a call goes over as many copies
-of them as fill several times the L2 cache.
+Scores are normal with standard deviation SCORE_SPREAD; the query heads of a group share a part SHARED of
+their variance, like heads of a model. In decode, keys and values must come from memory: a call goes through
+enough copies of them to exceed the L2 cache several times.
 """
 
 import math
@@ -29,7 +29,7 @@ COLD_BYTES = 400 << 20  # several times the L2 cache of any GPU so far
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a call: B sequences of N keys, `phase` decode (one row) or prefill (N rows)."""
+    """Sizes of a call: B sequences of N keys, `phase` decode (one row) or prefill (N rows)."""
 
     num_heads: int
     num_kv_heads: int
@@ -59,14 +59,14 @@ def draw_queries(sizes: Sizes, device: torch.device) -> Tensor:
 
 
 def int8_copy(k: Tensor) -> Int8Keys:
-    """Of `k` `[B, H_kv, N, D]`, a sequence at a time, which spares memory."""
+    """The int8 copy of `k` `[B, H_kv, N, D]`, made one sequence at a time to save memory."""
     parts = [quantized(one) for one in k.split(1)]
     fields = ("codes", "steps", "slacks", "mean")
     return Int8Keys(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
 
 
 def threshold(fraction: float, placement: str, kv_len: int) -> float:
-    """What about this share of the elements of a row of `kv_len` scores, or of their weights, is above."""
+    """The threshold that about this share of a row of `kv_len` scores, or of their weights, exceeds."""
     quantile = float(torch.distributions.Normal(0.0, SCORE_SPREAD).icdf(torch.tensor(1.0 - fraction)))
     if placement == "pre-softmax" or quantile == -math.inf:
         return quantile
@@ -74,7 +74,7 @@ def threshold(fraction: float, placement: str, kv_len: int) -> float:
 
 
 class Drawn:
-    """The tensors of one case, and calls on them: each goes over all copies of keys and values."""
+    """The tensors of one case, and calls on them: each goes through all copies of keys and values."""
 
     def __init__(self, sizes: Sizes, device: torch.device, cold_bytes: int = COLD_BYTES):
         self.sizes, self.device, self.scale = sizes, device, 1 / math.sqrt(sizes.head_dim)
@@ -90,12 +90,12 @@ class Drawn:
 
     @cached_property
     def v_sums(self) -> Tensor:
-        """In decode the model has the sum of V beside its cache, for VMC."""
+        """The sum of V, which the model stores with its cache for VMC in decode."""
         return self.v.sum(dim=3, dtype=torch.float32)
 
     @cached_property
     def masked_rows(self) -> Rows:
-        """The only row of each sequence behind a full static cache, whose mask is there all the same."""
+        """The rows with a mask that hides nothing, as behind a full static cache."""
         shape = (self.sizes.batch, 1, self.sizes.q_len, self.sizes.kv_len)
         mask = torch.ones(shape, dtype=torch.bool, device=self.device)
         return Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=True)
@@ -124,6 +124,6 @@ class Drawn:
         return self.over_copies(lambda copy: gpu.run(self.call(spec, theta, copy, two_tier, masked))[0])
 
     def dense(self, way: str, masked: bool = False) -> Call:
-        """One of the ways of dense.py."""
+        """Dense attention by one of the implementations of dense.py."""
         spec = LayerSpec()
         return self.over_copies(lambda copy: dense_attention(self.call(spec, None, copy, masked=masked), way))

@@ -1,18 +1,18 @@
 """Two tiers of K for decode: an int8 copy shows which keys a threshold may keep; K is read only for those.
 
-A threshold is known before the scores are, so an upper bound on a score is enough to leave its key out. The
-copy represents a key k as `mean + step * code + rest`: the product of q with the first two is the estimated
+As the threshold is known before the scores, an upper bound on a score is enough to drop its key. The copy
+represents a key k as `mean + step * code + rest`: the product of q with the first two terms is the estimated
 score, and the rest changes the score by at most |q| times the norm of the rest (Cauchy-Schwarz); that norm is
-the key's slack. For the product with the codes, q itself is represented by two int8 codes, so that the
-product is one of integers, and exact; the rest of q, at most 1/64516 of its largest channel, is bounded in
-the same way. No key above the threshold can be missed, so the kept keys are *identical* to those that the
-scores themselves keep. A row without a score above its threshold is computed from all of K. Only the sum over
-all keys, which SDC 'exact' needs, contains estimates, of the keys that were not read: its relative error is
-at most exp(max_error) - 1 of their share (`estimates`), and single estimates may be too high or too low.
+the key's slack. For the product with the codes, q itself is represented by two int8 codes, so that it is an
+exact integer product; the rest of q, at most 1/64516 of its largest channel, is bounded in the same way. No
+key above the threshold can be missed, so the kept keys are *identical* to those of the exact scores. A row
+without a score above its threshold is computed from all of K. Only the sum over all keys, which SDC 'exact'
+needs, contains estimates, namely for keys that are not read: its relative error is at most exp(max_error) - 1
+of their share (`estimates`), and individual estimates may be too high or too low.
 
 Memory: head_dim + 8 bytes for each token and KV head, in addition to the 4 head_dim of 16-bit K and V: +27%
 of the cache at head_dim 128. Bytes read in a decode step for each element of K, with a share c of candidate
-keys and f of kept ones: 1 + 2c + 2f instead of 2 + 2f, or 4 for dense attention. Off by default.
+keys and f of kept keys: 1 + 2c + 2f instead of 2 + 2f, or 4 for dense attention. Off by default.
 
 This module is plain PyTorch: the copy itself, and the reference of the kernel in triton/filtered.py.
 """
@@ -31,7 +31,7 @@ TINY = 2e-18  # a bound on what a norm loses to squares that underflow
 
 
 def extended(keys: Int8Keys, k: Tensor) -> Int8Keys:
-    """The copy extended by the keys `k` `[B, H_kv, M, D]`, around the mean that it has."""
+    """The copy extended by the keys `k` `[B, H_kv, M, D]`, with the same mean."""
     new = quantized(k, keys.mean)
     return Int8Keys(
         torch.cat([keys.codes, new.codes], dim=2),
@@ -44,8 +44,8 @@ def extended(keys: Int8Keys, k: Tensor) -> Int8Keys:
 def quantized(k: Tensor, mean: Tensor | None = None) -> Int8Keys:
     """The int8 copy of `k` `[B, H_kv, N, D]`, around `mean` or, if None, the mean of these keys.
 
-    A slack covers the rounding of every product and sum that leads to the two scores compared, in any order
-    and with tensor cores (an error of up to 2^-21 a term).
+    The slacks also cover the rounding of all products and sums in the two compared scores, in any order and
+    with tensor cores (an error of up to 2^-21 per term).
     """
     k = k.float()
     if mean is None:
@@ -62,8 +62,7 @@ def quantized(k: Tensor, mean: Tensor | None = None) -> Int8Keys:
 
 
 def rounded_query(q: Tensor) -> Tensor:
-    """q rounded to step * (high + low / 254): high and low are integers up to 127, step is one for each
-    row."""
+    """q rounded to step * (high + low / 254): high and low are integers up to 127, with one step per row."""
     q = q.float()
     steps = q.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE
     steps = torch.where(steps > torch.finfo(torch.float32).tiny, steps, 1.0)
@@ -73,7 +72,7 @@ def rounded_query(q: Tensor) -> Tensor:
 
 
 def estimates(q: Tensor, keys: Int8Keys, scale: float) -> tuple[Tensor, Tensor]:
-    """Estimated scores and their largest possible error, both `[B, H, N]`. q: `[B, H, 1, D]`."""
+    """Estimated scores and the bounds of their errors, both `[B, H, N]`. q: `[B, H, 1, D]`."""
     batch, num_heads, _, head_dim = q.shape
     q = q.float().view(batch, keys.codes.shape[1], -1, head_dim)
     coded, steps = rounded_query(q), keys.steps[:, :, None]
@@ -86,7 +85,7 @@ def estimates(q: Tensor, keys: Int8Keys, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def candidate_keys(q: Tensor, keys: Int8Keys, theta: Tensor, rows: Rows, scale: float) -> Tensor:
-    """Keys that each KV head must be read for, `[B, H_kv, N]` bool: some head of the group may keep them."""
+    """Keys that must be read for each KV head, `[B, H_kv, N]` bool: some head of the group may keep them."""
     estimated, max_error = estimates(q, keys, scale)
     candidate = estimated + max_error > per_row(theta, rows.n)[:, :, 0]
     if rows.mask is not None:
@@ -101,8 +100,8 @@ def serves(spec: KernelSpec) -> bool:
 
 
 def _scores_and_candidates(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores `[B, H, N]`, the keys that each KV head is read for `[B, H_kv, N]`, and what is visible, `[B or
-    1, 1, N]` bool."""
+    """Scores `[B, H, N]`, the keys that are read for each KV head `[B, H_kv, N]` bool, and the visible keys
+    `[B or 1, 1, N]` bool."""
     q, k, rows, keys, theta = call.q, call.k, call.rows, call.int8, call.theta
     assert keys is not None and theta is not None
     (batch, num_heads, _, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
@@ -118,21 +117,20 @@ def _scores_and_candidates(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]
 
 
 def keys_read_of(call: AttentionCall) -> Tensor:
-    """`[B, H_kv]` int64, how many K rows a decode step with this copy reads."""
+    """`[B, H_kv]` int64, the number of K rows that a decode step with this copy reads."""
     return _scores_and_candidates(call)[1].sum(dim=-1)
 
 
 def two_tier_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention of the only row of each sequence, `[B, H, 1, D]` float32, and what it keeps, `[B, H, N]`
+    """Attention of the only row of each sequence, `[B, H, 1, D]` float32, and the kept keys, `[B, H, N]`
     bool.
 
-    call: with thresholds on scores and an int8 copy, without capk and VMC. This is the reference of the
-    kernel: all of K is here, but only the keys that the kernel reads are used. Raises ValueError for other
-    calls.
+    call: with thresholds on scores and an int8 copy, without capk and VMC. This is the reference for the
+    kernel: it has all of K, but uses only the keys that the kernel reads. Raises ValueError for other calls.
     """
     q, k, v, rows, keys, spec, theta = call.q, call.k, call.v, call.rows, call.int8, call.kernel, call.theta
     if spec is None or keys is None or theta is None or not serves(spec) or spec.capk or spec.vmc:
-        raise ValueError(f"two tiers of K compute thresholds on scores, not {call.spec}")
+        raise ValueError(f"two tiers of K need thresholds on scores, not {call.spec}")
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads

@@ -1,8 +1,8 @@
-"""Profiles: how long each way to compute attention takes on a GPU, and which way that makes the fastest.
+"""Profiles: how long each implementation of attention takes on a GPU, and which one is fastest.
 
-`python -m toptheta.kernels.tune` measures one. It is a file in the user's cache folder, named by what its
-numbers depend on: the GPU, the versions of torch and Triton, and the sources of the kernels. When any of them
-changes, the file is no longer found.
+`python -m toptheta.kernels.tune` measures a profile. It is a file in the user's cache folder whose name
+depends on the GPU, the versions of torch and Triton, and the sources of the kernels. If any of these changes,
+the file is no longer used.
 """
 
 import hashlib
@@ -25,17 +25,18 @@ from toptheta.util.files import write_json
 from toptheta.util.schema import Count, Share, read_json
 
 COMMAND = "python -m toptheta.kernels.tune"
-SCORES, WEIGHTS, TWO_TIER = "scores", "weights", "two-tier"  # thresholds on them; on scores, by the int8 copy
+# Thresholds on scores, on weights, and on scores with the int8 copy of K
+SCORES, WEIGHTS, TWO_TIER = "scores", "weights", "two-tier"
 SPARSE_WAYS = (SCORES, WEIGHTS, TWO_TIER)
-HYSTERESIS = 0.05  # a way in use is left for one that is faster by more than this
+HYSTERESIS = 0.05  # switch to another implementation only if it is faster by more than this
 SOURCES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What times are comparable for. group: query heads of a KV head; dtype: as 'bfloat16'; phase: decode, a
-    row of each sequence, or prefill, as many rows as keys; graphed: in a CUDA graph; masked: the call comes
-    with a mask, as behind a static cache."""
+    """A kind of call, within which times are comparable. group: query heads per KV head; dtype: e.g.
+    'bfloat16'; phase: decode, one row per sequence, or prefill, as many rows as keys; graphed: in a CUDA
+    graph; masked: the call has a mask, as with a static cache."""
 
     phase: str
     group: Count
@@ -47,8 +48,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class Entry:
-    """One measurement. batch_heads: sequences times KV heads; kept: share of the V rows of a KV head that
-    are read (prefill: of the elements), 1 where nothing is dropped."""
+    """One measurement. way: the implementation; batch_heads: sequences times KV heads; kept: share of the V
+    rows of a KV head that are read (prefill: of the elements that are kept), 1 for dense attention."""
 
     kind: Kind
     way: str
@@ -60,7 +61,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a call: N keys, of which `visible` are visible (None: all). Torch's ways go over all N."""
+    """The shape of a call: N keys, of which `visible` are visible (None: all). Torch's implementations
+    process all N."""
 
     kind: Kind
     batch_heads: int
@@ -68,14 +70,14 @@ class Shape:
     visible: int | None = None
 
     def keys_of(self, way: str) -> int:
-        """How many keys a way goes over."""
+        """The number of keys that an implementation processes."""
         return self.kv_len if self.visible is None or way in ("sdpa", "flash") else self.visible
 
 
 @dataclass(frozen=True)
 class Profile:
-    """key: see `key_of`; tiles: the configuration of each kind of kernel, see triton/tiles.py; about: what
-    else is to be known of the measurement."""
+    """key: see `key_of`; tiles: the configuration of each kind of kernel, see triton/tiles.py; about: further
+    facts about the measurement."""
 
     key: dict[str, str]
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -84,8 +86,8 @@ class Profile:
 
     @cached_property
     def _curves(self) -> dict[tuple[Kind, str], dict[int, dict[int, list[tuple[float, float]]]]]:
-        """By kind and way, by batch_heads and length: (kept, ms), sorted, the ms never falling: keeping more
-        is not faster, and where a measurement says so it is noise."""
+        """By kind and implementation, by batch_heads and length: sorted (kept, ms), with ms made
+        non-decreasing, because keeping more cannot be faster except for noise."""
         found: dict[tuple[Kind, str], dict[int, dict[int, list[tuple[float, float]]]]] = {}
         for one in sorted(self.entries, key=lambda one: (one.kept, one.ms)):
             lengths = found.setdefault((one.kind, one.way), {}).setdefault(one.batch_heads, {})
@@ -94,11 +96,11 @@ class Profile:
         return found
 
     def ms(self, way: str, shape: Shape, kept: float) -> float | None:
-        """Milliseconds of a way, or None where nothing is known of it. kept: as in `Entry`.
+        """Milliseconds of an implementation, or None if it was not measured. kept: as in `Entry`.
 
-        That of the nearest number of (sequence, KV head) pairs; linear between the lengths and the kept
-        shares that were measured. Beyond the longest length it grows with the length, below the shortest it
-        stays: launching takes most of it.
+        Taken from the nearest measured batch_heads, with linear interpolation between measured lengths and
+        kept shares. Beyond the longest length the time is proportional to the length; below the shortest it
+        is constant, as the launch dominates.
         """
         curves = self._curves.get((shape.kind, way))
         if not curves:
@@ -113,7 +115,7 @@ class Profile:
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Linear between points, which are sorted; constant before the first and after the last."""
+    """Linear interpolation between sorted points; constant before the first and after the last."""
     right = bisect_right([at for at, _ in points], x)
     if right in (0, len(points)):
         return points[min(right, len(points) - 1)][1]
@@ -126,9 +128,8 @@ def pick(
 ) -> str | None:
     """The fastest of `ways`, or `now` unless another one is faster by more than HYSTERESIS.
 
-    None where the profile does not know both a dense and a sparse one of them for this kind of call. The
-    more is kept, the less a sparse way is picked: with the same `now`, what is dense at one share is dense at
-    every larger one.
+    None unless the profile has both a dense and a sparse one of them for this kind of call. With the same
+    `now`, if dense is picked at one kept share, it is picked at every larger one.
     """
     times = {way: ms for way in ways if (ms := profile.ms(way, shape, kept)) is not None}
     if not times.keys() & set(DENSE_WAYS) or not times.keys() & set(SPARSE_WAYS):
@@ -141,7 +142,7 @@ def pick(
 
 @cache
 def _digest() -> str:
-    """Of the sources of the kernels."""
+    """The digest of the kernels' sources."""
     digest = hashlib.sha256()
     for file in sorted((SOURCES / "triton").glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
@@ -149,7 +150,7 @@ def _digest() -> str:
 
 
 def key_of(device: torch.device) -> dict[str, str]:
-    """What a profile's numbers depend on, by name."""
+    """Everything that a profile's numbers depend on, by name."""
     gpu = "none"
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)
@@ -169,15 +170,14 @@ def key_of(device: torch.device) -> dict[str, str]:
 
 
 def path_of(key: dict[str, str]) -> Path:
-    """Where the profile of this key lies."""
+    """The path of the profile with this key."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", key["gpu"].split(",")[0]).strip("-")
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return cache_folder() / "profiles" / f"{name}-{digest}.json"
 
 
 def load(key: dict[str, str]) -> Profile | None:
-    """The profile of this key, None where there is none or it is of another key. Raises UsageError when it is
-    damaged."""
+    """The profile with this key, or None. Raises UsageError if it is damaged."""
     path = path_of(key)
     if not path.is_file():
         return None
@@ -186,7 +186,7 @@ def load(key: dict[str, str]) -> Profile | None:
 
 
 def save(profile: Profile) -> Path:
-    """Write a profile where `load` finds it; returns the file."""
+    """Write a profile to where `load` finds it; returns the path."""
     path = path_of(profile.key)
     write_json(path, asdict(profile))
     profile_of.cache_clear()
@@ -195,5 +195,5 @@ def save(profile: Profile) -> Path:
 
 @cache
 def profile_of(device: torch.device) -> Profile | None:
-    """The profile of a device, read once; `save` has it read again."""
+    """The profile of a device, cached until the next `save`."""
     return load(key_of(device))

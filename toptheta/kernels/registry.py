@@ -1,8 +1,7 @@
-"""The one place that chooses how attention is computed: by a backend that supports the call, else by the
-reference.
+"""Chooses how attention is computed: by a backend that supports the call, else by the reference.
 
-TOPTHETA_KERNEL=reference|cpu|triton in the environment forces one; it is read when this module is imported.
-A backend is one line in BACKENDS.
+The environment variable TOPTHETA_KERNEL=reference|cpu|triton forces a choice; it is read when this module is
+imported. A backend is one line in BACKENDS.
 """
 
 import os
@@ -25,9 +24,9 @@ class Backend:
     """How calls are computed on one type of device.
 
     unsupported: why it cannot compute a call, or None if it can. ready: why no call of this kind can be
-    computed on this machine, or None; this may build and load the kernels, and warns once where it fails.
-    run: computes `sparse_attention`. calibrate: computes attention and samples it for calibration; None if
-    the backend cannot. keys_read: see below; None if it always reads all of K.
+    computed on this machine, or None; this may build and load the kernels, and warns once if that fails. run:
+    computes `sparse_attention`. calibrate: computes attention and takes calibration samples; None if the
+    backend cannot. keys_read: see the function below; None if it always reads all of K.
     """
 
     name: str
@@ -54,15 +53,15 @@ FORCED = os.environ.get("TOPTHETA_KERNEL") or None
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Counts | None]:
-    """`sparse_attention` of attention/reference.py by the backend that `choose` selects. Raises UsageError
-    when the backend of TOPTHETA_KERNEL cannot compute this call."""
+    """`sparse_attention` of attention/reference.py, computed by the backend that `choose` selects. Raises
+    UsageError if the backend set by TOPTHETA_KERNEL cannot compute this call."""
     backend = choose(call)
     return sparse_attention(call) if backend is None else backend.run(call)
 
 
 def keys_read(call: AttentionCall) -> Tensor | None:
-    """`[B, H_kv]` K rows that the call reads where the int8 copy of K stands in for the others; None where
-    the copy is not used. For statistics: found anew, in plain PyTorch."""
+    """`[B, H_kv]`, the K rows that the call reads when the int8 copy of K replaces the others; None if the
+    copy is not used. For statistics: computed separately, in plain PyTorch."""
     if call.int8 is None:
         return None
     backend = choose(call)
@@ -72,8 +71,8 @@ def keys_read(call: AttentionCall) -> Tensor | None:
 def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
     """Attention of `call` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples.
 
-    The Triton kernels cannot find a row's K-th largest score: on a GPU the reference computes this, even
-    with TOPTHETA_KERNEL=triton, unless samples are taken apart."""
+    The Triton kernels cannot find a row's K-th largest score: on a GPU the reference computes this, even with
+    TOPTHETA_KERNEL=triton, unless samples are taken independently of the attention (`apart`)."""
     calibration.start_call(call.rows.n, call.rows.real, call.q.shape[0], call.k.shape[2])
     if calibration.apart:
         calibration.sample(call)
@@ -86,9 +85,9 @@ def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
 
 
 def choose(call: AttentionCall) -> Backend | None:
-    """The backend that computes this call, None for the reference. Raises UsageError when TOPTHETA_KERNEL
-    cannot be obeyed."""
-    if call.count_steps:  # no kernel counts what single rows read
+    """The backend that computes this call, None for the reference. Raises UsageError if TOPTHETA_KERNEL is
+    invalid or its backend cannot compute the call."""
+    if call.count_steps:  # no kernel counts individual rows
         return None
     if FORCED is None:
         for backend in BACKENDS:

@@ -1,5 +1,5 @@
-"""Milliseconds of calls on a GPU: as CUDA graphs, whose launching costs what it costs in a graph, or as they
-are. Several are replayed in turn, so that a clock that changes meanwhile changes it for all of them."""
+"""Timing of calls on a GPU in milliseconds, as CUDA graphs or as plain calls. Several are replayed in turn,
+so that a change of the GPU's clock affects all of them."""
 
 import statistics
 import time
@@ -18,20 +18,20 @@ class Graph(Protocol):
 
 @dataclass
 class Plain:
-    """A call that is run as it is."""
+    """A call that is run directly."""
 
     replay: Call
 
 
 def warmed(call: Call) -> Graph:
-    """The call as it is, after a few runs that compile it."""
+    """The plain call, after a few runs that compile it."""
     for _ in range(3 if torch.cuda.is_available() else 1):
         call()
     return Plain(call)
 
 
 def captured(call: Call) -> Graph:
-    """The call as a graph, after a few runs that compile it; without a GPU the call itself."""
+    """The call as a CUDA graph, after a few runs that compile it; without a GPU the plain call."""
     if not torch.cuda.is_available():
         return warmed(call)
     side = torch.cuda.Stream()
@@ -47,7 +47,7 @@ def captured(call: Call) -> Graph:
 
 
 def median_times(graphs: dict[str, Graph], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of a replay of each graph, all in turn."""
+    """The median milliseconds of a replay of each graph, replayed in turn."""
     if not torch.cuda.is_available():
         spent = {}
         for name, graph in graphs.items():

@@ -53,7 +53,7 @@ TINY = Plan((4, 2, 32), "float16", (70, 70, 40), 1, (70, 40), (1,), (40,), (0.1,
 
 
 class Clock:
-    """The time that a plan has. now: seconds."""
+    """The time limit of a plan. now: the current time in seconds."""
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic):
         self.seconds, self.now, self.start = seconds, now, now()
@@ -120,7 +120,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def best_tiles(plan: Plan, device: "torch.device", clock: Clock, step: Callable[[], None]) -> dict[str, Any]:
-    """The fastest configuration of each kind of kernel, which is in use from here on."""
+    """The fastest configuration of each kind of kernel, which stays in use afterwards."""
     import torch
 
     from toptheta.kernels.drawn import Drawn
@@ -157,7 +157,7 @@ def _sizes(plan: Plan, phase: str, batch: int, length: int) -> "Sizes":
 
 
 def _thresholds(drawn: "Drawn", placement: str, share: float) -> tuple[Any, "torch.Tensor"]:
-    """A spec, and thresholds that keep about this share of the elements."""
+    """A spec with thresholds that keep about this share of the elements."""
     import torch
 
     from toptheta.kernels.drawn import threshold
@@ -171,7 +171,7 @@ def _thresholds(drawn: "Drawn", placement: str, share: float) -> tuple[Any, "tor
 
 
 def kept_share(drawn: "Drawn", spec: Any, theta: "torch.Tensor") -> float:
-    """Share of the V rows of a KV head that are read, of a prompt that of the elements."""
+    """The share of a KV head's V rows that are read; for a prompt, the share of elements that are kept."""
     from toptheta.kernels.triton import backend as gpu
 
     _, counts = gpu.run(drawn.call(spec, theta, 0, count=True))
@@ -183,7 +183,7 @@ def kept_share(drawn: "Drawn", spec: Any, theta: "torch.Tensor") -> float:
 
 
 def ways(drawn: "Drawn", shares: tuple[float, ...], masked: bool) -> Iterator[tuple[str, float, Any]]:
-    """Every way with the share that it keeps and its call."""
+    """Every implementation, with the share that it keeps and its call."""
     from toptheta.kernels.dense import dense_ways
     from toptheta.kernels.profile import SCORES, TWO_TIER, WEIGHTS
 
@@ -201,7 +201,7 @@ def ways(drawn: "Drawn", shares: tuple[float, ...], masked: bool) -> Iterator[tu
 def measure_shape(
     drawn: "Drawn", plan: Plan, masked: bool, graphed: bool, failed: dict[str, str]
 ) -> list["Entry"]:
-    """Times of every way, all in turn. failed: takes the reasons of those that cannot be run."""
+    """Times of all implementations, run in turn. failed: receives why the others cannot be run."""
     import torch
 
     from toptheta.kernels.profile import Entry, Kind
@@ -228,13 +228,13 @@ def measure_shape(
 
 
 def shapes(plan: Plan) -> list[tuple["Sizes", tuple[tuple[bool, bool], ...]]]:
-    """What is measured, in this order, each in which modes."""
+    """The cases in the order in which they are measured, with their modes."""
     found = [(_sizes(plan, "decode", batch, n), MODES) for n in plan.lengths for batch in plan.batches]
     return found + [(_sizes(plan, "prefill", 1, n), MODES[:1]) for n in plan.prefills]
 
 
 def fits(sizes: "Sizes", plan: Plan, device: "torch.device") -> bool:
-    """Whether K, V, the int8 copy and what making it takes are no more than what is free."""
+    """Whether K, V, the int8 copy and the memory for creating it fit into the free memory."""
     import torch
 
     if device.type != "cuda":
@@ -244,7 +244,7 @@ def fits(sizes: "Sizes", plan: Plan, device: "torch.device") -> bool:
 
 
 def tune(plan: Plan, device: "torch.device", clock: Clock | None = None) -> "Profile":
-    """Measure; the best tiles are in use afterwards. clock: by default one of plan.seconds."""
+    """Measure a profile; the best tiles stay in use afterwards. clock: default one of plan.seconds."""
     import torch
 
     from toptheta.kernels import profile as profiles
@@ -285,7 +285,7 @@ def tune(plan: Plan, device: "torch.device", clock: Clock | None = None) -> "Pro
 
 
 def joined(new: "Profile", old: "Profile | None") -> "Profile":
-    """The new profile with what the old one has of other heads and types."""
+    """The new profile plus the entries of the old one for other heads and types."""
     if old is None:
         return new
     shapes = {(one.kind.group, one.kind.head_dim, one.kind.dtype) for one in new.entries}
@@ -294,7 +294,8 @@ def joined(new: "Profile", old: "Profile | None") -> "Profile":
 
 
 def table(profile: "Profile") -> list[str]:
-    """Lines for people: of every case the fastest dense way, and up to which share sparse ways are faster."""
+    """A readable summary: for every case the fastest dense implementation, and the kept share up to which
+    sparse ones are faster."""
     from toptheta.kernels.dense import DENSE_WAYS
 
     cases: dict[tuple[Kind, int, int], list[Entry]] = {}
