@@ -1,9 +1,9 @@
-"""A static cache that also keeps what a decode step would otherwise make from all of K and V: the sum of V,
-for V-mean compensation, how much each value counts, for value-aware thresholds, and an int8 copy of K
+"""A static cache that also keeps what a decode step would otherwise compute from all of K and V: the sum of
+V, for V-mean compensation; the relative norms of values, for value-aware thresholds; and an int8 copy of K
 (kernels/int8_keys.py).
 
-All of it has fixed addresses and is changed in place, as the keys and values are, so torch.compile and CUDA
-graphs take it. With other caches value_sum.py carries the sum; the int8 copy needs this one.
+These tensors have fixed addresses and are changed in place, like the keys and values, so that torch.compile
+and CUDA graphs work. For other caches value_sum.py keeps the sum; the int8 copy needs this cache.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ from toptheta.util.errors import UsageError
 
 
 class TopThetaLayer(StaticLayer):
-    """One layer of a TopThetaCache. int8: the copy of the keys, or None; factor: `[B, H, N]` float32, how
-    much each key's value counts, or None."""
+    """One layer of a TopThetaCache. int8: the copy of the keys, or None; factor: `[B, H, N]` float32, the
+    relative norm of each key's value, or None."""
 
     def __init__(self, max_cache_len: int, two_tier: bool = False):
         super().__init__(max_cache_len)
@@ -97,8 +97,8 @@ class TopThetaLayer(StaticLayer):
     def at(self, value: Tensor, rows: Rows) -> Tensor | None:
         """`[B, H_kv, D]` float32, sum of V over the visible keys of the only row, or None for more rows.
 
-        To be called once after `update`. value: the cache's V, `[B, H_kv, N, D]`. Under torch.compile masks
-        are assumed to be causal, apart from padding.
+        Call it once after `update`. value: the cache's V, `[B, H_kv, N, D]`. Under torch.compile masks are
+        assumed to be causal, apart from padding.
         """
         new, self._new = self._new, None
         q_len, mask = rows.n.shape[1], rows.mask
@@ -120,8 +120,8 @@ class TopThetaLayer(StaticLayer):
         return self._sum.float() if q_len == 1 else None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last keys, `-tokens_to_remove` of them: what stays in their place is never seen, and the
-        next ones overwrite it."""
+        """Remove the last `-tokens_to_remove` keys: their memory is hidden, and overwritten by the next
+        keys."""
         if tokens_to_remove < 0 and self.is_initialized:
             self.cumulative_length.add_(tokens_to_remove)
             self._known = False
@@ -146,7 +146,8 @@ class TopThetaLayer(StaticLayer):
 
 class TopThetaCache(StaticCache):
     """A StaticCache for `model(..., past_key_values=cache)` or `model.generate(..., past_key_values=cache)`:
-    decode steps with VMC read no V but what they keep. Layers with a sliding window stay as in a StaticCache.
+    decode steps with VMC read only the V rows that they keep. Layers with a sliding window are those of a
+    StaticCache.
 
     two_tier: also keep an int8 copy of K, which lets a decode step with thresholds on scores read K only
     where the copy leaves it open whether a key is kept; what is kept stays the same. It costs head_dim + 8

@@ -15,7 +15,7 @@ from toptheta.util.errors import UsageError
 
 @cache
 def _following(kind: Any) -> type:
-    """The class of a cache layer, whose `method_state` goes through what its keys go through."""
+    """A subclass of a cache layer's class that applies all changes of the keys to `method_state` too."""
 
     class Following(kind):
         method_state: State
@@ -44,9 +44,8 @@ def _following(kind: Any) -> type:
 
 
 def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
-    """The method's state for layer `layer_idx` of the cache that holds this call's keys. Without a cache, it
-    is a new state for this call alone. Raises UsageError for a sliding window, which forgets keys by
-    itself."""
+    """The method's state for layer `layer_idx` of this call's cache; without a cache, a new state for this
+    call only. Raises UsageError for a sliding-window cache, which drops keys by itself."""
     if cache_ is None:
         return State()
     layer: Any = cache_.layers[layer_idx]
@@ -62,8 +61,8 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
 
 
 def branch(cache_: Cache, batch: int) -> Cache:
-    """A cache of `batch` sequences that all begin as the only one of `cache_`, a DynamicCache, which stays as
-    it is."""
+    """A cache of `batch` sequences that all begin with the only sequence of `cache_`, a DynamicCache, which
+    is not changed."""
     own = copy.copy(cache_)
     own.layers = [copy.copy(layer) for layer in cache_.layers]  # an update makes new tensors
     for layer in own.layers:

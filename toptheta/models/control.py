@@ -33,7 +33,7 @@ from toptheta.util.errors import UsageError
 
 
 def get_params(model: nn.Module) -> AttentionParams:
-    """The parameters that the model computes with now."""
+    """The current parameters of the model."""
     return model_state(model).params
 
 
@@ -43,14 +43,14 @@ def tables_of(model: nn.Module) -> CalibrationTables | None:
 
 
 def recorder_of(model: nn.Module) -> Recorder | None:
-    """What collects statistics now, if anything."""
+    """The recorder that collects statistics, if any."""
     return model_state(model).recorder
 
 
 @contextmanager
 def reading_prompt(model: nn.Module) -> Iterator[None]:
-    """All rows that come meanwhile belong to a prompt: by its shape, a last chunk of one row would be a
-    decode step. `end_prompt` ends it before."""
+    """Within the context all rows belong to a prompt; otherwise a last chunk of one row would look like a
+    decode step. `end_prompt` ends it earlier."""
     shared = model_state(model)
     shared.in_prompt = True
     try:
@@ -61,7 +61,7 @@ def reading_prompt(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def reading_steps(model: nn.Module) -> Iterator[None]:
-    """All rows that come meanwhile are decode steps: those of a known text may come many at once."""
+    """Within the context all rows are decode steps: for a known text, many can be computed in one call."""
     shared = model_state(model)
     shared.in_steps = True
     try:
@@ -71,8 +71,8 @@ def reading_steps(model: nn.Module) -> Iterator[None]:
 
 
 def take_dense_calls(model: nn.Module) -> tuple[int, int]:
-    """How many calls of sparse layers were computed dense because of `when_slower`, and how many calls there
-    were, since it was asked last. Calls of a compiled model are not counted."""
+    """The number of calls of sparse layers that were computed dense because of `when_slower`, and of all
+    their calls, since the last time this was called. Calls of a compiled model are not counted."""
     shared = model_state(model)
     found = shared.dense_calls, shared.sparse_calls
     shared.dense_calls = shared.sparse_calls = 0
@@ -80,7 +80,7 @@ def take_dense_calls(model: nn.Module) -> tuple[int, int]:
 
 
 def end_prompt(model: nn.Module) -> None:
-    """From here on a single row is a decode step."""
+    """From now on a single row is a decode step."""
     model_state(model).in_prompt = False
 
 
@@ -98,13 +98,13 @@ def calibrates_in_order(model: nn.Module) -> bool:
 
 
 def set_params(model: nn.Module, **params) -> None:
-    """Set the parameters of a patched model; parameters that are not given stay as they are.
+    """Set the parameters of a patched model; parameters that are not given keep their values.
 
     params: fields of AttentionParams, and `mode` and `capk` of the published project; method: a name with
-    options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts calibration of
-    what the other parameters need; the prompts then run through the model are its samples; calibrate=False
-    ends it and puts the tables to use. calib_load_path loads tables from a folder instead. Raises UsageError
-    for an unknown name, a combination that makes no sense, or tables that are missing or do not fit.
+    options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts a calibration of
+    the tables that the other parameters need, on all prompts that then run through the model; calibrate=False
+    ends it and uses the tables. calib_load_path loads tables from a folder instead. Raises UsageError for an
+    unknown name, an invalid combination, or tables that are missing or do not match.
     """
     old = get_params(model)
     implied: dict[str, Any] = {"calib_load_path": ""}
@@ -200,7 +200,7 @@ def _lookup(
     below: float,
     within: tuple[float, float],
 ) -> Tensor:
-    """`[H, L]` float32 by row length, where the layer computes."""
+    """`[H, L]` float32 by row length, on the layer's device."""
     table_of_all = lookup_table(
         table.values,
         table.samples,
@@ -221,9 +221,9 @@ def begin_calibration(
     seed: int = 0,
     keep_samples: bool = False,
 ) -> None:
-    """Start calibrating what `params` will need. more_k: K per layer of other cells that the same pass serves
-    (without calib_tac), in addition to params.K. keep_samples: keep every sample of thresholds too, see
-    `calibration_samples`."""
+    """Start calibrating the tables that `params` need. more_k: K per layer of other cells to calibrate in the
+    same pass (without calib_tac), in addition to params.K. keep_samples: also keep every threshold sample,
+    see `calibration_samples`."""
     layers = patched_layers(model)
     k_per_layer = params.k_per_layer(len(layers))
     if not params.needs_calibration:
@@ -285,7 +285,8 @@ def begin_calibration(
 
 
 def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = None) -> CalibrationTables:
-    """Tables from the samples so far. k_per_layer: which K, of several calibrated at once; None: params.K.
+    """Tables from the samples so far. k_per_layer: which K, if several are calibrated at once; None:
+    params.K.
 
     Raises UsageError when no row was longer than K, with the lengths seen.
     """
@@ -347,16 +348,16 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
 def calibration_samples(
     model: nn.Module, k_per_layer: tuple[int, ...] | None = None
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """The samples of thresholds that a calibration with keep_samples has kept so far, by layer: row lengths
-    int32 `[S]` and values float32 `[S, H]`. k_per_layer: as in `calibrated_tables`."""
+    """The threshold samples of a calibration with keep_samples so far, by layer: row lengths int32 `[S]` and
+    values float32 `[S, H]`. k_per_layer: as in `calibrated_tables`."""
     k_per_layer = k_per_layer or get_params(model).k_per_layer(len(patched_layers(model)))
     found = calibrations(model).items()
     return {i: one.kept_samples(k_per_layer[i]) for i, one in found if isinstance(one, LayerCalibration)}
 
 
 def use_tables(model: nn.Module, tables: CalibrationTables) -> None:
-    """Hand tables to the model and end a calibration under way; the next `set_params` checks that they fit
-    and puts them to use."""
+    """Give tables to the model, and end any calibration; the next `set_params` checks that they match and
+    uses them."""
     model_state(model).tables = tables
     _end_calibration(model)
 
@@ -374,8 +375,7 @@ def _end_prompt_hook(shared: ModelState) -> None:
 
 
 def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:
-    """Collect counts of kept elements and V rows into `recorder` from now on; None stops it and costs
-    nothing."""
+    """Collect counts of kept elements and V rows in `recorder` from now on; None stops counting."""
     if recorder is not None:
         refuse(patched_layers(model)[0].toptheta.mesh, "record_statistics", "measure in one process")
     model_state(model).recorder = recorder

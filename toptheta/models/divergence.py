@@ -1,4 +1,4 @@
-"""How far a method is from dense attention in what it predicts: both read the same text, token by token.
+"""How much a method's predictions differ from those of dense attention on the same text, token by token.
 
 The first tokens of a text may be left dense, as a prompt is whose cache is sparse from then on; the others
 are decode steps then. Logits are made of a few rows at a time.
@@ -29,8 +29,8 @@ COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of
 
 @dataclass(frozen=True)
 class DenseReading:
-    """A text as dense attention reads it. cache: K and V of its first tokens, None if there are none; hidden:
-    `[B, T, E]`, the last layer's output for the others."""
+    """The results of dense attention on a text. cache: K and V of its first tokens, None if there are none;
+    hidden: `[B, T, E]`, the last layer's output for the others."""
 
     cache: DynamicCache | None
     hidden: Tensor
@@ -43,9 +43,9 @@ class DenseReading:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of each predicted token, `[B, T]` on the CPU: nll and dense_nll, -log p (nats, float32) by the method
-    and by dense attention; kl, KL(dense || method) of the whole prediction (nats, float32); same_top, whether
-    both find the same token the likeliest (bool)."""
+    """For each predicted token, `[B, T]` on the CPU: nll and dense_nll, -log p (nats, float32) of the method
+    and of dense attention; kl, KL(dense || method) of the distributions (nats, float32); same_top, whether
+    both have the same most likely token (bool)."""
 
     nll: Tensor
     dense_nll: Tensor
@@ -55,7 +55,7 @@ class Prediction:
 
 @torch.no_grad()
 def read_dense(model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None) -> DenseReading:
-    """Read `input_ids` `[B, Q]` (no padding) dense: the first `decode_from` tokens, then the others.
+    """Compute `input_ids` `[B, Q]` (no padding) dense: the first `decode_from` tokens, then the others.
     prefill_chunk: tokens at once; None: all."""
     prompt, rest = input_ids[:, :decode_from], input_ids[:, decode_from:]
     with dense_for(model):
@@ -77,10 +77,10 @@ def against_dense(
     dense: DenseReading | None = None,
     judge: Any = None,
 ) -> Prediction:
-    """What the method that the model is set to predicts, and dense attention, of tokens decode_from + 1 to Q
+    """Predictions of the model's current method, and of dense attention, for tokens decode_from + 1 to Q
     - 1 of `input_ids` `[B, Q]` (no padding), each given all before it.
 
-    The first `decode_from` tokens go through the model dense, for any method, and are not counted; the others
+    The first `decode_from` tokens are computed dense, for any method, and are not counted; the others
     are decode steps, computed layer by layer. Without such tokens all are rows of a prompt. A method that
     `needs_prompt` sees it, for its state.
     dense: what `read_dense` found for the same tokens, by `judge`; judge: the model that is dense, in another
@@ -106,8 +106,8 @@ def against_dense(
 def _read(
     model: Any, input_ids: Tensor, decode_from: int, prefill_chunk: int | None, dense: DenseReading | None
 ) -> Tensor:
-    """The last layer's output `[B, T, E]` for the tokens behind the first `decode_from`, with the method that
-    the model is set to. dense: has the cache of the first ones, None: it is to be made."""
+    """The last layer's output `[B, T, E]` for the tokens after the first `decode_from`, with the model's
+    current method. dense: has the cache of the first tokens; None: compute it."""
     rest, params = input_ids[:, decode_from:], get_params(model)
     if not decode_from:
         cache = DynamicCache(config=model.config) if prefill_chunk is not None else None
@@ -140,7 +140,7 @@ def _log_probs(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _prediction(log_p: Tensor, log_q: Tensor, wanted: Tensor) -> Prediction:
-    """log_p, log_q: `[B, R, V]` of dense attention and of the method; wanted: `[B, R]` the real tokens."""
+    """log_p, log_q: `[B, R, V]` of dense attention and of the method; wanted: `[B, R]`, the true tokens."""
     nll, dense_nll = (-x.gather(-1, wanted[..., None])[..., 0] for x in (log_q, log_p))
     same_top = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
     return Prediction(nll.cpu(), dense_nll.cpu(), kl_divergence(log_p, log_q).cpu(), same_top.cpu())

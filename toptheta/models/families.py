@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # importing torch takes seconds, and naming a model needs thi
 @dataclass(frozen=True)
 class Family:
     """name: the folder of its code in transformers.models; title: its models; attention: the class of its
-    attention layers; differs: from Llama's attention, in a few words; config: the `model_type` of its
-    configs, where it is not the name."""
+    attention layers; differs: how its attention differs from Llama's; config: the `model_type` of its
+    configs, if it is not the name."""
 
     name: str
     title: str
@@ -63,8 +63,8 @@ FAMILIES = (
 MODEL_TYPES = tuple(family.model_type for family in FAMILIES)
 _BY_CLASS = {family.attention_class: family for family in FAMILIES}
 
-# What models hand to the attention function that changes nothing there: windows are in the mask, positions in
-# the queries and keys, and the rest is for other parts of the model.
+# Arguments of the attention function that have no effect there: windows are in the mask, positions in the
+# queries and keys, and the others are for other parts of the model.
 WITHOUT_EFFECT = frozenset(
     {
         "cache_position",
@@ -82,7 +82,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family whose attention layer `module` is, or a subclass of it; None for any other module."""
+    """The family of `module` if it is an attention layer of one (or of a subclass); otherwise None."""
     for kind in type(module).__mro__:
         if (family := _BY_CLASS.get((kind.__module__, kind.__qualname__))) is not None:
             return family
@@ -90,7 +90,7 @@ def family_of(module: nn.Module) -> Family | None:
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's attention layers in order. Raises UsageError where it has none of a known family."""
+    """The model's attention layers in order. Raises UsageError if it has none of a supported family."""
     layers: list[Any] = [module for module in model.modules() if family_of(module) is not None]
     if not layers:
         kind = getattr(getattr(model, "config", None), "model_type", "") or "unknown"
@@ -108,8 +108,8 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise UsageError for an argument of the attention function that would be ignored and is not known to be
-    without effect."""
+    """Raise UsageError for an argument of the attention function that would be ignored, unless it is known to
+    have no effect."""
     unknown = [name for name, x in arguments.items() if x is not None and name not in WITHOUT_EFFECT]
     if unknown:
         raise UsageError(
@@ -119,7 +119,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def eager_of(module: nn.Module) -> Callable:
-    """The eager attention function of a module's own family, which knows its sinks and caps."""
+    """The eager attention function of a module's family, which supports its sinks and caps."""
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:
@@ -128,8 +128,8 @@ def eager_of(module: nn.Module) -> Callable:
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """What the model makes of its last layer's output `[..., E]`: logits `[..., V]`, scaled or capped as its
-    family does."""
+    """The logits `[..., V]` for the last layer's output `[..., E]`, scaled or capped as in the model's
+    family."""
     logits = model.lm_head(hidden)
     scaling = getattr(model.config, "logits_scaling", None)
     cap = getattr(model.config, "final_logit_softcapping", None)

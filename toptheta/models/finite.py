@@ -1,7 +1,7 @@
-"""Finding out that a model computes what is no finite number, and where it begins.
+"""Detection of non-finite numbers in a model, and of where they first occur.
 
-Noticing costs a pass over the last layer's output, the logits and, in sparse layers, queries and new keys;
-and one wait for the device at the end of a batch. Where it begins is found by computing again.
+Detection costs a pass over the last layer's output, the logits and, in sparse layers, queries and new keys;
+and one device synchronisation per batch. Where they first occur is found by computing the batch again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ R = TypeVar("R")
 
 
 def checked(model: Any, run: Callable[[list[T]], R], batch: list[T], name: Callable[[T], str]) -> R:
-    """What `run(batch)` returns, which shows the patched model a batch of requests. Raises UsageError where
-    scores of attention, the last layer's output or logits were no finite numbers, with a request's name, and
-    the layer and head where it begins."""
+    """The result of `run(batch)`, which runs a batch of requests through the patched model. Raises UsageError
+    if attention scores, the last layer's output or logits are not finite, with the request's name, and the
+    layer and head where this first occurs."""
     shared = model_state(model)
     finite: dict[torch.device, Tensor] = {}
 
@@ -41,7 +41,7 @@ def checked(model: Any, run: Callable[[list[T]], R], batch: list[T], name: Calla
         for one in [*found, torch.stack(_tensor(output).detach().aminmax()).isfinite().all()]:
             finite[one.device] = finite[one.device] & one if one.device in finite else one
 
-    # A sparse method may drop a score that is no number, and nobody would know; dense attention shows it.
+    # A sparse method may drop a score that is NaN without a trace; dense attention shows it.
     shared.extremes = []
     try:
         with _hooked([model.model, model.lm_head], note_output):
@@ -60,18 +60,18 @@ def checked(model: Any, run: Callable[[list[T]], R], batch: list[T], name: Calla
 
 
 def _scores_finite(ends: list[Tensor], scale: float) -> Tensor:
-    """Whether the scores of calls must all be finite, bool `[]`. ends: for each call the lowest and highest
-    number of its queries, and of its keys."""
+    """Whether the scores of calls are certainly finite, bool `[]`. ends: for each call the minimum and
+    maximum of its queries, and of its keys."""
     largest = torch.stack(ends).float().view(-1, 2, 2).abs().amax(dim=-1)
     return (largest.prod(dim=-1) * scale).isfinite().all()
 
 
 def _begins(model: Any, run: Callable[[], Any]) -> str | None:
-    """The first thing within `run` that is not finite, in words."""
+    """The first quantity within `run` that is not finite, in words."""
     found: list[str] = []
 
     def note(x: Tensor, what: str, each: str = "") -> None:
-        """each: what the second dimension of x is, where one of it is to be named."""
+        """each: the name of the second dimension of x, to report an index of it."""
         bad = ~x.isfinite()
         if found or not bad.any():
             return
@@ -113,7 +113,7 @@ def _begins(model: Any, run: Callable[[], Any]) -> str | None:
 
 
 def _largest_scores(module: Any, query: Tensor, key: Tensor) -> Tensor:
-    """`[B, H, Q]` float32, the largest |score| of each row, of keys that a mask hides, too."""
+    """`[B, H, Q]` float32, the largest |score| of each row, including masked keys."""
     group = query.shape[1] // key.shape[1]
     rows = []
     for head in range(query.shape[1]):
@@ -128,7 +128,7 @@ def _tensor(output: Any) -> Tensor:
 
 @contextmanager
 def _attention(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Within the context every attention function that a patched model may call is `around` it."""
+    """Within the context every attention function that a patched model may call is wrapped by `around`."""
 
     def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
         return eager_of(module)(module, *args, **kwargs)

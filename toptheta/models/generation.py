@@ -20,7 +20,7 @@ LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes
 
 
 class _EndOfPrefill(StoppingCriteria):
-    """Tells the model that the prompt is through: generation asks after every new token whether to stop."""
+    """Tells the model that the prompt has ended, as generation calls this after every new token."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -37,8 +37,8 @@ def generate(
     """`[B, new]` tokens that a patched model generates after `tokens` (input_ids, attention_mask `[B, Q]`,
     padded at the left).
 
-    prefill_chunk: tokens of the prompt that go through the model at once; None: all. The last chunk may be a
-    single row, whose shape is that of a decode step; it is prefill all the same. arguments: for
+    prefill_chunk: tokens of the prompt that are computed at once; None: all. The last chunk may be a single
+    row, which has the shape of a decode step but is prefill. arguments: for
     `model.generate`.
     """
     criteria = [_EndOfPrefill(model)] + ([stop] if stop is not None else [])
@@ -54,12 +54,12 @@ def generate(
 
 
 class StopTexts(StoppingCriteria):
-    """Finishes each sequence by itself where lm-eval's own criterion waits until all have shown `stop`, one
-    of the texts. start: tokens of the prompts."""
+    """Stops each sequence separately when it contains one of the texts `stop`; lm-eval's own criterion waits
+    for all sequences. start: tokens of the prompts."""
 
     def __init__(self, tokenizer: Any, stop: list[str], start: int):
         self.tokenizer, self.stop, self.start = tokenizer, stop, start
-        # A text may come in other tokens than its own.
+        # A text may be generated as other tokens than its tokenisation.
         self.longest = (
             max((len(tokenizer.encode(text, add_special_tokens=False)) for text in stop), default=0) + 2
         )
@@ -72,8 +72,8 @@ class StopTexts(StoppingCriteria):
 
 class LeavingGreedy:
     """Greedy decoding for `generate(custom_generate=...)` of a patched model. A sequence leaves its batch
-    when it is finished, by whatever stopping criterion: what is left computes faster, and statistics count
-    for each sequence its own steps alone, whatever it shares a batch with.
+    when any stopping criterion finishes it: the others are computed faster, and statistics count only a
+    sequence's own steps, for any batch.
 
     lengths: tokens of each reply, its last one included, once the call has returned. going_on: called with
     the numbers of the sequences that are left.
@@ -157,8 +157,8 @@ def padded_behind(tokens: Tensor, mask: Tensor, at: int) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def negative_log_likelihood(model: Any, input_ids: Tensor, prefill_chunk: int | None) -> Tensor:
-    """`[B, Q - 1]` float32 on the CPU: -log p (nats) of tokens 1..Q-1 of `input_ids` `[B, Q]` (no padding),
-    each given all before it. Entry i has a context of i + 1 tokens."""
+    """`[B, Q - 1]` float32 on the CPU: -log p (nats) of tokens 1 to Q - 1 of `input_ids` `[B, Q]` (no
+    padding), each given all earlier tokens. Entry i has a context of i + 1 tokens."""
     chunked = prefill_chunk is not None and prefill_chunk < input_ids.shape[1]
     cache = DynamicCache(config=model.config) if chunked else None
     parts, start = [], 0

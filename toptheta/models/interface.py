@@ -35,11 +35,11 @@ def toptheta_attention_forward(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function for transformers' AttentionInterface, of any family.
+    """Attention function for transformers' AttentionInterface, for all supported families.
 
     query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`; softcap, and s_aux, the sinks: see AttentionCall.
-    Returns `[B, Q, H, D]` and no weights (the dense layers of an 'eager' model return theirs). A module
-    without a LayerState is dense. Raises UsageError for what a sparse layer cannot compute.
+    Returns `[B, Q, H, D]` and no weights (the dense layers of an 'eager' model do return weights). A module
+    without a LayerState is dense. Raises UsageError for a call that a sparse layer cannot compute.
     """
     special: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
     state: LayerState | None = getattr(module, "toptheta", None)
@@ -131,7 +131,7 @@ def _dense(
     dropout: float,
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Stock attention: eager where the model asks for it, or has what sdpa lacks."""
+    """Stock attention: eager if the model selects it, or needs something that sdpa does not support."""
     arguments = {"scaling": scaling, "dropout": dropout} | arguments
     if base == "eager" or any(arguments[name] is not None for name in ("softcap", "s_aux")):
         mask = _additive(mask, query, key.shape[2])
@@ -140,7 +140,7 @@ def _dense(
 
 
 def _additive(mask: Tensor | None, query: Tensor, kv_len: int) -> Tensor:
-    """The mask as stock eager attention wants it: 0 where visible, the type's lowest number elsewhere."""
+    """The mask in the form of stock eager attention: 0 where visible, the type's lowest number elsewhere."""
     if mask is None:
         q_len = query.shape[2]
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
@@ -203,8 +203,8 @@ def toptheta_mask(
 def _rows_of_mask(
     mask: Tensor, q_offset: int | Tensor, kv_offset: int, causal: bool, attention_mask: Tensor | None
 ) -> Rows:
-    """What is known of a mask `[B, 1, Q, KV]` without reading anything back from the device. q_offset: a
-    tensor where it is a static cache's on a GPU."""
+    """The Rows of a mask `[B, 1, Q, KV]`, derived without synchronising with the device. q_offset: a tensor
+    for a static cache on a GPU."""
     q_length, kv_length = mask.shape[2:]
     rows = Rows(n=mask.sum(dim=-1)[:, 0], mask=mask, causal=causal, offset=kv_offset)
     if causal:

@@ -43,7 +43,7 @@ class ModelState:
         self.sparse_calls = self.dense_calls = 0
 
     def is_decode(self, q_len: int, kv_len: int) -> bool:
-        """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single one behind others
+        """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single row after others
         is, unless it is the last chunk of a prompt."""
         return self.in_steps or q_len == 1 and kv_len > 1 and not self.in_prompt
 
@@ -90,7 +90,7 @@ class LayerState(nn.Module):
         return self.spec.sparse or self.calibration is not None or self.recorder is not None
 
     def begin(self, cache: Cache | None) -> None:
-        """Look at the cache before it is updated, and check that its sum of V still belongs to its values."""
+        """Inspect the cache before it is updated, and check that its sum of V still matches its values."""
         now = self.now
         now.cache, now.extras, now.due = cache, None, self.ours
         layers = getattr(cache, "layers", ())
@@ -110,8 +110,8 @@ class LayerState(nn.Module):
             now.extras.check(layer.values)
 
     def end(self) -> None:
-        """Drop the references to the cache, which must not outlive its owner. Raises UsageError when what the
-        layer was to compute was not."""
+        """Drop the references to the cache, which must not outlive its owner. Raises UsageError if the layer
+        did not compute its attention with top_theta although it should have."""
         self.now.cache = self.now.extras = None
         if self.now.due:
             self.now.due = False
@@ -121,7 +121,7 @@ class LayerState(nn.Module):
             )
 
     def attach(self, layer: nn.Module) -> None:
-        """Become a part of an attention layer."""
+        """Attach this state to an attention layer, as a child module with hooks."""
         layer.toptheta = self
         self.heads = local_heads(layer, self.mesh)
         self.hooks = (
@@ -136,7 +136,7 @@ class LayerState(nn.Module):
         del layer.toptheta
 
     def complete(self, call: AttentionCall) -> None:
-        """Give a call the layer's tables, on its device, and what the cache holds in addition to K and V."""
+        """Add to a call the layer's tables, on its device, and what the cache stores besides K and V."""
         for name in ("theta", "sdc_table"):
             table = getattr(self, name)
             if table is not None and table.device != call.q.device:  # an offloaded layer computes elsewhere
@@ -156,7 +156,7 @@ class LayerState(nn.Module):
             call.state = self.method_state()
 
     def way(self, call: AttentionCall) -> str | None:
-        """How to compute a call, where `when_slower` leaves that open; None: as the call says. See
+        """How to compute a call if `when_slower` allows a choice; None: according to the call. See
         when_slower.py."""
         if self.shared.params.when_slower != "dense":
             return None
@@ -174,19 +174,19 @@ class LayerState(nn.Module):
         return way
 
     def method_state(self) -> State:
-        """What the method remembers for this layer of the current call's cache."""
+        """The method's state for this layer of the current call's cache."""
         return state_of_layer(self.now.cache, self.layer_idx)
 
     def _apply(self, fn, recurse: bool = True):
-        """Move with the model, but stay float32: rounding a threshold to 16 bits would change what it
-        keeps."""
+        """Move with the model, but stay float32: rounding a threshold to 16 bits would change the kept
+        keys."""
         for name, table in self._buffers.items():
             if table is not None:
                 self._buffers[name] = table.to(fn(table[:0]).device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what belongs to a cache: a copy starts without one."""
+        """Excludes what belongs to a cache: a copy starts without one."""
         return self.__dict__ | {"now": CallState(), "_sums": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

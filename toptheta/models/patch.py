@@ -23,8 +23,8 @@ from toptheta.util.errors import UsageError
 
 
 class TopK_LLamaAttention(LlamaAttention):
-    """The published project's name for a patched LlamaAttention, which it is in all else. toptheta: what the
-    layer remembers."""
+    """The published project's name for a patched LlamaAttention; otherwise unchanged. toptheta: the layer's
+    state."""
 
     toptheta: LayerState
 
@@ -34,12 +34,12 @@ class TopK_LLamaAttention(LlamaAttention):
 
 
 def update_model(model: nn.Module, *_ignored, **_ignored_too) -> nn.Module:
-    """Make every attention layer of `model` ready for `set_params`, in place; also returns `model`.
+    """Patch every attention layer of `model` in place, for `set_params`; also returns `model`.
 
-    Dense until `set_params` says otherwise. Doing it twice changes nothing. The model gets a config of its
-    own, for the attention's name stands there, and other models may share it. Further arguments of the
-    published project (`reduce_gpu_mem`, `products_dir_path`) are accepted and have no effect. Raises
-    UsageError when the model is of no known family (families.py).
+    The model stays dense until `set_params` is called. Patching twice has no further effect. The model gets
+    its own copy of its config, which contains the attention's name and may be shared with other models. The
+    published project's arguments `reduce_gpu_mem` and `products_dir_path` are accepted and have no effect.
+    Raises UsageError if the model's family is not supported (families.py).
     """
     layers: list[Any] = attention_layers(model)
     if all(_is_patched(layer) for layer in layers):
@@ -58,7 +58,7 @@ def update_model(model: nn.Module, *_ignored, **_ignored_too) -> nn.Module:
 
 
 def restore_model(model: nn.Module) -> nn.Module:
-    """Take the patch off, in place; the inverse of `update_model`. Also returns `model`."""
+    """Remove the patch in place; the inverse of `update_model`. Also returns `model`."""
     layers: list[Any] = [module for module in model.modules() if _is_patched(module)]
     for layer in layers:
         _set_implementation(layer, layer.toptheta.base)
@@ -86,7 +86,7 @@ def _own_config(model: nn.Module) -> None:
 
 def patched_layers(model: nn.Module) -> list[Any]:
     """The model's patched attention layers in order. A model that was loaded with, or set to,
-    attn_implementation 'top_theta' is patched now. Raises UsageError when it has none."""
+    attn_implementation 'top_theta' is patched first. Raises UsageError if it has none."""
     layers: list[Any] = [module for module in model.modules() if _is_patched(module)]
     if not layers:
         if getattr(getattr(model, "config", None), "_attn_implementation", None) != IMPLEMENTATION:
@@ -99,7 +99,7 @@ def patched_layers(model: nn.Module) -> list[Any]:
 
 
 def choose_implementation(layers: list[Any]) -> None:
-    """Plainly dense models run the stock attention by its own name; all others run ours."""
+    """Select the stock attention for completely dense models, ours for all others."""
     ours = any(layer.toptheta.ours for layer in layers)
     for layer in layers:
         if layer.config._attn_implementation != IMPLEMENTATION:  # the user may have chosen another one
@@ -114,7 +114,7 @@ def _set_implementation(layer: Any, name: str) -> None:
 
 
 def model_device(model: PreTrainedModel) -> torch.device:
-    """The device that inputs go to."""
+    """The device for inputs."""
     return execution_device(model.get_input_embeddings())
 
 
@@ -129,19 +129,19 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def layer_states(model: nn.Module) -> list[LayerState]:
-    """What the model's patched layers remember, in order. Raises UsageError when it has none."""
+    """The states of the model's patched layers, in order. Raises UsageError if it has none."""
     return [layer.toptheta for layer in patched_layers(model)]
 
 
 def model_state(model: nn.Module) -> ModelState:
-    """What the layers of a patched model share. Raises UsageError when the model is not patched."""
+    """The shared state of the layers of a patched model. Raises UsageError if the model is not patched."""
     return patched_layers(model)[0].toptheta.shared
 
 
 @contextmanager
 def dense_for(model: nn.Module) -> Iterator[None]:
-    """Within this context every layer is dense, and nothing is counted or calibrated; afterwards the model
-    is as it was. The parameters that `get_params` reads and the tables stay in place all the time."""
+    """Within this context every layer is dense, and nothing is counted or calibrated; afterwards the model is
+    restored. The parameters of `get_params` and the tables do not change."""
     shared, layers = model_state(model), patched_layers(model)
     before = [(layer.toptheta.spec, layer.toptheta.calibration) for layer in layers]
     recorder, shared.recorder = shared.recorder, None

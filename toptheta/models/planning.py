@@ -1,5 +1,5 @@
-"""Telling a model that is calibrated which prompts it will be shown, so that the rows that are sampled of
-each do not depend on how they come (calibration/plan.py)."""
+"""Announces the prompts of a calibration to the model, so that the sampled rows do not depend on their order,
+chunks or batches (calibration/plan.py)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,15 +10,15 @@ from toptheta.models.control import calibrations
 
 
 def announce_prompts(model: nn.Module, spans: Mapping[str, tuple[int, int]]) -> None:
-    """Say, before the first is computed, which prompts calibrate: by key (start, stop) where their rows have
-    lengths start + 1 to stop. Rows are then drawn whatever order, chunks or batches they come in."""
+    """Announce the calibration prompts before the first is computed: by key (start, stop), their rows having
+    lengths start + 1 to stop. The sampled rows then do not depend on order, chunks or batches."""
     plan = _plan(model)
     if plan is not None:
         plan.announce(spans)
 
 
 def begin_prompts(model: nn.Module, keys: Sequence[str]) -> None:
-    """The sequences that the model is shown from here on are those of these keys, in this order."""
+    """Declare that the following sequences are the prompts with these keys, in this order."""
     plan = _plan(model)
     if plan is not None:
         plan.begin(keys)

@@ -1,4 +1,4 @@
-"""What several prompts begin with, read once: its keys and values, and what was counted of its rows.
+"""A prefix shared by several prompts, computed once: its keys and values, and the counts of its rows.
 
 Rows of a prompt see the same keys whether its beginning was read with them or before, so results agree within
 float noise, as those of chunks do, and every prompt counts the shared rows as if it had read them itself.
@@ -28,12 +28,12 @@ class Prefix:
 
     @property
     def has_window(self) -> bool:
-        """Whether a layer has a sliding window, which padding behind the prefix would take places of."""
+        """Whether a layer has a sliding window, in which padding after the prefix would take up places."""
         return any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
 
     def begin(self, model: Any, batch: int) -> Cache:
-        """A cache of its own for `batch` prompts, for a call of the model with what follows the prefix in
-        each; the statistics under way begin with the prefix's rows."""
+        """A new cache for `batch` prompts, for a call of the model with the rest of each prompt; the current
+        statistics start with the prefix's rows."""
         recorder = recorder_of(model)
         if recorder is not None:
             assert self.counts is not None
@@ -42,15 +42,15 @@ class Prefix:
 
 
 def can_share(model: Any) -> bool:
-    """Whether prompts may be read in parts now: not where what a row keeps depends on the rows that it is
-    computed with, and not while a calibration samples prompt by prompt."""
+    """Whether prompts may be computed in parts: not if what a row keeps depends on the other rows of its
+    call, and not while a calibration samples per prompt."""
     params = get_params(model)
     return not calibrations(model) and not (params.sparse and params.method.by_call)
 
 
 @torch.no_grad()
 def read_prefix(model: Any, ids: tuple[int, ...]) -> Prefix:
-    """Read a prefix in one call of a patched model. What was counted before must have been drained."""
+    """Compute a prefix in one call of a patched model. Earlier counts must have been drained."""
     cache = DynamicCache(config=model.config)
     for _ in hidden_states(model, torch.tensor([ids], device=model_device(model)), cache, None):
         pass

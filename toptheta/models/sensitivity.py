@@ -18,7 +18,7 @@ from toptheta.models.patch import choose_implementation, dense_for, model_device
 
 def keep_prompts(model: nn.Module, calibration: BudgetCalibration) -> Any:
     """Keep the first tokens of the first prompts that run through `model` from now on; returns the hook's
-    handle. A prompt that is too short to be sparse is passed over."""
+    handle. Prompts that are too short to be sparse are skipped."""
 
     def look(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
         ids = inputs[0] if inputs else keywords["input"]

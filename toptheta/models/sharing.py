@@ -1,4 +1,4 @@
-"""Calibrations as artefacts: taken from a model, put to use in one, shared on the Hugging Face hub."""
+"""Saving a model's calibration, applying one to a model, and sharing it on the Hugging Face hub."""
 
 import os
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ def save_calibration(
     """Write the calibration in use, with the method's parameters, as calibration.safetensors, config.json and
     a card (README.md) into `folder`.
 
-    base_model: the model's hub id, by default what it was loaded from; text: what it was calibrated on, for
-    the card. check_on: texts that it was not calibrated on, as token ids `[1, L]`, on which the card's
-    effective K and KL to dense attention are measured. Raises UsageError when there is no calibration in use.
+    base_model: the model's hub id, by default what it was loaded from; text: name of the calibration text,
+    for the card. check_on: other texts, as token ids `[1, L]`, on which the card's effective K and KL to
+    dense attention are measured. Raises UsageError if the model has no calibration.
     """
     calibration_of(model, base_model, text, check_on).save(folder)
 
@@ -62,8 +62,8 @@ def push_calibration(
     token: str | None = None,
     branch: str | None = None,
 ) -> str:
-    """`save_calibration` into a repository of the hub, which is made where it does not exist; returns the
-    commit's URL. Raises UsageError also where the hub refuses it or cannot be reached."""
+    """`save_calibration` into a hub repository, which is created if it does not exist; returns the commit's
+    URL. Also raises UsageError if the hub refuses it or cannot be reached."""
     calibration = calibration_of(model, base_model, text, check_on)
     if not hub_reachable():
         raise UsageError(
@@ -94,10 +94,10 @@ def load_calibration(
     """Put a saved calibration to use in a patched model, with the parameters that were saved with it; returns
     its config.
 
-    revision: of the hub's repository; params: parameters as `set_params` takes them, in place of the saved
-    ones. strict: refuse a model of another name or revision than it was calibrated on, where both are known.
-    Raises UsageError where there is no such calibration, or it does not fit the model or `params`; the model
-    then stays as it was.
+    revision: of the hub repository; params: parameters as `set_params` takes them, overriding the saved ones.
+    strict: refuse a model with another name or revision than that of the calibration, if both are known.
+    Raises UsageError if there is no such calibration, or it does not match the model or `params`; the model
+    is then not changed.
     """
     calibration = find_calibration(folder_or_hub_id, revision, token)
     use_calibration(model, calibration, strict, **params)
@@ -105,7 +105,7 @@ def load_calibration(
 
 
 def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = True, **params: Any) -> None:
-    """`load_calibration` of one that is loaded already."""
+    """`load_calibration` for a calibration that is already loaded."""
     _check_model(calibration.config, model, strict)
     _check_not_calibrating(model)
     shared = model_state(model)
@@ -122,7 +122,7 @@ def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = T
 def find_calibration(
     folder_or_hub_id: Path | str, revision: str | None = None, token: str | None = None
 ) -> Calibration:
-    """The calibration in a folder or a repository of the hub. Raises UsageError when there is none, or it is
+    """The calibration in a folder or a hub repository. Raises UsageError if there is none, or it is
     damaged."""
     where = os.path.expanduser(folder_or_hub_id)
     local = os.path.isdir(where)
@@ -158,7 +158,7 @@ def find_calibration(
 def calibration_of(
     model: nn.Module, base_model: str | None = None, text: str = "", check_on: Sequence[Tensor] = ()
 ) -> Calibration:
-    """The calibration in use, see `save_calibration`."""
+    """The model's calibration, see `save_calibration`."""
     params, tables = get_params(model), tables_of(model)
     _check_not_calibrating(model)
     if tables is None or not params.needs_calibration:
@@ -184,7 +184,7 @@ def calibration_of(
 
 
 def sampled(tables: CalibrationTables) -> tuple[int, int]:
-    """How many rows of each head a layer's tables were taken from, and the longest of them."""
+    """The number of sampled rows of each head of a layer, and the length of the longest."""
     samples = next(iter((tables.theta or tables.sdc).values())).samples
     return int(samples.sum(axis=1).max()), int(np.flatnonzero(samples.any(axis=0)).max())
 
@@ -199,7 +199,7 @@ def versions() -> dict[str, str]:
 
 
 def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
-    """How far the method in use is from dense attention, and its effective K, on texts `[1, L]` of token ids.
+    """KL of the current method to dense attention, and its effective K, on texts `[1, L]` of token ids.
 
     The first half of each text is left dense, as a prompt is; the others are decode steps, which count.
     Returns kl (mean and standard error between texts, nats a token; the share of the same most likely token)
@@ -248,7 +248,7 @@ def used(params: AttentionParams, num_layers: int) -> dict[str, Any]:
 
 
 def _sizes(model: Any) -> dict[str, Any]:
-    """What a calibration's config says of a model."""
+    """The description of a model in a calibration's config."""
     config = model.config.get_text_config()
     num_heads = config.num_attention_heads
     return {
@@ -302,5 +302,5 @@ def _hub_id_or_name(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the hub's client says, as one line."""
+    """The message of the hub's client, as one line."""
     return " ".join(str(error).split())[:300].rstrip(".")

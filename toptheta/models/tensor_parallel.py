@@ -12,8 +12,8 @@ from toptheta.util.errors import UsageError
 
 
 def mesh_of_heads(model: Any, layer: Any) -> Any:
-    """The one-dimensional device mesh that shares out the layer's heads, or None where every process computes
-    all of them (as where q and k are normalised over all heads, or are one projection)."""
+    """The one-dimensional device mesh over which the layer's heads are distributed; None if every process
+    computes all heads (for example if q and k are normalised over all heads, or are one projection)."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
     from torch.distributed.tensor import DTensor, Shard
@@ -38,7 +38,7 @@ def local_heads(layer: Any, mesh: Any) -> slice:
 
 
 def of_all_heads(table: LayerTable, mesh: Any) -> LayerTable:
-    """A table of this process's heads with those of the others; every process must ask for it."""
+    """A table of this process's heads, extended to all heads; every process must call it."""
     if mesh is None:
         return table
     parts: list[Any] = [None] * mesh.size()
@@ -47,6 +47,6 @@ def of_all_heads(table: LayerTable, mesh: Any) -> LayerTable:
 
 
 def refuse(mesh: Any, what: str, instead: str) -> None:
-    """Raise UsageError where `what` does not know that heads are shared out."""
+    """Raise UsageError for `what`, which does not support distributed heads."""
     if mesh is not None:
         raise UsageError(f"{what} does not support tensor parallelism: {instead}.")

@@ -1,4 +1,4 @@
-"""The sum of V over the visible keys, carried from one decode step to the next, for V-mean compensation.
+"""The sum of V over the visible keys, updated from one decode step to the next, for V-mean compensation.
 
 With it a step adds one row of V instead of reading all of them. It belongs to one layer of a cache; whether
 that still holds what was summed is checked at every step: generation may reorder, crop, repeat or replace a
@@ -27,7 +27,7 @@ class VSum:
         self._version = 0  # ... and its count of in-place changes then
 
     def check(self, values: Tensor | None) -> None:
-        """Forget the sum unless the cache still holds the same tensor that was summed, unchanged."""
+        """Discard the sum unless the cache still has the same unchanged tensor."""
         if values is None or self._values is None or values is not self._values():
             self._sum = None
         elif values._version != self._version:  # changed in place

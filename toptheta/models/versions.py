@@ -1,4 +1,4 @@
-"""Which releases of transformers this room was written for and is tested with."""
+"""The releases of transformers that this package supports and is tested with."""
 
 from importlib.metadata import version
 

@@ -32,11 +32,11 @@ from toptheta.methods.base import Selection
 from toptheta.methods.params import LayerSpec
 from toptheta.util.console import say
 
-STEPS_PER_DOUBLING = 16  # the choice is made anew when the number of keys has changed by 4 %
+STEPS_PER_DOUBLING = 16  # choose again when the number of keys has changed by 4 %
 
 
 class Arriving:
-    """A few numbers on their way from the device. ready: whether they have come."""
+    """A few numbers being copied from the device. ready: whether they have arrived."""
 
     def __init__(self, numbers: Tensor):
         self.ready: Callable[[], bool] = lambda: True
@@ -55,8 +55,8 @@ class Arriving:
 class Expectation:
     """What a layer expects its decode steps to keep. k: its K; group: query heads of a KV head.
 
-    elements: keys that a row keeps; rows: V rows that the heads of a group keep together. Before they were
-    counted each head is taken to keep K keys, none of them another head's.
+    elements: keys that a row keeps; rows: V rows that the heads of a group keep together. Until they are
+    counted, each head is assumed to keep K keys, all different.
     """
 
     def __init__(self, k: int, group: int):
@@ -66,11 +66,11 @@ class Expectation:
         self._last = (0.0, 0)  # visible keys of that step, and steps since
 
     def new_request(self) -> None:
-        """A prompt has come: the next step is to be counted."""
+        """A new prompt: count the next step."""
         self._counted_at, self._last = 0, (0.0, 0)
 
     def step(self, kv_len: int) -> bool:
-        """A decode step behind `kv_len` keys comes; returns whether what it keeps is to be counted."""
+        """Start a decode step over `kv_len` keys; returns whether to count what it keeps."""
         self._take()
         self._last = (self._last[0], self._last[1] + 1)
         keys = self.visible(kv_len)
@@ -89,8 +89,8 @@ class Expectation:
             self._last = (n, self._last[1])
 
     def visible(self, kv_len: int) -> int:
-        """How many of the keys of a cache are visible, as far as is known: all, or those of the step that was
-        counted and one for each step since."""
+        """The number of visible keys of a cache, as far as known: all, or those of the last counted step plus
+        one for each step since."""
         n, steps = self._last
         return min(kv_len, round(n) + steps) if n else kv_len
 
@@ -138,7 +138,7 @@ class Chooser:
         return self._pick(profile, shape, min(1.0, kept), asked)
 
     def _pick(self, profile: Profile, shape: Shape, kept: float, asked: str) -> str | None:
-        """As `pick`, which takes a tenth of a millisecond: made anew where the call or what is expected of it
+        """Cached `pick`, which takes a tenth of a millisecond: repeated only if the call or the expectation
         has changed."""
         keys = shape.kv_len if shape.visible is None else shape.visible
         sizes = (max(shape.kv_len, 1), max(keys, 1), max(kept, 1e-4))
@@ -166,8 +166,8 @@ class Chooser:
         asked: str,
         k: int,
     ) -> str | None:
-        """The way for a decode step that is being traced, which the compiled model keeps: by what was counted
-        before, else by K. shape: (B, H, H_kv, N, D)."""
+        """The choice for a decode step that is being traced, which the compiled model keeps: by earlier
+        counts, else by K. shape: (B, H, H_kv, N, D)."""
         profile = _profile(device)
         if profile is None:
             return None
@@ -181,12 +181,12 @@ class Chooser:
 
 
 def ways_of(asked: str, masked: bool) -> list[str]:
-    """What there is to choose from: two tiers keep what one does."""
+    """The implementations to choose from: one and two tiers keep the same keys."""
     return [asked, *([SCORES] if asked == TWO_TIER else []), *dense_ways(masked)]
 
 
 def sparse_way(call: AttentionCall) -> str | None:
-    """The way that a call asks for; None where profiles know none: they know thresholds."""
+    """The implementation of a call's selection; None if profiles do not cover it: they cover thresholds."""
     spec = call.kernel
     if spec is None or not spec.sparse or spec.selection != Selection.THRESHOLD or call.reference_only:
         return None
@@ -196,7 +196,7 @@ def sparse_way(call: AttentionCall) -> str | None:
 
 
 def by_kernels(call: AttentionCall) -> bool:
-    """Whether the kernels that profiles are of compute the call."""
+    """Whether the call is computed by the kernels that profiles measure."""
     backend = registry.choose(call)
     return backend is not None and backend.name == "triton"
 
@@ -206,7 +206,7 @@ def is_dense(way: str | None) -> bool:
 
 
 def _profile(device: torch.device) -> Profile | None:
-    """The device's profile; it is said once where there is none."""
+    """The device's profile; prints a message once if there is none."""
     profile = profile_of(device)
     if profile is None:
         _say_once(device)
