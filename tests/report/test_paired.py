@@ -125,7 +125,7 @@ def test_other_questions_are_refused() -> None:
     a = answers([1.0, 0.0, 1.0])
     for other, words in (
         (a[:2], "1 are only in dense, 0 only in Top-k, such as t/2"),
-        ([*a, Answer("t/9", "h", 0, {})], "1 only in Top-k, t/9"),
+        ([*a, Answer("t/9", "h", 0, {})], "1 only in Top-k, such as t/9"),
         ([a[0], replace(a[1], hash="x"), a[2]], "have different prompts for t/1"),
         ([], "3 are only in dense"),
     ):
