@@ -1,4 +1,4 @@
-"""Batches that shrink where memory runs out."""
+"""Batches that are split when memory runs out."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -10,11 +10,11 @@ from toptheta.eval.settings import AUTO
 from toptheta.util.console import say
 
 T = TypeVar("T")
-LARGEST = 64  # that `auto` begins with
+LARGEST = 64  # initial batch size of `auto`
 
 
 class Batches:
-    """size: what a person asked for. most: as large as batches may be by now."""
+    """size: the requested batch size. most: the current maximum."""
 
     def __init__(self, size: int):
         self.size = LARGEST if size == AUTO else size
@@ -27,8 +27,8 @@ class Batches:
         undo: Callable[[], None],
         failed: Callable[[T], None],
     ) -> None:
-        """Run every batch. Where memory runs out, it is run in halves, and later ones are no larger. undo:
-        forgets what a batch that was not finished has left; failed: takes what does not fit alone."""
+        """Run every batch. If memory runs out, the batch is halved, and so are later ones. undo: discards the
+        results of an unfinished batch; failed: receives an item that does not fit even alone."""
         waiting = list(batches)
         while waiting:
             batch = waiting.pop(0)
@@ -48,8 +48,8 @@ class Batches:
 
 
 def _fits(batch: list[T], run: Callable[[list[T]], None]) -> bool:
-    """Run a batch; False: memory ran out. Outside nothing holds on to the error then, whose frames hold
-    tensors."""
+    """Run a batch; False if memory ran out. After returning, nothing references the error, whose frames
+    reference tensors."""
     try:
         run(batch)
         return True

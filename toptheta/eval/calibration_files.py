@@ -1,7 +1,7 @@
-"""Convert calibrations: what a run or the published project left, into a calibration to share, and back into
-th.txt and sdc.txt.
+"""Convert the tables of a run or of the published project to a shareable calibration, and back to th.txt and
+sdc.txt.
 
-A run's cell says itself what it was calibrated for; of th.txt and sdc.txt alone the flags say it.
+A run's cell contains the settings of its calibration; for th.txt and sdc.txt alone the flags give them.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class _CellConfig(TypedDict):
 
 
 class CellConfig(_CellConfig, total=False):
-    """What is read of a cell's config.json; files of earlier versions lack some of it."""
+    """The keys read from a cell's config.json; files of earlier versions lack some of them."""
 
     name: str
     model: str
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def is_calibration(folder: Path | str) -> bool:
-    """Whether a folder is a calibration to share, other than one of a run."""
+    """Whether a folder is a shareable calibration, not one of a run."""
     return _config_json(Path(folder)).get("format") == FORMAT
 
 
@@ -105,9 +105,9 @@ def of_run(
 ) -> Calibration:
     """The calibration in the folder of a run's cell, or of th.txt and sdc.txt alone.
 
-    options: of the latter, placement (needed), sdc and vmc; num_layers: of the latter, where it is more than
-    their lines name. base_model, text: in place of what the cell says. name: of the folder, for errors.
-    Raises UsageError where something is missing, damaged or does not fit.
+    options: for the latter, placement (required), sdc and vmc; num_layers: for the latter, if it is more than
+    in their lines. base_model, text: instead of the cell's. name: of the folder, for errors. Raises
+    UsageError if something is missing, damaged or does not match.
     """
     from toptheta.models.sharing import sampled, used
 
@@ -144,8 +144,8 @@ def of_run(
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
-    """config.json of a run's cell or of a calibration; empty where there is none. Raises UsageError for
-    another file of that name."""
+    """config.json of a run's cell or of a calibration; empty if there is none. Raises UsageError for a
+    different file of that name."""
     path, remedy = folder / "config.json", "name another folder, or remove the file"
     if not path.is_file():
         return {}
@@ -156,7 +156,7 @@ def _config_json(folder: Path) -> dict[str, Any]:
 def _params(
     source: str, tables: CalibrationTables, cell: dict[str, Any], options: Mapping[str, Any]
 ) -> AttentionParams:
-    """The parameters that go with the tables. Raises UsageError where they are not known or do not fit."""
+    """The parameters that belong to the tables. Raises UsageError if they are unknown or do not match."""
     ks = cell.get("k_per_layer") or [tables.k.get(layer, 0) for layer in range(tables.num_layers)]
     if not any(ks):
         raise UsageError(f"{source} has only sdc.txt, which does not contain K: add its th.txt.")
@@ -171,7 +171,7 @@ def _params(
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    """What a run found, as a calibration's config has it."""
+    """A run's results in the form of a calibration's config."""
     if not path.is_file():
         return {}
     result = read_result(path)

@@ -1,8 +1,8 @@
-"""Products of a run: folders, the published project's files, answers that survive a crash (DESIGN section 5).
+"""Output of a run: folders, files in the published project's formats, answers that survive a crash.
 
-A run's folder is `products/<timestamp>`. A run of several settings keeps one sub-folder per cell in it. While
-a cell is under way, what is finished lies in chunks (partial.py); `finish` joins them. A cell without
-`results.json` is unfinished.
+A run's folder is `products/<timestamp>`. A run of several cells has one sub-folder for each. Until a cell is
+complete, finished answers are in chunks (partial.py); `finish` joins them. A cell without `results.json` is
+unfinished.
 """
 
 import csv
@@ -32,10 +32,10 @@ EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0, "k
 
 
 class Cell:
-    """One setting's product folder. ratio_to_k: K per layer, for layer{i}.txt, where the method aims at K;
-    answers: what is done so far, by request key; kept: totals by phase; effective_k: whether single rows are
-    counted, which needs ratio_to_k. take_calls: hands over how many calls were computed dense and how many
-    there were since it was asked last, see CellResult.computed_dense; calls: both, so far."""
+    """The product folder of one cell. ratio_to_k: K per layer, for layer{i}.txt, if the method aims at K;
+    answers: finished answers by request key; kept: totals by phase; effective_k: whether individual rows are
+    counted, which needs ratio_to_k. take_calls: returns the numbers of calls computed dense and of all calls
+    since it was last called, see CellResult.computed_dense; calls: both numbers in total."""
 
     def __init__(self, path: Path, ratio_to_k: tuple[int, ...] | None = None, effective_k: bool = False):
         self.path = path
@@ -57,8 +57,8 @@ class Cell:
         self.finished, self.answers, self.seconds, self.kept, self.calls = processes.from_first(self._load)
 
     def _load(self) -> tuple[bool, dict[str, Any], float, dict[str, dict[str, int]], tuple[int, int]]:
-        """Take up what earlier starts have left; returns whether that is all there is to do, answers,
-        seconds, totals and calls."""
+        """Load what earlier starts have finished; returns whether the cell is complete, answers, seconds,
+        totals and calls."""
         finished = (self.path / "results.json").is_file()
         if finished:
             shutil.rmtree(self._partial, ignore_errors=True)  # it was killed before it came to this
@@ -79,7 +79,7 @@ class Cell:
         self.calls = (self.calls[0] + more[0], self.calls[1] + more[1])
 
     def fail(self, key: str, answer: Any) -> None:
-        """Take a request as failed, for which `answer` stands."""
+        """Record a request as failed, with `answer` in place of its answer."""
         self.failed.add(key)
         self.add({key: answer}, {}, {})
         say(f"Out of memory on {key} alone: it counts as failed.")
@@ -99,8 +99,8 @@ class Cell:
         decode_steps: np.ndarray | None = None,
         lines: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """Take a finished request's answers and counts, all or none of them. decode_steps `[B]`: how many
-        steps of each sequence count; lines: of product files, by file name."""
+        """Add a finished request's answers and counts, all or none of them. decode_steps `[B]`: the number of
+        steps of each sequence to count; lines: of product files, by file name."""
         with uninterrupted():
             for of_answer in lines:
                 for name, line in of_answer.items():
@@ -175,7 +175,7 @@ class Cell:
             _add_histograms(self._new_histograms, {f"{DECODE}/{layer}": count_steps(steps, k, live)})
 
     def checkpoint(self) -> None:
-        """Write what came since the last checkpoint as one more chunk."""
+        """Write everything since the last checkpoint as a new chunk."""
         now = time.monotonic()
         with uninterrupted():
             if self._new_answers:
@@ -200,7 +200,8 @@ class Cell:
             self._since = now
 
     def join(self) -> None:
-        """Have in the first process what all of them found. Raises UsageError when it cannot see it."""
+        """Collect the results of all processes in the first one. Raises UsageError if their files are not
+        visible to it."""
         self.checkpoint()
         for others in processes.gather(self._written)[1:]:
             for name in others:
@@ -211,8 +212,7 @@ class Cell:
     def finish(self, result: CellResult, answers: Sequence[Answer]) -> CellResult:
         """Join the chunks into the product files, write answers.jsonl and, last, results.json.
 
-        Returns the result, which gets effective_k, if that is counted: what effective.overall says of each
-        phase.
+        Returns the result, with effective_k if it is counted: `effective.overall` for each phase.
         """
         self.checkpoint()
         chunks = partial.chunks(self._partial)
@@ -253,8 +253,8 @@ class Cell:
         return total
 
     def kept_shares(self) -> dict[str, Kept | None]:
-        """Share of elements and V rows kept, by phase; None for a phase that did not occur. Call after
-        `checkpoint`."""
+        """The shares of elements and V rows kept, by phase; None for a phase that did not occur. Call it
+        after `checkpoint`."""
         shares: dict[str, Kept | None] = {}
         for phase in (PREFILL, DECODE):
             totals = self.kept.get(phase)

@@ -1,4 +1,4 @@
-"""A calibration and its state: run where a cell needs it, kept in a file, continued by a later start."""
+"""Runs the calibration of a cell if needed, and saves its state so that a later start can continue it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,11 +40,11 @@ def prepare(
     model: Any,
     calibrate: Callable[["Checkpoint"], None],
 ) -> float:
-    """Bring the model into a cell's state, calibrating first where that is needed; returns seconds of
+    """Set the model to a cell's parameters, after a calibration if needed; returns the seconds of the
     calibration.
 
-    calibrate(checkpoint) runs the calibration prompts within the checkpoint's `counting`, but for those that
-    it has done.
+    calibrate(checkpoint) runs the calibration prompts that the checkpoint has not done, within its
+    `counting`.
     """
     settings = run.settings
     num_layers = model.config.num_hidden_layers
@@ -66,7 +66,7 @@ def prepare(
 
 
 def _finished_tables(product: Cell, model: Any) -> CalibrationTables | None:
-    """Tables that an earlier start has calibrated."""
+    """Tables calibrated by an earlier start."""
     if not (product.path / BINARY_NAME).is_file():
         return None
     Checkpoint(product.path, model).remove()
@@ -81,7 +81,7 @@ def _calibrate(
     model: Any,
     calibrate: Callable[["Checkpoint"], None],
 ) -> CalibrationTables:
-    """Calibrate a cell, and those that the same prompts can serve; all processes get its tables."""
+    """Calibrate a cell, and others that can use the same pass; all processes get its tables."""
     settings, num_layers = run.settings, model.config.num_hidden_layers
     checkpoint = Checkpoint(product.path, model)
     others = processes.from_first(lambda: same_pass(run, cell))
@@ -117,8 +117,8 @@ def _calibrate(
 
 
 def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
-    """The other cells, not calibrated yet, that the calibration of `cell` can serve too: those that differ in
-    K only. With calib_tac each K computes something else while calibrating, so there are none."""
+    """The other uncalibrated cells that can be calibrated in the same pass as `cell`: those that differ in K
+    only. With calib_tac there are none, because attention during calibration depends on K."""
     if cell.calib_tac:
         return []
     return [
@@ -131,8 +131,8 @@ def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
 
 
 class Checkpoint:
-    """The state of a calibration under way, kept in a file of each process in `folder`. done: keys of the
-    prompts that it has seen, or need not."""
+    """The state of a running calibration, saved in one file per process in `folder`. done: keys of the
+    prompts that are finished or skipped."""
 
     def __init__(self, folder: Path, model: torch.nn.Module):
         self.folder, self.model = folder, model
@@ -144,7 +144,7 @@ class Checkpoint:
         self._started = self._last = time.monotonic()
 
     def load(self) -> None:
-        """Take up the saved state, if any. Raises UsageError when a file is damaged."""
+        """Load the saved state, if any. Raises UsageError if a file is damaged."""
         done, self.seconds = processes.from_first(self._load)
         self.done |= done
         if processes.rank():
@@ -152,7 +152,7 @@ class Checkpoint:
             self.save()
 
     def _load(self) -> tuple[set[str], float]:
-        """Add up the states of all processes that there were."""
+        """Merge the states of all processes of earlier starts."""
         states = [(_read(path), path) for path in self.folder.glob(f"{STATE}*.safetensors")]
         for state, path in sorted(states, key=lambda found: -len(found[0]["done"])):
             keys = set(bytes(state.pop("done").tolist()).decode().split())
@@ -174,7 +174,7 @@ class Checkpoint:
         return self.done, self.seconds
 
     def restore(self) -> None:
-        """Forget what came since the last save: a batch of prompts was not finished."""
+        """Return to the last saved state, after an unfinished batch of prompts."""
         state = _read(self.path)
         self.done.clear()
         self.done.update(self._in_first, bytes(state["done"].tolist()).decode().split())
@@ -182,12 +182,12 @@ class Checkpoint:
             calibration.load_state(_of_layer(state, layer))
 
     def skip(self, key: str) -> None:
-        """Go on without a prompt."""
+        """Skip a prompt."""
         self.done.add(key)
         self.save()
 
     def join(self) -> None:
-        """Have in the first process what all of them have sampled."""
+        """Collect the samples of all processes in the first one."""
         for layer in calibrations(self.model).values():
             own = {name: value.cpu() for name, value in layer.state().items()}
             for state in processes.gather(own)[1:]:
@@ -197,9 +197,9 @@ class Checkpoint:
 
     @contextmanager
     def counting(self, keys: Iterable[str]) -> Iterator[None]:
-        """The model reads the prompts of these keys within the block. They count whole or not at all: a first
-        signal waits for the end, and then what was sampled is saved; a second one ends the block at once, and
-        what was saved last is what a later start finds."""
+        """Run the prompts of these keys within the block; they are counted completely or not at all. A first
+        signal takes effect at the end of the block, after saving; a second one ends the block at once, and a
+        later start continues from the last saved state."""
         with uninterrupted(until_second=True):
             yield
             self.done.update(keys)

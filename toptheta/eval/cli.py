@@ -1,4 +1,4 @@
-"""How a script reads its settings, from flags or from a saved run, and how it ends."""
+"""Reading a script's settings from flags or a saved run, and ending a script."""
 
 import argparse
 import os
@@ -32,8 +32,8 @@ class _Help(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as UsageError: one sentence, no usage dump. Flags are written out: a typo is no abbreviation.
-    topics: whether --help fits on one screen and --help TOPIC explains the flags of one group."""
+    """A parser that raises errors as UsageError, without a usage dump, and does not accept abbreviated flags.
+    topics: whether --help lists the flags on one screen and --help TOPIC explains those of one group."""
 
     def __init__(self, topics: bool = False, **options: Any):
         super().__init__(**options, allow_abbrev=False, add_help=not topics)
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("-h", "--help", action=_Help, metavar="TOPIC", help=words)
 
     def format_topics(self) -> str:
-        """One screen: what the program does, and the names of its flags by topic."""
+        """One screen: what the program does, and its flags by topic."""
         topics = self._topics()
         lines = [
             f"usage: {self.prog} [--help TOPIC] [FLAG ...]",
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return "\n".join([*lines, "", f"for example:\n  {self.epilog}"]) + "\n"
 
     def format_topic(self, topic: str) -> str:
-        """The flags of one topic, or of 'all', in full. Raises UsageError for a topic that there is not."""
+        """The flags of one topic, or of 'all', in full. Raises UsageError for an unknown topic."""
         topics = self._topics()
         if topic == "all":
             return self.format_help()
@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def settings_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> dict[str, Any]:
-    """Add the flags of a script's settings, under the published project's names, and those of every run that
-    are no settings; returns the groups of flags by title."""
+    """Add the flags of a script's settings, with the published project's names, and the flags that are not
+    settings; returns the groups of flags by title."""
     groups = add_flags(parser, kind)
     add_flags(parser, SlurmOptions)
     add = groups[RUN].add_argument
@@ -108,7 +108,7 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
 
 
 def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Namespace) -> AnySettings:
-    """The settings of the run to resume, and no others. Raises UsageError."""
+    """The settings of the run to resume. Raises UsageError if other settings are given."""
     for name, value in vars(namespace).items():
         if value is not None and name not in RESUMING:
             given = f"--no_{name}" if value is False else f"--{name}"
@@ -119,7 +119,7 @@ def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Na
 
 
 def settings_from_json(kind: type[AnySettings], saved: Any) -> AnySettings:
-    """Settings as run.json holds them. Raises UsageError when they are of another program or version."""
+    """Settings from run.json. Raises UsageError if they are from another program or version."""
     try:
         settings = from_json(kind, saved)
     except ValueError as error:
@@ -128,13 +128,13 @@ def settings_from_json(kind: type[AnySettings], saved: Any) -> AnySettings:
 
 
 def command(script: str) -> str:
-    """How a person calls a root script: by its console script (eval/commands.py), where that runs now."""
+    """The command for a root script: its console script (eval/commands.py) if that is running."""
     installed = COMMANDS[script]
     return installed if Path(sys.argv[0]).stem == installed else f"python {script}"
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: exit code 2 with one sentence for UsageError, 130 for Ctrl-C or SIGTERM."""
+    """Run a script's main: exit code 2 with the message for UsageError, 130 for Ctrl-C or SIGTERM."""
     interrupts.install()
     try:
         code = main() or 0
@@ -143,7 +143,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of our output, head for one, has enough
+    except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

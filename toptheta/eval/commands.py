@@ -1,6 +1,6 @@
-"""The console scripts of an installed package. In a checkout the root scripts do the same.
+"""The console scripts of the installed package. In a checkout the root scripts do the same.
 
-What a command needs is imported when it runs: --help and wrong flags need no second of imports.
+A command imports what it needs when it runs, so that --help and wrong flags respond at once.
 """
 
 import os
@@ -43,12 +43,12 @@ def calibration() -> None:
 
 
 def lm_eval() -> None:
-    """toptheta-eval: lm-eval's own command line, to which `--model toptheta` is known."""
+    """toptheta-eval: lm-eval's own command line, with `--model toptheta`."""
     _run(_lm_eval)
 
 
 def _run(main: Callable[[], int | None]) -> None:
-    """`run_main`, where packages of the extra `eval` may be missing."""
+    """`run_main`, with a message if packages of the extra `eval` are missing."""
 
     def guarded() -> int | None:
         try:

@@ -31,17 +31,17 @@ LM_EVAL_DEVICE = "cuda:0"  # what its command line hands over where no --device 
 
 
 def _flag(name: str) -> str:
-    """A parameter as lm-eval's users give it."""
+    """A parameter in the form that lm-eval's users give it."""
     return f"--model_args {'k' if name == 'K' else name}"
 
 
 @register_model("toptheta")
 class TopThetaHarnessLM(TopThetaLM):
-    """pretrained: as `--llama` of the scripts takes it; device and dtype: as theirs, and 'auto' by default.
-    method: NAME[:option=value]; k; thresholds: a folder or a hub id of a calibration (then method, k and all
-    options are those that were saved with it, where they are not given), or a run's folder with th.txt.
-    Options of `set_params` go by their names, all other arguments to lm-eval's `hf`. Raises UsageError for
-    what is wrong, before the model is loaded where it can be known."""
+    """pretrained, device, dtype: as `--llama`, `--device` and `--dtype` of the scripts; the last two are
+    'auto' by default. method: NAME[:option=value]; k; thresholds: a folder or hub id of a calibration (whose
+    saved method, k and options apply unless they are given), or a run's folder with th.txt. Options of
+    `set_params` have their names; all other arguments go to lm-eval's `hf`. Raises UsageError for invalid
+    arguments, if possible before the model is loaded."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class TopThetaHarnessLM(TopThetaLM):
 
 
 def _calibration(thresholds: str, ours: dict[str, Any]) -> Calibration | None:
-    """The calibration to use: a folder's, or one of the hub."""
+    """The calibration to use, from a folder or the hub."""
     if not thresholds:
         return None
     if not Path(thresholds).is_dir() or is_calibration(thresholds):

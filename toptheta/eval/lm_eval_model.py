@@ -1,5 +1,5 @@
-"""The lm-eval side: a model class that patches its model, shares prompts between answers and beginnings
-between prompts, and keeps what is done."""
+"""The lm-eval model class: patches its model, shares prompts between answers and prefixes between prompts,
+and saves finished answers."""
 
 import hashlib
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -38,9 +38,9 @@ PLAIN = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p"
 
 
 class TopThetaLM(HFLM):
-    """HFLM over a patched model. cell: where answers and counts go, None while calibrating; recorder: what
-    counts, None where nothing is counted; description: of the bar; tokens: how many a prompt and its reply,
-    up to a stop sequence, have, by the prompt's text; reply_ids: those of the reply."""
+    """HFLM with a patched model. cell: receives answers and counts, None while calibrating; recorder: counts
+    what is kept, or None; description: of the progress bar; tokens: numbers of tokens of a prompt and its
+    reply up to a stop sequence, by the prompt's text; reply_ids: the tokens of the reply."""
 
     def __init__(self, *args, **kwargs):
         self.cell: Cell | None = None
@@ -65,10 +65,10 @@ class TopThetaLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy?) of every continuation. Answers to one prompt share its pass through the
-        model, and prompts what they begin with.
+        """(log-likelihood, greedy?) of every continuation. Answers to one prompt share its computation, and
+        prompts share their common prefix.
 
-        Unlike the stock version, padding is masked: it must reach neither calibration nor statistics.
+        Unlike in the stock version, padding is masked, because it must not affect calibration and statistics.
         """
         keys = [_key(context, continuation) for _, context, continuation in requests]
         answers: dict[str, Any] = {}
@@ -121,17 +121,16 @@ class TopThetaLM(HFLM):
         return results
 
     def _named(self, prompt: str | Sequence[int]) -> str:
-        """A prompt for people to know it by."""
+        """A readable reference to a prompt."""
         end = prompt if isinstance(prompt, str) else self.tok_decode(list(prompt[-QUOTED:]))
         return f"the prompt that ends in {end[-QUOTED:]!r}"
 
     def _counting(self, keys: Iterable[str]) -> AbstractContextManager[None]:
-        """What the model computes for these requests within the block counts for the calibration under way,
-        if there is one."""
+        """Within the block, computations for these requests count for the running calibration, if any."""
         return nullcontext() if self.progress is None else self.progress.counting(keys)
 
     def _announce(self, groups: Groups) -> None:
-        """Say which prompts calibrate, and which answers behind them, if a calibration is under way."""
+        """Announce the prompts and their answers to the running calibration, if any."""
         if self.progress is not None:
             spans = {_key(prompt): (0, len(prompt)) for prompt in groups}
             for prompt, group in groups.items():
@@ -140,15 +139,14 @@ class TopThetaLM(HFLM):
             announce_prompts(self.model, spans)
 
     def _begin(self, keys: Iterable[str]) -> None:
-        """The sequences that the model is shown from here on, as `_announce` names them."""
+        """Declare which announced sequences the following calls compute."""
         if self.progress is not None:
             begin_prompts(self.model, list(keys))
 
     def _take(
         self, found: dict[str, Any], answers: dict[str, Any], decode_steps: np.ndarray | None = None
     ) -> None:
-        """Hand a batch's answers to the cell, whose answers `answers` are; without one, to `answers`, and
-        nothing keeps what was counted."""
+        """Add a batch's answers and counts to the cell; without a cell, add only the answers to `answers`."""
         prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
         if self.cell is None:
             answers.update(found)
@@ -161,12 +159,12 @@ class TopThetaLM(HFLM):
         return processes.progress(total, done, unit, self.description, not disable and self.rank == 0)
 
     def _shared(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """What a prompt begins with and shares with others; nothing if it shares nothing."""
+        """The prefix that a prompt shares with others; empty if there is none."""
         prompt = tuple(prompt)
         return prompt[: self._lengths.get(prompt, 0)]
 
     def _read(self, ids: tuple[int, ...]) -> Prefix | None:
-        """What prompts begin with, read unless it was read last; None if it is nothing."""
+        """The computed prefix, reused if it is the last one; None if it is empty."""
         if not ids:
             return None
         if self._prefix is None or self._prefix.ids != ids:
@@ -175,11 +173,11 @@ class TopThetaLM(HFLM):
         return self._prefix
 
     def _forget(self) -> None:
-        """Give back the memory of what prompts begin with."""
+        """Free the memory of the computed prefix."""
         self._prefix = self._begins_with = None
 
     def _undo(self) -> None:
-        """Forget what a batch that was not finished has left."""
+        """Discard the results of an unfinished batch."""
         self._forget()
         if self.recorder is not None:
             self.recorder.drain()
@@ -187,25 +185,25 @@ class TopThetaLM(HFLM):
             self.progress.restore()
 
     def _skip(self, key: str) -> None:
-        """Go on calibrating without a request."""
+        """Continue the calibration without a request."""
         assert self.progress is not None
         say("Out of memory on a single prompt: calibration continues without it.")
         self.progress.skip(key)
 
     def _join(self) -> None:
-        """Have in the first process what all of them have answered."""
+        """Collect the answers of all processes in the first one."""
         if self.cell is not None:
             self.cell.join()
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Cut the prompt from the left where prompt and answer are longer than the model reads."""
+        """Truncate the prompt from the left if prompt and answer exceed the model's context."""
         excess = len(context) + len(continuation) - (self.max_length + 1)
         return (context[excess:] if excess > 0 else context), continuation
 
     @torch.no_grad()
     def _score(self, batch: list[Group]) -> dict[str, tuple[float, bool]]:
-        """Log-likelihoods of all continuations of a batch of prompts, which share what they begin with: one
-        pass over the prompts, one over the answers."""
+        """Log-likelihoods of all continuations of a batch of prompts with one shared prefix: one pass over
+        the prompts, one over the answers."""
         prefix = self._read(self._shared(batch[0][0]))
         at = 0 if prefix is None else len(prefix.ids)
         tokens, mask = self._padded([list(context[at:]) for context, _ in batch])
@@ -267,7 +265,7 @@ class TopThetaLM(HFLM):
         return tokens.to(self.device), mask.to(self.device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generated texts, batch by batch, each kept as soon as it is done."""
+        """Generated texts, computed in batches and saved as soon as they are finished."""
         prompts = [self.tok_encode(r.args[0]) for r in requests]
         keys = [_key([], ids, repr(sorted(r.args[1].items()))) for ids, r in zip(prompts, requests)]
         answers: dict[str, Any] = {}
@@ -320,8 +318,8 @@ class TopThetaLM(HFLM):
         return replies
 
     def tok_batch_encode(self, strings: list[str], *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The texts that are generated from next, in the order of the batch, padded behind what they share,
-        else at the left."""
+        """Encode the next prompts, in the order of the batch, padded after a shared prefix, else at the
+        left."""
         self._keys = [_key(options=text) for text in strings]
         self._begin(self._keys)
         tokens, mask = super().tok_batch_encode(strings, *args, **kwargs)
@@ -371,7 +369,8 @@ def _is_greedy(options: dict[str, Any]) -> bool:
 
 
 def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Group]]:
-    """Batches without what is done. What is left of one stays together: its rounding is its own."""
+    """Batches without finished items. The rest of a batch stays together, so that rounding does not
+    change."""
     left = [
         [(prompt, {key: one for key, one in group.items() if key not in done}) for prompt, group in batch]
         for batch in batches
@@ -380,17 +379,17 @@ def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Grou
 
 
 def _left(batches: list[list[str]], done: Container[str]) -> list[list[str]]:
-    """The same of keys."""
+    """The same for batches of keys."""
     return [kept for kept in ([key for key in batch if key not in done] for batch in batches) if kept]
 
 
 def _unless_full(mask: Tensor) -> Tensor | None:
-    """A mask that hides nothing is left out, which spares making the `[Q, KV]` one."""
+    """None for a mask that hides nothing, so that no `[Q, KV]` mask is created."""
     return None if bool(mask.all()) else mask
 
 
 def _key(context: Sequence[int] = (), continuation: Sequence[int] = (), options: str = "") -> str:
-    """Names a request within one setting: what was asked, token by token."""
+    """The key of a request within one cell: a hash of its tokens and options."""
     digest = hashlib.sha256(options.encode())
     for part in (context, continuation):
         digest.update(",".join(map(str, part)).encode() + b";")

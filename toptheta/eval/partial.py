@@ -1,8 +1,7 @@
-"""Chunks of a cell's products that survive a crash: `partial/NNNNN.zip`, each written whole or not at all, by
-one of the run's processes.
+"""Chunks of a cell's output that survive a crash: `partial/NNNNN.zip`, each written atomically by one of the
+run's processes.
 
-The format keeps a checksum of every file. A chunk that fails it was damaged by a disk or a person, and what
-it held is computed again.
+The format has a checksum for every file. The content of a chunk with a wrong checksum is computed again.
 """
 
 import shutil
@@ -29,8 +28,8 @@ DAMAGES = (  # what zipfile raises for them
 
 
 def write(partial: Path, files: Mapping[str, bytes]) -> str:
-    """Add a chunk with these files to the folder `partial`; returns its name. Processes that write at the
-    same time differ in the rest of a chunk's number."""
+    """Add a chunk with these files to the folder `partial`; returns its name. Chunk numbers of different
+    processes differ modulo their number."""
     number = max((int(path.stem) for path in chunks(partial)), default=-1) + 1
     number += (processes.rank() - number) % processes.world_size()
     with atomic_path(partial / f"{number:05d}.zip") as temporary, zipfile.ZipFile(temporary, "w") as chunk:
@@ -45,7 +44,7 @@ def chunks(partial: Path) -> list[Path]:
 
 
 def names(chunk: Path) -> list[str]:
-    """Of the files in a chunk."""
+    """The names of the files in a chunk."""
     with zipfile.ZipFile(chunk) as opened:
         return opened.namelist()
 
@@ -57,7 +56,7 @@ def read(chunk: Path, name: str) -> bytes:
 
 
 def remove_damaged(partial: Path) -> None:
-    """Remove from `partial` what is no whole chunk, and say so."""
+    """Remove incomplete or damaged chunks from `partial`, with a message."""
     for path in partial.glob("*"):
         try:
             if path.suffix == ".zip" and zipfile.ZipFile(path).testzip() is None:

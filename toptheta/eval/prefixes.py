@@ -1,8 +1,8 @@
-"""Which beginnings prompts share, so that each is computed once (models/prefix.py).
+"""Which prefixes prompts share, so that each is computed once (models/prefix.py).
 
-Prompts that share a beginning are computed one after the other, and only the one beginning in use is kept. A
-tree of all beginnings would keep more in memory and spare next to nothing more: the examples of a subject, or
-a system prompt, are one level, and what lies above or below that level is a few tokens.
+Prompts with the same prefix are computed one after the other, and only the current prefix is kept. A tree of
+all prefixes would take more memory and save hardly any more tokens: the examples of a subject, or a system
+prompt, are one level, and only a few tokens are shared above or below it.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
-REST = 2  # tokens that are left of each prompt at least: a single one has the shape of a decode step
-LEAST = 256  # tokens that sharing must spare: it costs a call of the model, and may cost two smaller batches
+REST = 2  # minimum tokens of a prompt after the prefix: a single one has the shape of a decode step
+LEAST = 256  # tokens that sharing must save: it costs a call of the model, and may cost two smaller batches
 LEAST_SHARE = 0.25  # of all tokens of the prompts that share
 
 T = TypeVar("T")
@@ -42,9 +42,8 @@ class _Node:
 
 
 def shared_lengths(prompts: Iterable[Prompt]) -> dict[Prompt, int]:
-    """How many leading tokens of each prompt are computed once for all that begin with them: those with the
-    same ones form a group. 0: the prompt shares nothing that is worth it. What is spared in all is the most
-    that one level of groups can spare."""
+    """The length of each prompt's shared prefix; prompts with the same prefix form a group. 0: sharing is not
+    worthwhile. The total number of saved tokens is the maximum for one level of groups."""
     ordered = sorted(set(prompts))
     tokens = [0]
     for prompt in ordered:
@@ -71,8 +70,8 @@ def shared_lengths(prompts: Iterable[Prompt]) -> dict[Prompt, int]:
 
 
 def in_batches(items: Iterable[T], prefix: Callable[[T], Prompt], size: int) -> list[list[T]]:
-    """Batches of at most `size` items of one prefix. Those of one prefix come one after the other, at the
-    place of their first; else the order stays."""
+    """Batches of at most `size` items with the same prefix. Those of one prefix follow each other, in place
+    of the first; otherwise the order is kept."""
     together: dict[Prompt, list[T]] = {}
     for item in items:
         together.setdefault(prefix(item), []).append(item)
@@ -80,7 +79,7 @@ def in_batches(items: Iterable[T], prefix: Callable[[T], Prompt], size: int) -> 
 
 
 def _common(a: Prompt, b: Prompt) -> int:
-    """How many leading tokens two prompts share, but for the last REST of either."""
+    """The number of leading tokens that two prompts share, excluding the last REST of either."""
     most = max(0, min(len(a), len(b)) - REST)
     if a[:most] == b[:most]:
         return most

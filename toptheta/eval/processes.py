@@ -1,10 +1,10 @@
-"""The processes of one run, started by torchrun, accelerate launch or Slurm: which of them this is, how work
-is shared out, and what they hand each other.
+"""The processes of one run, started by torchrun, accelerate launch or Slurm: rank, distribution of work, and
+communication.
 
-A process on its own shares with nobody and waits for nobody, so callers need not ask how many there are.
-torch.distributed (gloo: what is handed over is small, and need not be on a GPU) does the transport. One
-process may take hours longer than another, so waiting has no deadline; instead each process shows every few
-seconds that it is alive, and when one is gone, the others stop.
+With a single process these functions neither divide work nor wait, so callers need not distinguish the cases.
+Communication uses torch.distributed (gloo, as the data is small and on the CPU). One process may take hours
+longer than another, so waiting has no deadline; instead each process sends a heartbeat every few seconds, and
+when one is missing, the others stop.
 """
 
 import os
@@ -26,18 +26,18 @@ from toptheta.util.errors import UsageError
 from toptheta.util.progress import Bar
 
 T = TypeVar("T")
-BEAT_SECONDS = 2.0  # between two signs of life
-LOST_SECONDS = 30.0  # without one: the process is taken for lost
-JOIN_SECONDS = 600.0  # that processes get to find each other
+BEAT_SECONDS = 2.0  # between two heartbeats
+LOST_SECONDS = 30.0  # without a heartbeat: the process is considered lost
+JOIN_SECONDS = 600.0  # for processes to connect
 POLL_SECONDS = 0.05
-SHOW_SECONDS = 90.0  # that a new file gets to show on other machines
+SHOW_SECONDS = 90.0  # for a new file to become visible on other machines
 _starts = count()  # names in the store are not used twice
 
 
 @dataclass
 class _Group:
-    """store: what all processes can read and write, of torch.distributed; alone: more than 0 while only the
-    first process works; lost: why the others are not to be waited for."""
+    """store: torch.distributed's key-value store of all processes; alone: above 0 while only the first
+    process works; lost: why the others must not be waited for."""
 
     rank: int
     size: int
@@ -53,22 +53,23 @@ _group: _Group | None = None
 
 
 def rank() -> int:
-    """Which process this is, from 0, over all nodes."""
+    """The index of this process, from 0, over all nodes."""
     return _group.rank if _group else 0
 
 
 def world_size() -> int:
-    """How many processes share the work; 1 within `from_first`."""
+    """The number of processes that share the work; 1 within `from_first`."""
     return _group.size if _group and not _group.alone else 1
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """This process's part of work that all of them have the same list of."""
+    """This process's part of a list that is the same in all processes."""
     return list(items) if world_size() == 1 else list(items[rank() :: world_size()])
 
 
 def gather(value: T) -> list[T]:
-    """What each process gave, in their order, in the first one; in the others nothing. Waits for all."""
+    """In the first process, the values of all processes in order; in the others an empty list. Waits for
+    all."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -82,15 +83,15 @@ def gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     if world_size() > 1:
         assert _group is not None
         _meet(_group)
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process, in all of them; the others wait meanwhile. A UsageError there
-    ends all."""
+    """Run `work` in the first process while the others wait; returns its result in all of them. A UsageError
+    ends all processes."""
     if world_size() == 1:
         return work()
     import torch.distributed as dist
@@ -117,8 +118,8 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def wait_for_file(path: Path) -> None:
-    """Wait until a file that another process has written shows here, which takes a while on some file systems
-    of several machines. Raises UsageError when it does not."""
+    """Wait until a file written by another process is visible here, which takes a while on some shared file
+    systems. Raises UsageError if it does not become visible."""
     until = time.monotonic() + SHOW_SECONDS
     while not path.exists():
         if time.monotonic() > until:
@@ -134,8 +135,8 @@ def wait_for_file(path: Path) -> None:
 def progress(
     total: int, done: int, unit: str, description: str, shown: bool = True
 ) -> Iterator[Callable[[int, int], None]]:
-    """One `Bar` for what all processes do; gives what a process reports its part with: questions, and tokens.
-    At the end each waits for the others, unless it ends by an error."""
+    """One `Bar` for the work of all processes; yields the function with which a process reports finished
+    questions and tokens. At the end each waits for the others, unless an error occurs."""
     group = _group if world_size() > 1 else None
     if group is not None:
         group.bars += 1
@@ -158,7 +159,7 @@ def progress(
 
 
 def _meet(group: _Group, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Wait until all processes have come here as often as this one."""
+    """Wait until all processes have called this as often as this one."""
     group.meetings += 1
     key = f"meeting/{group.meetings}"
     with _connected(group):
@@ -172,7 +173,7 @@ def _meet(group: _Group, meanwhile: Callable[[], None] = lambda: None) -> None:
 
 @contextmanager
 def _connected(group: _Group) -> Iterator[None]:
-    """An error of the connection means that a process is lost: `_watch` finds out which, and stops this
+    """A connection error means that a process is lost: wait for `_watch` to find out which, and to stop this
     one."""
     try:
         yield
@@ -182,9 +183,8 @@ def _connected(group: _Group) -> Iterator[None]:
 
 
 def place(device: str) -> str:
-    """Where this process puts a model, as `load_model` takes it. 'cuda' is all GPUs of the machine, as many
-    as the model needs; several processes on a machine take one each. Raises UsageError where there are too
-    few."""
+    """The device of this process's model, for `load_model`. 'cuda' means as many GPUs of the machine as the
+    model needs; several processes on a machine take one GPU each. Raises UsageError if there are too few."""
     if not device.startswith("cuda"):
         return device
     local = int(os.environ.get("LOCAL_WORLD_SIZE", _group.size)) if _group else 1
@@ -201,7 +201,7 @@ def place(device: str) -> str:
 
 
 def launched(command: str) -> str:
-    """A command as what starts as many processes as share this run, on each node."""
+    """The command line that starts a command with as many processes as this run, on each node."""
     if _group is None:
         return command
     local = int(os.environ.get("LOCAL_WORLD_SIZE", _group.size))
@@ -212,9 +212,9 @@ def launched(command: str) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Share a run with the processes that were started with this one, if any, until the block ends.
+    """Within the block, share a run with the processes that were started with this one, if any.
 
-    Raises UsageError when they do not find each other, and ends with exit code 1 when one of them is lost.
+    Raises UsageError if they cannot connect, and exits with code 1 if one of them is lost.
     """
     global _group
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -261,7 +261,7 @@ def together() -> Iterator[None]:
 
 
 def _part(group: _Group) -> None:
-    """The first process may hold the store, so it leaves last."""
+    """Leave the group; the first process leaves last, because it may host the store."""
     _meet(group)
     if group.rank:
         group.store.add("parted", 1)
@@ -271,8 +271,8 @@ def _part(group: _Group) -> None:
 
 
 def _leave(group: _Group, error: BaseException) -> None:
-    """Tell the others why this process leaves, unless it is because of another one. The first one stays until
-    they can have read it, because it may hold the store."""
+    """Tell the others why this process leaves, unless it is because of another one. The first process stays
+    until they have had time to read it, because it may host the store."""
     why = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({error or type(error)})"
     try:
         if not group.lost:
@@ -283,8 +283,7 @@ def _leave(group: _Group, error: BaseException) -> None:
 
 
 def _watch(group: _Group, store: Any) -> None:
-    """Show that this process is alive, and look after the others; on a thread, with a connection of its
-    own."""
+    """Send heartbeats, and watch those of the others; runs in a thread with its own connection."""
     others = [other for other in range(group.size) if other != group.rank]
     last = {other: (b"0", time.monotonic()) for other in others}
     beats = count(1)
@@ -305,7 +304,7 @@ def _watch(group: _Group, store: Any) -> None:
 
 
 def _lose(group: _Group, other: int, why: str) -> None:
-    """Stop this process as Ctrl-C does, so that what is finished is kept."""
+    """Stop this process like Ctrl-C does, so that finished work is kept."""
     if group.ended.is_set():
         return
     group.lost = f"process {other} {why}"

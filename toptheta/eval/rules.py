@@ -1,5 +1,5 @@
-"""Which settings go together, checked once, before anything is loaded. Rules of a single setting are declared
-with it, in settings.py."""
+"""Checks of combinations of settings, before anything is loaded. Rules for a single setting are declared with
+it, in settings.py."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from toptheta.util.options import check_options, options_of
 
 
 def flag(name: str) -> str:
-    """What a person typed for a setting."""
+    """The flag of a setting."""
     return f"--{name.lower()}"
 
 
 def check_settings(settings: AnySettings) -> AnySettings:
-    """The settings, unchanged. Raises UsageError for a value or combination that makes no sense."""
+    """The settings, unchanged. Raises UsageError for an invalid value or combination."""
     check_options(settings, flag)
     _check_methods(settings)
     cells = [check(cell, flag) for cell in settings.cells()]
@@ -69,7 +69,7 @@ def _check_methods(settings: Settings) -> None:
 
 
 def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> None:
-    """Flags about calibrated tables want a cell that uses some; needing: the cells that do."""
+    """Flags about calibrated tables need a cell that uses such tables; needing: the cells that do."""
     if settings.calib_load_path:
         if not needing:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""A run: its folder, settings and lock; what its cells are, and how it is resumed."""
+"""A run: its folder, settings and lock, its cells, and resuming it."""
 
 import errno
 import fcntl
@@ -34,8 +34,8 @@ DISK_ERRORS = (
 
 @dataclass
 class Run:
-    """One start of a script. folder: products/<timestamp>; script: the program's name, for the hint how to
-    resume; root: the whole run's folder, where this is its part for one of several tasks."""
+    """One start of a script. folder: products/<timestamp>; script: the program's name, for the command to
+    resume; root: the folder of the whole run, if this is its part for one of several tasks."""
 
     folder: Path
     settings: Settings
@@ -57,8 +57,8 @@ class Run:
 
 
 def open_run(settings: Settings, script: str, resume: str | None) -> Run:
-    """A new run folder, or the one to resume; all processes share it. Raises UsageError when another run's
-    process works on that."""
+    """A new run folder, or the one to resume; all processes share it. Raises UsageError if another process is
+    running it."""
     run: Run | None = None
     world_size = processes.world_size()
 
@@ -98,7 +98,7 @@ def _open(settings: Settings, script: str, resume: str | None, world_size: int) 
 
 
 def _lock(folder: Path) -> Any:
-    """An open file that marks a run as being worked on, for as long as this process lives; None: it is."""
+    """An open file that locks a run as long as this process lives; None if it is already locked."""
     file = open(folder / "run.lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +109,7 @@ def _lock(folder: Path) -> Any:
 
 
 def is_under_way(folder: Path) -> bool:
-    """Whether a process works on the run in `folder` now."""
+    """Whether a process is running the run in `folder`."""
     lock = _lock(folder)
     if lock is not None:
         lock.close()
@@ -124,7 +124,7 @@ class Saved(TypedDict):
 
 
 def saved_run(folder: Path, kinds: dict[str, type[Settings]]) -> tuple[str, Settings] | None:
-    """Script and settings of the run in `folder`; None when it is damaged, or of no script in `kinds`."""
+    """Script and settings of the run in `folder`; None if it is damaged, or its script is not in `kinds`."""
     try:
         saved = read_json(folder / "run.json", Saved, "")
         return saved["script"], settings_from_json(kinds[saved["script"]], saved["settings"])
@@ -144,7 +144,7 @@ def task_parts(run: Run) -> list[Run]:
 
 
 def check_resume(resume: str, script: str) -> dict[str, Any]:
-    """Settings saved in a run folder. Raises UsageError when it is none, or another script's."""
+    """The settings saved in a run folder. Raises UsageError if it is not a run, or one of another script."""
     path = Path(resume) / "run.json"
     if not path.is_file():
         raise UsageError(f"--resume {resume}: the folder has no run.json, so it is not a run of {script}.")
@@ -164,7 +164,7 @@ def cells(run: Run, num_layers: int) -> Iterator[tuple[AttentionParams, Cell]]:
 
 
 def product_folder(run: Run, cell: AttentionParams) -> Path:
-    """Where a cell's products go: a single cell has the run's own folder."""
+    """The folder of a cell: a single cell uses the run's own folder."""
     if len(run.settings.cells()) == 1:
         return run.folder
     folder = run.folder / cell_folder(cell)
@@ -203,7 +203,7 @@ def write_config(
 
 @contextmanager
 def resumable(run: Run) -> Iterator[None]:
-    """Where this block is interrupted, or a file cannot be written, it is said how the run goes on."""
+    """If the block is interrupted, or a file cannot be written, print how to resume the run."""
     try:
         yield
     except KeyboardInterrupt:

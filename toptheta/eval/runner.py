@@ -1,4 +1,4 @@
-"""The one loop over cells, for all data sets of both scripts: calibrate, evaluate, save, report, resume."""
+"""The loop over cells, for all data sets of both scripts: calibrate, evaluate, save, report, resume."""
 
 import json
 import math
@@ -63,8 +63,8 @@ DATA_SETS: dict[str, type[ItemJob]] = {
 
 @processes.together()
 def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
-    """Run every cell of the settings, those that a run to `resume` has not finished; returns their results
-    and prints a table for each task. All processes that were started together share the work. Raises
+    """Run every cell of the settings that a run to `resume` has not finished; returns the results of all, and
+    prints a table for each task. All processes that were started together share the work. Raises
     UsageError."""
     source = find_model(settings.llama)
     settings = resolve_device(settings)
@@ -111,7 +111,7 @@ def _run_parts(run: Run, jobs: list[Job], source: ModelSource, num_layers: int) 
 
 
 def _report(part: Run, job: Job, results: list[CellResult], model_name: str) -> list[CellResult]:
-    """Print a task's table and keep it; returns its results, with what they say of each other."""
+    """Print and save a task's table; returns its results, compared with dense."""
     if results:
         results = report_run(part.folder, results, job.title(model_name))
         if hint := job.hint(str(part.folder)):
@@ -126,7 +126,7 @@ def _load(job: Job, source: ModelSource) -> Engine:
 
 
 def _stages(parts: list[Run], jobs: list[Job]) -> list[Stage]:
-    """What is left to do, in the order in which it is done."""
+    """The remaining work, in order."""
     stages = []
     for part, job in zip(parts, jobs):
         settings, (calibration, evaluation) = job.settings, job.question_counts()
@@ -142,8 +142,8 @@ def _stages(parts: list[Run], jobs: list[Job]) -> list[Stage]:
 
 
 def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
-    """A job for each part of the run. Raises UsageError, before the model is loaded, for what cannot be
-    done."""
+    """A job for each part of the run. Raises UsageError for a job that is not possible, before the model is
+    loaded."""
     if isinstance(settings, QASettings):
         return list(qa_jobs(settings))
     assert isinstance(settings, GenSettings)
@@ -209,7 +209,7 @@ def _finish(
     calibration_seconds: float,
     model_name: str,
 ) -> CellResult:
-    """Write the products of a cell that is evaluated. Raises UsageError for a metric that is not finite."""
+    """Write the output of an evaluated cell. Raises UsageError for a metric that is not finite."""
     settings = job.settings
     wrong = {name: one.value for name, one in outcome.metrics.items() if not math.isfinite(one.value)}
     for name, value in wrong.items():

@@ -1,4 +1,4 @@
-"""Scoring the saved completions of HumanEval, apart from generating them."""
+"""Scoring of saved HumanEval completions, separately from generating them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ class Sample(TypedDict):
 
 
 def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The samples of a file, and how many there are of each task. Raises UsageError."""
+    """The samples of a file, and the number per task. Raises UsageError."""
     samples = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -67,7 +67,7 @@ def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _score_answers(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Add to answers.jsonl, where there is one, which samples passed; those of a task are in order."""
+    """Add to answers.jsonl, if it exists, which samples passed; the samples of a task are in order."""
     if not (folder / ANSWERS).is_file():
         return
     passed, seen = dict[str, float](), dict[str, int]()

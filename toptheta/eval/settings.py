@@ -1,5 +1,5 @@
-"""A script's settings: one typed, frozen object. Each is declared here once; its flag, run.json and check
-follow (util/options.py). Rules that involve several of them are rules.py's."""
+"""A script's settings: one typed, frozen object. Each is declared once, here; its flag, run.json and check
+are derived from that (util/options.py). Rules that involve several settings are in rules.py."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
@@ -44,8 +44,8 @@ def _is_device(device: str) -> bool:
 
 @dataclass(frozen=True)
 class CellOptions:
-    """Which methods are run with which K: every pair of them is one cell of the table. method: specs as
-    `parse_methods` reads them, in place of `mode`. layerk: K of single layers."""
+    """The methods and K to run: every pair is one cell of the table. method: specs as `parse_methods` reads
+    them, instead of `mode`. layerk: K of individual layers."""
 
     mode: tuple[int, ...] = option(
         (3,), "0 Top-theta, 1 Top-k, 3 dense (default); a list runs each", metavar="M[,M]", group="method"
@@ -85,7 +85,7 @@ class CellOptions:
 
 @dataclass(frozen=True)
 class Settings(MethodOptions, CellOptions):
-    """What both jobs share. calib_task: the Q&A task to calibrate on; None: what is evaluated."""
+    """The settings of both scripts. calib_task: the Q&A task to calibrate on; None: the evaluated one."""
 
     calib_samples: float | None = option(
         None,
@@ -168,7 +168,7 @@ class Settings(MethodOptions, CellOptions):
     )
 
     def cells(self) -> list[AttentionParams]:
-        """The parameters of each cell: every method with every K; a method without K comes once."""
+        """The parameters of each cell: every method with every K; a method without K once."""
         cells = []
         for method in self.methods():
             if method.is_dense or self.placement == "none":
@@ -184,7 +184,7 @@ class Settings(MethodOptions, CellOptions):
 
     @property
     def calibration_task(self) -> str:
-        """The task that calibration prompts come from; known to each script's own settings."""
+        """The task of the calibration prompts; defined by each script's settings."""
         return ""
 
     def layer_ks(self, cell: AttentionParams, num_layers: int) -> tuple[int, ...]:
@@ -384,7 +384,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def resolve_device(settings: AnySettings) -> AnySettings:
-    """Settle 'auto': device and dtype. Raises UsageError for a GPU that is not there."""
+    """Resolve 'auto' in device and dtype. Raises UsageError for a GPU that does not exist."""
     import torch
 
     device = settings.device
@@ -403,7 +403,7 @@ def resolve_device(settings: AnySettings) -> AnySettings:
 
 
 def cell_k(cell: AttentionParams) -> int | None:
-    """A cell's K; None when it is dense or its method has none."""
+    """A cell's K; None if it is dense or its method has no K."""
     assert isinstance(cell.K, int)
     return cell.K if cell.sparse and cell.method.uses_k else None
 

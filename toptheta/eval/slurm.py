@@ -1,4 +1,4 @@
-"""Runs on a Slurm cluster, submitted through submitit; SUBMITIT_CLUSTER=local takes this machine instead."""
+"""Runs on a Slurm cluster, submitted with submitit; SUBMITIT_CLUSTER=local uses this machine instead."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ CLUSTER = "cluster"  # group of flags
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """Where a run goes, if not on this machine. processes: on each node."""
+    """Where to run, if not on this machine. processes: per node."""
 
     slurm: str | None = option(
         None, "submit the run to this partition of a Slurm cluster", metavar="PARTITION", group=CLUSTER
@@ -38,8 +38,8 @@ class SlurmOptions:
 
 
 def executor(partition: str, hours: int, logs: Path, **resources: Any) -> Any:
-    """What submits to a cluster, see submitit. resources: as its `update_parameters` takes them. Raises
-    UsageError where there is no Slurm."""
+    """The submitit executor of a cluster. resources: for its `update_parameters`. Raises UsageError if there
+    is no Slurm."""
     import submitit
 
     wanted = os.environ.get("SUBMITIT_CLUSTER")
@@ -55,7 +55,7 @@ def executor(partition: str, hours: int, logs: Path, **resources: Any) -> Any:
 
 def submit_run(options: SlurmOptions, arguments: list[str], output_dir: str, gpus: bool) -> None:
     """Submit this script with these arguments as one job, whose processes share the run, and return at once.
-    gpus: whether each process gets one."""
+    gpus: whether each process gets a GPU."""
     assert options.slurm is not None
     command = [sys.executable, str(Path(sys.argv[0]).resolve()), *arguments]
     logs = Path(output_dir) / "slurm"
@@ -72,8 +72,8 @@ def submit_run(options: SlurmOptions, arguments: list[str], output_dir: str, gpu
 
 
 def _process(command: list[str]) -> Callable[[], None]:
-    """One process of a job, which tells the command which one it is. A function within this one is sent
-    whole: where it runs, this package need not be found."""
+    """One process of a job: exports its rank and runs the command. The nested function is pickled by value,
+    so that this package need not be importable where it runs."""
 
     def run() -> None:
         import subprocess

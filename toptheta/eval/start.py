@@ -1,4 +1,4 @@
-"""What the two scripts do with their flags: a run, here or on a cluster."""
+"""Starts a run of one of the two scripts, on this machine or on a cluster."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from toptheta.util.options import check_options, from_flags, to_flags
 
 
 def start(kind: type[Settings], script: str, arguments: argparse.Namespace) -> None:
-    """Start the run that the flags of a script ask for, or go on with one. Raises UsageError."""
+    """Start the run given by a script's flags, or resume one. Raises UsageError."""
     if arguments.resume:
         from toptheta.eval.run import check_resume
 

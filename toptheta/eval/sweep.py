@@ -1,8 +1,8 @@
-"""Sweeps: the cells of a table, which of them are finished, and the runs that the others need.
+"""Sweeps: the cells of a table, which of them are finished, and the runs for the others.
 
-A cell is one task, method and K. It is finished when any run under the output folder holds a result with the
-same settings, as far as they change an answer; so a sweep that was stopped goes on, and a table that gains a
-K runs only that.
+A cell is one task, method and K. It is finished when any run under the output folder has a result with the
+same settings, ignoring those that do not change an answer. A stopped sweep can therefore be continued, and a
+K added to a table runs only the new cells.
 """
 
 import os
@@ -39,14 +39,14 @@ from toptheta.util.files import timestamp
 from toptheta.util.options import check_options
 from toptheta.util.schema import read_json
 
-MACHINE = ("device_name", "device", "threads", "torch", "transformers", "lm_eval")  # that tables name
-STOP_SECONDS = 120.0  # that runs get to save what they have when the sweep is stopped
+MACHINE = ("device_name", "device", "threads", "torch", "transformers", "lm_eval")  # shown in tables
+STOP_SECONDS = 120.0  # for runs to save their progress when the sweep is stopped
 
 
 @dataclass
 class Found:
-    """What lies under the output folder. results: by key; unfinished: run folder -> script and missing keys;
-    under_way: keys that another process works on."""
+    """The runs under the output folder. results: by key; unfinished: run folder -> script and missing keys;
+    under_way: keys that another process is computing."""
 
     results: dict[str, CellResult] = field(default_factory=dict)
     unfinished: dict[Path, tuple[str, set[str]]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
 
 
 def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
-    """Read every run under `output_dir`. A run of another version, whose settings do not fit, is left out."""
+    """Read every run under `output_dir`, except runs of other versions whose settings cannot be read."""
     found = Found()
     for folder in sorted(path.parent for path in output_dir.glob("*/run.json")):
         loaded = saved_run(folder, {script: KINDS[script] for script in scripts})
@@ -153,7 +153,7 @@ def missing_runs(cells: list[SweepCell], found: Found, output_dir: str) -> list[
 
 
 def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus: int) -> int:
-    """Run the commands, `jobs` at a time; returns how many failed. Ctrl-C stops them; they save first."""
+    """Run the commands, `jobs` at a time; returns the number of failures. Ctrl-C stops them after saving."""
     logs.mkdir(parents=True, exist_ok=True)
     waiting, failed = list(commands), 0
     running: dict[subprocess.Popen, tuple[int, Path]] = {}
@@ -201,7 +201,7 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
 
 
 def _share(slot: int, jobs: int, gpus: int) -> dict[str, str]:
-    """Environment that gives one of `jobs` runs its own GPUs, or its share of the cores."""
+    """Environment variables that give one of `jobs` runs its own GPUs, or its share of the cores."""
     import torch
 
     if torch.cuda.is_available():

@@ -50,7 +50,7 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One row of a table. task: the table's name for it; arguments: of the script, but for --k; k: None for
+    """One row of a table. task: its name in the table; arguments: of the script, except --k; k: None for
     dense."""
 
     task: str
@@ -86,8 +86,8 @@ def choose(name: str, among: dict[str, Any], flag: str) -> Any:
 
 
 def _rows(part: dict[str, Any], groups: dict[str, Any]) -> list[dict[str, Any]]:
-    """A part of a table for each row of its group, whose methods, K and flags others may share; a part
-    without one is its own."""
+    """One part for each row of a part's group, which other parts may share; a part without a group stays
+    alone."""
     if "group" not in part:
         return [part]
     rows = choose(part["group"], groups, "reproduce.json: group")
@@ -133,10 +133,9 @@ def plan(
 def _settings(
     script: str, flags: dict[str, Any], ks: str, parsers: dict[str, Callable[[], Parser]]
 ) -> tuple[list[str], Settings]:
-    """Arguments of a script, but for --k, and the settings they give. Raises UsageError.
+    """Arguments of a script, except --k, and the resulting settings. Raises UsageError.
 
-    A table's calib_task and calib_text are for its calibrated methods; the scripts refuse them where they do
-    nothing.
+    calib_task and calib_text are passed for calibrated methods only; the scripts refuse them for others.
     """
 
     def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
@@ -175,7 +174,7 @@ def only_named(cells: list[SweepCell], only: str) -> list[SweepCell]:
 
 
 def answer_key(settings: Settings, cell: AttentionParams) -> str:
-    """Names a cell by everything that changes its answer: its method, and the settings that can."""
+    """The key of a cell: everything that changes its answers, i.e. its method and the relevant settings."""
     method_options = [f.name for f in fields(MethodOptions)]
     of_cell = {*method_options, *(f.name for f in fields(CellOptions))}
     answering = [name for name, facts, _ in options_of(settings) if facts.answers]
