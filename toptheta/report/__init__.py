@@ -1,4 +1,4 @@
-"""Results as tables, pictures and pages."""
+"""Results as tables, plots and HTML reports."""
 
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 
 def load(*folders: "Path | str") -> "LoadedRun":
-    """Runs as pandas tables: see frames.LoadedRun. folders: of runs, products/<timestamp>, of their tasks or
-    cells, or of tables. Raises UsageError where a folder holds no finished cell, or a file is damaged."""
+    """Load runs as pandas tables, see frames.LoadedRun. folders: of runs (products/<timestamp>), of their
+    tasks or cells, or of tables. Raises UsageError if a folder has no finished cell, or a file is damaged."""
     from toptheta.report import frames  # here: pandas takes a second to import
 
     return frames.load(*folders)

@@ -1,4 +1,4 @@
-"""`python -m toptheta.report DIR [DIR...]`: runs as one HTML file."""
+"""`python -m toptheta.report DIR [DIR...]`: write a report on runs as one HTML file."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from toptheta.util.files import timestamp
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as one sentence."""
+    """A parser that raises errors as UsageError."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")

@@ -1,4 +1,4 @@
-"""Cells of any runs, side by side: the work of compare.py."""
+"""Comparison of the cells of any runs, for compare.py."""
 
 import csv
 import io
@@ -32,8 +32,8 @@ class Compared:
 
 
 def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Compared]:
-    """Compare the cells of `runs`, folders, with the first of them; print the table, and write compare.md,
-    .csv, .json and .png. Raises UsageError for less than two cells, or cells of different questions."""
+    """Compare the cells in the folders `runs` with the first one; print the table, and write compare.md,
+    .csv, .json and .png. Raises UsageError for fewer than two cells, or cells with different questions."""
     from toptheta.report.plots.compare import draw_comparison
 
     folders = [folder for run in runs for folder in cells_of(run)]
@@ -60,7 +60,7 @@ def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Com
 
 
 def cells_of(run: str) -> list[Path]:
-    """The folders of a run's cells, dense ones first; of a cell, its own. Raises UsageError where there is no
+    """The folders of a run's cells, dense ones first; for a cell, its own. Raises UsageError if there is no
     finished cell."""
     folder = Path(run)
     if (folder / "results.json").is_file():
@@ -84,7 +84,7 @@ def _result(folder: Path) -> CellResult:
 
 
 def distinct_labels(results: Sequence[CellResult]) -> list[str]:
-    """The methods; where several are the same, also what tells them apart: model, type or folder."""
+    """The methods' labels; equal ones are distinguished by model, type or folder."""
     labels = [result.method for result in results]
     facts = [[result.model, _dtype(result), str(result.folder)] for result in results]
     for i in range(3):
@@ -154,7 +154,7 @@ def _flips_column(name: str) -> Column:
 
 
 def _more(one: Comparison) -> dict[str, str]:
-    """What is compared in addition to the scores, as text by header."""
+    """Comparisons besides the scores, as text by header."""
     texts = {}
     if one.target_logprob is not None:
         texts["right answer's log p"] = _with_interval(one.target_logprob, 1.0, 3)
@@ -180,7 +180,7 @@ def _more_columns() -> list[tuple[str, Column]]:
 
 
 def comparison_csv(rows: Sequence[Compared]) -> str:
-    """A line for each cell and thing compared: a score, target_logprob, identical, kl, ..."""
+    """A line for each cell and compared quantity: a score, target_logprob, identical, kl, ..."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = ["method", "folder", "compared", "value", "stderr", "low", "high", "count", "clusters"]

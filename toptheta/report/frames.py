@@ -26,11 +26,11 @@ from toptheta.util.schema import read_json
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What one or several runs left. results: of every cell, dense ones of a task first, compared with dense
-    where there is such a cell; labels: of each result, no two of a task alike.
+    """One or several runs. results: of every cell, dense cells of a task first, compared with dense if there
+    is such a cell; labels: of each result, unique within a task.
 
-    The tables are read when they are first asked for. Each has the columns `task` and `cell` (the label).
-    Tables of files that no cell has are empty.
+    The tables are read on first use. Each has the columns `task` and `cell` (the label). Tables whose files
+    no cell has are empty.
     """
 
     folders: tuple[Path, ...]
@@ -48,9 +48,9 @@ class LoadedRun:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """A row for each cell: what it is (method, name, k, dense, folder), each metric and its standard
-        error (`acc`, `acc_stderr`), shares kept by phase (`kept_prefill`, `vrows_prefill`), KV bytes read as
-        a share of dense attention's (`kv_bytes_prefill`), and seconds."""
+        """A row for each cell: method, name, k, dense, folder; each metric and its standard error (`acc`,
+        `acc_stderr`); shares kept by phase (`kept_prefill`, `vrows_prefill`); KV bytes read as a share of
+        those of dense attention (`kv_bytes_prefill`); and seconds."""
         rows = []
         for label, result in zip(self.labels, self.results):
             row: dict[str, Any] = {"task": result.task, "cell": label, "model": result.model}
@@ -82,7 +82,7 @@ class LoadedRun:
 
     @cached_property
     def effective_k(self) -> pd.DataFrame:
-        """What single rows keep, of cells run with --effective_k: the columns of effective_k.csv."""
+        """How many elements rows keep, for cells run with --effective_k: the columns of effective_k.csv."""
         return self._joined(lambda folder: _present(read_effective_k(folder)))
 
     @cached_property
@@ -92,7 +92,7 @@ class LoadedRun:
         return self._joined(_answers)
 
     def config(self, label: str, task: str | None = None) -> dict[str, Any]:
-        """config.json of the cell with this label. Raises UsageError where there is none."""
+        """config.json of the cell with this label. Raises UsageError if there is no such cell."""
         for one, result in zip(self.labels, self.results):
             if one == label and task in (None, result.task) and result.folder:
                 return read_config(Path(result.folder))
@@ -111,8 +111,8 @@ class LoadedRun:
 
 def load(*folders: Path | str) -> LoadedRun:
     """Read runs: products/<timestamp>, one of its tasks or cells, or the folder of a table. Cells of one task
-    are compared with its first dense one. Raises UsageError where a folder holds no finished cell, or a file
-    is damaged."""
+    are compared with its first dense cell. Raises UsageError if a folder has no finished cell, or a file is
+    damaged."""
     results = [result for folder in folders for result in _results(Path(folder))]
     unique = {(one.folder or str(i)): one for i, one in enumerate(results)}
     by_task: dict[tuple[str, str], list[CellResult]] = {}
@@ -129,7 +129,8 @@ def load(*folders: Path | str) -> LoadedRun:
 
 
 def _results(folder: Path) -> list[CellResult]:
-    """Of every finished cell in `folder`; of a table or an example, which has no cells, those in its file."""
+    """The results of every finished cell in `folder`; for a table or an example without cells, those in its
+    file."""
     if (folder / "results.json").is_file() and isinstance(
         read_json(folder / "results.json", Any, "run the cell again"), dict
     ):

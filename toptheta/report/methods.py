@@ -1,4 +1,4 @@
-"""The methods there are, as the table in README: `python -m toptheta.report.methods`."""
+"""The table of methods in README: `python -m toptheta.report.methods`."""
 
 import sys
 from dataclasses import fields
@@ -8,7 +8,7 @@ from toptheta.report.tables import Column, build
 
 
 def methods_table() -> str:
-    """A row for each registered method, from what it says of itself."""
+    """A row for each registered method, from its declarations."""
     methods = [registered()[name]() for name in names()]
     return build(
         methods,
@@ -27,7 +27,7 @@ def methods_table() -> str:
 
 
 def _rule(method: Method) -> str:
-    """The first sentence of its file, without its name and what stands in brackets."""
+    """The first sentence of the method's file, without its name and anything from a bracket on."""
     words = " ".join((sys.modules[type(method).__module__].__doc__ or "").split("\n\n")[0].split())
     return words.partition(": ")[2].partition(" (")[0].partition(". ")[0].rstrip(".")
 

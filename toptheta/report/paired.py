@@ -1,8 +1,7 @@
-"""Two runs on the same questions, compared question by question.
+"""Comparison of two runs on the same questions, question by question.
 
-Sparse and dense attention agree on most questions, so that the standard error of their difference is far
-smaller than that of either: differences are taken within each question first. Covers the numbers; tables.py
-and compare.py show them.
+Sparse and dense attention agree on most questions, so the standard error of the mean of paired differences is
+far smaller than that of either mean. Covers the numbers; tables.py and compare.py show them.
 """
 
 from collections import Counter
@@ -15,14 +14,14 @@ from typing import Any
 from toptheta.report.results import Answer, CellResult, Metric, read_answers
 from toptheta.util.errors import UsageError
 
-AGAINST_DENSE = ("kl", "same_top", "ln_ppl_ratio")  # scores that are a comparison with dense already
+AGAINST_DENSE = ("kl", "same_top", "ln_ppl_ratio")  # scores that already compare with dense
 WITHIN = NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95% interval
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over questions of other - baseline. stderr: paired, None where there are less than two questions
-    or clusters; clusters: how many, None where each question stands alone."""
+    """The mean over questions of other - baseline. stderr: paired, None for fewer than two questions or
+    clusters; clusters: their number, None if questions are not clustered."""
 
     value: float
     stderr: float | None
@@ -31,7 +30,7 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval, by the normal distribution."""
+        """The 95% interval, assuming a normal distribution."""
         if self.stderr is None:
             return None
         return self.value - WITHIN * self.stderr, self.value + WITHIN * self.stderr
@@ -43,8 +42,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Flips:
-    """Questions (of `count`) that the baseline had right and the other has wrong (lost), and the other way
-    round (gained), as 2407.09141 counts them."""
+    """Questions (of `count`) that only the baseline answered correctly (lost), and that only the other did
+    (gained), as in arXiv 2407.09141."""
 
     lost: int
     gained: int
@@ -52,8 +51,8 @@ class Flips:
 
     @property
     def p(self) -> float:
-        """McNemar's exact test, two-sided: how likely flips as uneven as these or more are, if each is as
-        likely to go either way."""
+        """McNemar's exact test, two-sided: the probability of flips at least as uneven as these, if both
+        directions are equally likely."""
         total = self.lost + self.gained
         fewer = sum(comb(total, i) for i in range(min(self.lost, self.gained) + 1))
         return min(1.0, 2 * fewer / 2**total)
@@ -64,9 +63,9 @@ class Flips:
 
 @dataclass(frozen=True)
 class Completions:
-    """Generated texts. identical: the share that is the same, token by token; first_difference: of those that
-    are not, the median place of the first token that differs, from 1 on; None where all are the same, or
-    their tokens were not kept."""
+    """Comparison of generated texts. identical: the share of replies with identical tokens; first_difference:
+    for the others, the median position of the first differing token, from 1 on; None if all are identical, or
+    tokens were not saved."""
 
     identical: Metric
     first_difference: float | None = None
@@ -74,10 +73,10 @@ class Completions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs on the same questions differ in. scores: of each score that all answers have; flips: of
-    those that are right or wrong; target_logprob: of the right answer's log-probability (nats), in likelihood
-    tasks; completions: in tasks that generate; text: of a text that was read, the other's kl and same_top
-    to dense attention in its own process, and the ln of the ratio of the two perplexities."""
+    """The differences between two runs on the same questions. scores: for each score that all answers have;
+    flips: for scores that are right or wrong; target_logprob: for the log-probability (nats) of the correct
+    answer, in likelihood tasks; completions: in generation tasks; text: for perplexity, the other's kl and
+    same_top to dense attention in its own process, and the log ratio of the two perplexities."""
 
     count: int
     scores: dict[str, Difference] = field(default_factory=dict)
@@ -99,8 +98,8 @@ class Comparison:
 def compare(
     baseline: Sequence[Answer], other: Sequence[Answer], names: tuple[str, str] = ("the first", "the second")
 ) -> Comparison:
-    """Compare the answers of two runs. names: of the runs, for the error. Raises UsageError when they were
-    not asked the same questions."""
+    """Compare the answers of two runs. names: of the runs, for errors. Raises UsageError if their questions
+    differ."""
     pairs = _pairs(baseline, other, names)
     shared = set.intersection(*(set(answer.score) for pair in pairs for answer in pair))
     scores, flips, text = dict[str, Difference](), dict[str, Flips](), dict[str, Metric]()
@@ -125,8 +124,8 @@ def compare(
 
 
 def paired_with_dense(results: Sequence[CellResult]) -> tuple[list[CellResult], list[str]]:
-    """The results, each but the first dense one with `paired`, its comparison with that; and a sentence on
-    each that cannot be compared. Without a dense cell the results are as they were."""
+    """The results, with `paired`, the comparison with the first dense one, added to all others; and a message
+    for each that cannot be compared. Without a dense cell the results are unchanged."""
     dense = next((result for result in results if result.dense and result.folder), None)
     others = [result for result in results if result is not dense and result.folder]
     if dense is None or not others:
@@ -150,10 +149,10 @@ def paired_with_dense(results: Sequence[CellResult]) -> tuple[list[CellResult], 
 
 
 def paired_difference(values: Sequence[float], clusters: Sequence[str | None] = ()) -> Difference:
-    """The mean of one difference for each question, with its standard error (Miller 2024, arXiv 2411.00640:
-    the formulas for paired differences and for clustered questions).
+    """The mean of one difference per question, with its standard error (Miller 2024, arXiv 2411.00640, for
+    paired differences and clustered questions).
 
-    clusters: of each question, what it shares with others, a passage for example; None: nothing.
+    clusters: for each question the id of what it shares with others, such as a passage, or None.
     """
     count, mean = len(values), fmean(values)
     rest = [value - mean for value in values]
@@ -210,7 +209,7 @@ def _mean(values: Sequence[float]) -> Metric:
 
 
 def _target(answer: Answer) -> float | None:
-    """Log-probability (nats) of the right answer; None where it is not known to be one of the choices."""
+    """Log-probability (nats) of the correct answer; None if it is not one of the choices."""
     likelihoods, target = answer.loglikelihoods, answer.target
     if likelihoods is None or isinstance(target, bool) or not isinstance(target, int):
         return None

@@ -1,8 +1,7 @@
-"""Results as typed objects: what scripts, sweeps, tables, plots and notebooks hand to each other, and the
-answers behind them.
+"""Typed results, used by scripts, sweeps, tables, plots and notebooks, and the answers that they come from.
 
-The JSON keys are those of results.json. Files of earlier versions, which lack some keys, are read too. There
-is no torch here: plots import this module.
+The JSON keys are those of results.json. Files of earlier versions, which lack some keys, can be read. This
+module does not import torch, because plots import it.
 """
 
 import json
@@ -25,7 +24,7 @@ OPTIONAL = ("effective_k", "kv_bytes", "computed_dense")  # counts that not ever
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over questions. stderr: its standard error, None where there is none (a single question)."""
+    """A mean over questions. stderr: its standard error, None for a single question."""
 
     value: float
     stderr: Share | None = None
@@ -34,7 +33,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Kept:
-    """What attention kept, as shares of what dense attention uses: elements, and V rows of a group."""
+    """What attention kept, as shares of dense attention: elements, and V rows per group."""
 
     attn: Share
     vrow: Share
@@ -42,7 +41,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class ComputedDense:
-    """How many calls of sparse layers were computed dense, of `calls`, because `when_slower` says so."""
+    """The number of calls of sparse layers that `when_slower` computed dense, and of all their calls."""
 
     dense: Count
     calls: Count
@@ -67,7 +66,7 @@ class KeptByRow(TypedDict):
 
 
 class Extra(TypedDict, total=False):
-    """What is known of a result's `extra`."""
+    """The known keys of a result's `extra`."""
 
     by_length: list[ByLength]
     grid: list[Point]
@@ -136,7 +135,7 @@ class CellResult:
         return None if kept is None else getattr(kept, what)
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json holds it; keys that say nothing are left out."""
+        """In the form of results.json, without empty optional keys."""
         values = asdict(self)
         extra = values.pop("extra")
         silent = [name for name in ("num_fewshot", "folder", *OPTIONAL) if values[name] is None]
@@ -145,7 +144,7 @@ class CellResult:
 
     @classmethod
     def from_json(cls, value: Any) -> "CellResult":
-        """Raises UsageError for what is no result. Without `dense`, what has no K is dense."""
+        """Raises UsageError for an invalid result. If `dense` is missing, a result without K is dense."""
         try:
             rest = dict(typed(value, dict[str, Any]))
             known = {f.name: rest.pop(f.name) for f in fields(cls) if f.name in rest and f.name != "extra"}
@@ -161,7 +160,7 @@ class CellResult:
 
 
 def read_result(path: Path) -> CellResult:
-    """The result in a results.json. Raises UsageError when it is damaged, and OSError."""
+    """The result in a results.json. Raises UsageError if it is damaged, and OSError."""
     try:
         return CellResult.from_json(read_json(path, dict, "remove it to finish the cell again"))
     except UsageError as error:
@@ -199,14 +198,14 @@ class Answer:
 
 
 def write_answers(folder: Path | str, answers: Sequence[Answer]) -> None:
-    """Write answers.jsonl, whole or not at all."""
+    """Write answers.jsonl atomically."""
     lines = (json.dumps(answer.to_json()) + "\n" for answer in answers)
     write_text(Path(folder) / ANSWERS, "".join(lines))
 
 
 def read_answers(folder: Path | str) -> list[Answer]:
-    """The answers of the cell in `folder`, in its order. Raises UsageError when the file is missing, a line
-    is damaged, or a question comes twice."""
+    """The answers of the cell in `folder`, in order. Raises UsageError if the file is missing, a line is
+    damaged, or a question occurs twice."""
     path, answers = Path(folder) / ANSWERS, dict[str, Answer]()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -224,7 +223,7 @@ def read_answers(folder: Path | str) -> list[Answer]:
             # A choice may well have no probability at all, and a likelihood of -Infinity.
             answer = typed(parse_json(line, finite=False), Answer)
             if answer.key in answers:
-                raise ValueError(f"{answer.key} comes twice")
+                raise ValueError(f"{answer.key} occurs twice")
             if not all(map(isfinite, answer.score.values())) or any(map(isnan, answer.loglikelihoods or ())):
                 raise ValueError("a score is not finite")
         except ValueError as error:

@@ -1,6 +1,6 @@
-"""What a finished cell, run or sweep leaves for people: tables, printed and written, and pictures.
+"""Summaries of a finished cell, run or sweep: printed and written tables, and plots.
 
-Plots are imported where something is drawn: matplotlib takes a second.
+Plots are imported when something is drawn, because importing matplotlib takes a second.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from toptheta.util.files import write_json, write_text
 
 
 def draw_cell(result: CellResult, folder: Path) -> None:
-    """The pictures of a single cell, if it has any: needle.png."""
+    """The plots of a single cell, if any: needle.png."""
     if result.grid:
         from toptheta.report.plots.needle import draw_needle
 
@@ -24,8 +24,8 @@ def draw_cell(result: CellResult, folder: Path) -> None:
 
 
 def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[CellResult]:
-    """Compare a run's cells with its dense one, print their table, and write it, its JSON and its pictures
-    into the run's folder; returns the results, compared."""
+    """Compare a run's cells with its dense cell, print the table, and write it, its JSON and plots into the
+    run's folder; returns the results with the comparison."""
     results, notes = paired_with_dense(results)
     for note in notes:
         say(note)
@@ -57,14 +57,14 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
 
 
 def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResult]) -> None:
-    """Join the summaries of a run's tasks, each in a folder of its own, into the run's."""
+    """Join the summaries of a run's tasks, each in its own folder, into that of the run."""
     write_text(folder / "summary.md", "\n".join((part / "summary.md").read_text() for part in parts))
     write_json(folder / "summary.json", [result.to_json() for result in results])
     say(f"All tasks: {folder / 'summary.md'}")
 
 
 def write_page(folder: Path) -> None:
-    """Write the report of a run, report.html, into its folder, and name it."""
+    """Write the report of a run, report.html, into its folder, and print its path."""
     from toptheta.report.page.build import REPORT, write_report
 
     write_report([folder], folder / REPORT)
@@ -72,8 +72,8 @@ def write_page(folder: Path) -> None:
 
 
 def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[tables.SweepRow]) -> None:
-    """Write table.md, table.csv, results.json and pictures of a sweep into `folder`, and print the table:
-    kl.png for texts that are compared with dense attention, <task>.png for each other task."""
+    """Write table.md, table.csv, results.json and plots of a sweep into `folder`, and print the table: kl.png
+    for texts that are compared with dense attention, <task>.png for each other task."""
     rows = _compared(rows)
     text = tables.sweep_markdown(title, table_name, rows)
     write_text(folder / "table.md", text)
@@ -107,13 +107,13 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
 
 
 def _is_compared(result: CellResult) -> bool:
-    """Whether decode steps of a text were compared with dense attention: what kl.png shows."""
+    """Whether decode steps of a text were compared with dense attention, as kl.png shows."""
     return "kl" in result.metrics and (result.kv_bytes or {}).get(DECODE) is not None
 
 
 def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
-    """The rows with results under the table's names for them, those of each task compared with its first
-    dense one: dense attention of another type shows what differences mean nothing."""
+    """The rows, with results renamed as in the table, and those of each task compared with its first dense
+    result. Dense attention in another type shows the size of rounding differences."""
     found = list(rows)
     for task in dict.fromkeys(row.task for row in rows):
         places = [i for i, row in enumerate(rows) if row.task == task and row.result is not None]
@@ -126,6 +126,6 @@ def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
 
 
 def _named(row: tables.SweepRow) -> CellResult:
-    """A row's result under the table's name for it."""
+    """A row's result, renamed as in the table."""
     assert row.result is not None
     return replace(row.result, method=row.method if row.k is None else f"{row.method} K={row.k}")

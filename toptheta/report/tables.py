@@ -1,4 +1,4 @@
-"""Results as tables that people read: every table is built from columns, by one builder.
+"""Results as readable tables, all built from columns by one function.
 
 Covers the text only; summary.py prints and writes it.
 """
@@ -57,7 +57,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a share of 1, which tables show in %."""
+    """Whether a metric is a share from 0 to 1, which tables show in %."""
     return not any(name in metric for name in PLAIN_METRICS)
 
 
@@ -73,14 +73,14 @@ def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> st
 
 
 def failed_columns(results: Sequence[CellResult]) -> list[Column]:
-    """How many requests did not fit the memory, where there are any."""
+    """The number of requests that did not fit in memory, if any."""
     if not any("failed" in result.extra for result in results):
         return []
     return [Column("failed", lambda result: str(result.extra.get("failed", 0)))]
 
 
 def dense_call_columns(results: Sequence[CellResult]) -> list[Column]:
-    """Which share of the layer calls was computed dense, where that was left open."""
+    """The share of layer calls computed dense, for runs with `when_slower`."""
     if not any(result.computed_dense for result in results):
         return []
 
@@ -92,8 +92,8 @@ def dense_call_columns(results: Sequence[CellResult]) -> list[Column]:
 
 
 def paired_columns(results: Sequence[CellResult]) -> list[Column]:
-    """Where a run has a dense cell and questions with a score: the difference from dense, with its paired
-    standard error, and the flips both ways."""
+    """For a run with a dense cell and questions with a score: the difference from dense with its paired
+    standard error, and the flips in both directions."""
     scores = list(dict.fromkeys(name for r in results for name in r.paired.get("scores", {})))
     scores.sort(key=lambda name: PAIRED.index(name) if name in PAIRED else len(PAIRED))
     if not scores or scores[0] == "nll":
@@ -106,7 +106,7 @@ def paired_columns(results: Sequence[CellResult]) -> list[Column]:
 
 
 def difference(result: CellResult, name: str) -> str:
-    """'-1.7 ± 1.2': a score less that of dense."""
+    """'-1.7 ± 1.2': a score minus that of dense."""
     found = result.paired.get("scores", {}).get(name)
     if found is None:
         return "-"
@@ -116,7 +116,7 @@ def difference(result: CellResult, name: str) -> str:
 
 
 def flips(result: CellResult, name: str) -> str:
-    """'5.0 / 3.3': shares of the questions that dense alone had right, and that dense alone had wrong."""
+    """'5.0 / 3.3': shares of questions that only dense answered correctly, and that only the other did."""
     found = result.paired.get("flips", {}).get(name)
     if found is None:
         return "-"
@@ -124,20 +124,20 @@ def flips(result: CellResult, name: str) -> str:
 
 
 def small(metric: Metric) -> str:
-    """'0.0123 ± 0.0004', or '1.2e-07 ± 3.0e-08' where that would say nothing."""
+    """'0.0123 ± 0.0004', or '1.2e-07 ± 3.0e-08' for small values."""
     numbers = [metric.value] if metric.stderr is None else [metric.value, metric.stderr]
     spec = ".1e" if 0 < abs(metric.value) < 0.001 else ".4f"
     return " ± ".join(format(number, spec) for number in numbers)
 
 
 def share(result: CellResult, phase: str, what: str) -> str:
-    """What was kept, in percent."""
+    """The kept share, in percent."""
     value = result.kept_share(phase, what)
     return "-" if value is None else f"{100.0 * value:.1f}"
 
 
 def metric_columns(results: Sequence[CellResult]) -> list[Column]:
-    """A column for each metric that a result has; with perplexity by context length, one for each length."""
+    """A column for each metric of the results; for perplexity by context length, one for each length."""
     lengths = [row["length"] for result in results[:1] for row in result.by_length]
     if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
         several = len(lengths) > 1
@@ -180,8 +180,8 @@ def _metric_column(name: str) -> Column:
 
 
 def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]:
-    """Kept elements and V rows of each phase that occurred, and the KV bytes that decode reads. Of a text
-    that was read as a prompt, all V rows are kept by some row, so there are elements only."""
+    """Kept elements and V rows of each phase that occurred, and the KV bytes read in decode. For a text
+    computed as a prompt, every V row is kept by some row, so only elements are shown."""
     if results and all(result.by_length and not (result.kept or {}).get(DECODE) for result in results):
         return [Column("kept elements %", lambda result: share(result, PREFILL, "attn"))]
     columns = []
@@ -217,8 +217,8 @@ def _seconds_column(name: str) -> Column:
 
 
 def effective_k(results: Sequence[CellResult]) -> str:
-    """What single rows keep against K: a row per cell, phase and K. Layers are ranked by how far their 5th or
-    95th percentile is from K, as a factor."""
+    """Kept elements of individual rows, against K: a row per cell, phase and K. Layers are ranked by the
+    factor by which their 5th or 95th percentile differs from K."""
     header = ["effective K", "phase", "K", "rows", "mean", "p5", "p95", "farthest layers: mean (p5 to p95)"]
     rows = []
     for result in results:
@@ -240,8 +240,7 @@ def effective_k(results: Sequence[CellResult]) -> str:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A cell of a sweep's table. method: the table's name for it, without K; result: None if it was not
-    run."""
+    """A cell of a sweep's table. method: its name in the table, without K; result: None if it was not run."""
 
     task: str
     method: str
@@ -250,7 +249,7 @@ class SweepRow:
 
 
 def sweep_markdown(title: str, table_name: str, rows: Sequence[SweepRow]) -> str:
-    """table.md of a sweep: what it was computed on, and a table for each task."""
+    """table.md of a sweep: the hardware and versions, and a table for each task."""
     text = f"# {title}\n\n`python reproduce.py --table {table_name}`{_machines(rows)}\n"
     for task in dict.fromkeys(row.task for row in rows):
         text += f"\n## {task}\n\n{_task_table([row for row in rows if row.task == task])}\n"
@@ -258,7 +257,7 @@ def sweep_markdown(title: str, table_name: str, rows: Sequence[SweepRow]) -> str
 
 
 def _machines(rows: Sequence[SweepRow]) -> str:
-    """On what the cells were computed."""
+    """The hardware and versions of the cells."""
     environments = [row.result.extra["environment"] for row in rows if row.result is not None]
     machines = {
         f"{e['device_name']} ({e['device']}, {e['threads']} threads), torch {e['torch']}, "
@@ -285,7 +284,8 @@ def _task_table(rows: Sequence[SweepRow]) -> str:
 
 
 def sweep_csv(rows: Sequence[SweepRow]) -> str:
-    """table.csv of a sweep: a line per cell and metric; a cell that was not run has one without numbers."""
+    """table.csv of a sweep: a line per cell and metric; a cell that was not run has a line without
+    numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     kept = [(phase, what) for phase in PHASES for what in ("attn", "vrow")]

@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal."""
+"""Messages on the terminal."""
 
 import sys
 
@@ -8,14 +8,13 @@ _hushed = False
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, apart from results on standard output, and above a progress
-    bar."""
+    """Print a message on stderr, separate from results on stdout, and above a progress bar."""
     if not _hushed:
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
 
 def hush(hushed: bool) -> None:
-    """Whether `say` is silent from now on: of several processes one speaks."""
+    """Set whether `say` is silent, as only one of several processes prints."""
     global _hushed
     _hushed = hushed

@@ -1,4 +1,4 @@
-"""What a run depends on outside its settings: versions, device, the one folder for what is made once."""
+"""The environment of a run: versions, device, and the cache folder."""
 
 import os
 import platform

@@ -1,10 +1,10 @@
-"""The one error that users cause and can fix."""
+"""The error for mistakes that a user can fix."""
 
 
 class UsageError(ValueError):
-    """A flag, parameter or file is wrong; the message is one sentence that says which, why, and the way
-    out."""
+    """A flag, parameter or file is wrong; the message is one sentence that says which, why, and what to
+    do."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the sentence alone, as the scripts do."""
+        """The message only, for notebooks."""
         return [str(self)]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files, and reading of text files."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from toptheta.util.errors import UsageError
 
-UNFINISHED = ".unfinished-"  # how the names of files begin that are being written
+UNFINISHED = ".unfinished-"  # prefix of files that are being written
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def flush(path: Path | str) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk: a file that is renamed before
-    may be empty after a power loss."""
+    """Wait until a file's content, or a folder's list of names, is on the disk: otherwise a renamed file may
+    be empty after a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,7 +48,7 @@ def flush(path: Path | str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed left half written in `folder`, which nobody else writes to."""
+    """Remove files in `folder` that a killed process left incomplete; no other process may write there."""
     for path in folder.rglob(f"{UNFINISHED}*"):
         path.unlink(missing_ok=True)
 
@@ -73,7 +73,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_text(path: Path | str, flag: str) -> str:
-    """A UTF-8 text file that a person named with `flag`. Raises UsageError when it is none, or empty."""
+    """The content of the UTF-8 text file given by `flag`. Raises UsageError if it is not one, or empty."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -86,7 +86,7 @@ def read_text(path: Path | str, flag: str) -> str:
 
 
 def find_file(folder: Path | str, name: str) -> Path | None:
-    """`folder/name` or `folder/name.gz`, whichever is there."""
+    """`folder/name` or `folder/name.gz`, whichever exists; else None."""
     for candidate in (Path(folder) / name, Path(folder) / f"{name}.gz"):
         if candidate.is_file():
             return candidate
@@ -94,8 +94,8 @@ def find_file(folder: Path | str, name: str) -> Path | None:
 
 
 def append_result(results_dir: Path, name: str, text: str) -> None:
-    """Append a human-readable result to `results_dir/name`, as the published project does, unless it is there
-    already: a run that was killed right after it says the same when it is resumed."""
+    """Append a human-readable result to `results_dir/name`, as the published project does, unless it is
+    already there, as when a run is killed right afterwards and resumed."""
     results_dir.mkdir(parents=True, exist_ok=True)
     path = results_dir / name
     if path.is_file() and text.encode() in path.read_bytes():

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM, which a cluster sends before it kills: the one place that says when they take effect.
+"""Handling of Ctrl-C and SIGTERM, which a cluster sends before it kills a job.
 
-They end a computation at once, but never the keeping of what it found: `uninterrupted` puts them off to the
-end of a block. What must be whole or not at all belongs into such a block; nothing else needs to know of
+They stop a computation at once, but never interrupt saving its results: `uninterrupted` defers them to the
+end of a block. Code that must run completely or not at all belongs into such a block; no other code handles
 signals.
 """
 
@@ -13,20 +13,21 @@ from typing import Any
 
 NOTICE = b"\nStopping after this prompt. A second signal stops at once.\n"
 
-_blocks: list[bool] = []  # blocks that are open, the innermost last: whether a second signal ends it
-_pending: list[int] = []  # signals put off. Both are of the process, as signals are
+_blocks: list[bool] = []  # open blocks, the innermost last: whether a second signal ends it
+_pending: list[int] = []  # deferred signals. Both are global, as signals concern the whole process
 
 
 def install() -> None:
-    """Handle Ctrl-C and SIGTERM from now on: a KeyboardInterrupt, at once or when `uninterrupted` allows it.
-    Ctrl-C stays ignored where the process was started so, as a shell does in the background."""
+    """Handle Ctrl-C and SIGTERM from now on: raise KeyboardInterrupt, at once or at the end of
+    `uninterrupted`. Ctrl-C stays ignored if the process was started that way, as for a shell's background
+    jobs."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)
 
 
 def on_signal(number: int, frame: Any) -> None:
-    """What Python calls when a signal has come, between two instructions of the main thread."""
+    """The signal handler, which Python calls between two instructions of the main thread."""
     if not _blocks or _blocks[-1] and _pending:
         _pending.clear()
         raise KeyboardInterrupt
@@ -36,14 +37,14 @@ def on_signal(number: int, frame: Any) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether a signal waits for the end of the block that this is called in."""
+    """Whether a signal is deferred to the end of the current block."""
     return bool(_pending)
 
 
 @contextmanager
 def uninterrupted(until_second: bool = False) -> Iterator[None]:
-    """Signals that come within the block take effect when it ends, or the outermost of several. until_second:
-    a second signal ends the block at once, for blocks that may take long."""
+    """Defer signals to the end of the block, or of the outermost of nested blocks. until_second: a second
+    signal ends the block at once, for blocks that may take long."""
     _blocks.append(until_second)
     try:
         yield

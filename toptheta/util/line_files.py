@@ -1,7 +1,7 @@
-"""Files of lines of numbers, plain or gzipped, as pandas tables.
+"""Reading files with lines of numbers, plain or gzipped, as pandas tables.
 
-They are parsed in bulk, because a run of a large model leaves millions of lines; only the search for a
-damaged line goes line by line.
+They are parsed in bulk, because a run of a large model writes millions of lines; only the search for a
+damaged line reads line by line.
 """
 
 import csv
@@ -23,9 +23,9 @@ SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE](?:\+?\d{1,2}|-\d{1,3}))?"
 
 @dataclass(frozen=True)
 class LineFormat:
-    """A line format. columns: name -> dtype; replace: bytes to turn into others, leaving one separator;
-    words: what there may be in columns of type category; strict: each line is held against the pattern, also
-    where pandas can read it: it takes 1e5 for a whole number."""
+    """A line format. columns: name -> dtype; replace: bytes to replace, leaving one separator; words: allowed
+    values in columns of type category; strict: match every line with the pattern, even if pandas can read it,
+    because pandas accepts 1e5 as a whole number."""
 
     columns: dict[str, str]
     pattern: str
@@ -55,8 +55,8 @@ SDC = LineFormat(
 
 
 def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.DataFrame | None:
-    """The lines of a file, None if it has none. layer: the only one that may be in it. Raises UsageError with
-    the number of a line that is damaged."""
+    """The lines of a file, None if it has none. layer: the only layer allowed in it. Raises UsageError with
+    the number of a damaged line."""
     content = file_content(path)
     plain = content
     for old, new in form.replace:

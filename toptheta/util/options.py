@@ -1,5 +1,5 @@
-"""Settings that are declared once: a field of a dataclass with its help, choices and rule; its flag, its
-reading from a command line or from JSON, and its check follow from that.
+"""Settings that are declared once, as a dataclass field with help, choices and rule; the flag, reading from a
+command line or JSON, and the check are derived from it.
 
 The field's type says how text is read: int, float, str; bool is a switch; tuple[int, ...] a comma-separated
 list; dict[int, int] pairs such as 0:512,1:512. Rules that involve several fields are their owner's.
@@ -16,18 +16,18 @@ from toptheta.util.errors import UsageError
 
 AnyOptions = TypeVar("AnyOptions")
 WORDS = {int: "a whole number", float: "a number"}
-LIMIT = 1 << 32  # of every number: beyond, types of 64 bits and random generators have their own
+LIMIT = 1 << 32  # of every number, below the limits of 64-bit types and random generators
 
 
 @dataclass(frozen=True)
 class Option:
     """What a field declares in addition to its type and default.
 
-    help, metavar, group: of its flag. choices: the values there are. hint: whether a wrong value is answered
-    with the nearest of them. rule: a test of a value, and what to do when it fails ("give at least 1"); a
-    default of None passes. parse: reads the flag's text, where its type does not say how. answers: whether it
-    can change an answer. serves: the data sets that it has an effect on; empty: all. earlier: what runs did
-    that were saved before there was such an option, where that is not its default.
+    help, metavar, group: of its flag. choices: the allowed values. hint: whether the error for a wrong value
+    suggests the closest ones. rule: a test of a value, and what to do if it fails ("give at least 1"); a
+    default of None passes. parse: reads the flag's text, if the type does not determine it. answers: whether
+    it can change an answer. serves: the data sets that it affects; empty: all. earlier: the behaviour of runs
+    saved before the option existed, if that is not its default.
     """
 
     help: str
@@ -43,7 +43,7 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field with these facts, see `Option`."""
+    """A dataclass field with these properties, see `Option`."""
     metadata = {"option": Option(help, **more)}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -51,12 +51,12 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 
 def at_least(least: float) -> tuple[Callable[[Any], bool], str]:
-    """The rule of a number that has a least value."""
+    """The rule for a number with a minimum."""
     return lambda value: value >= least, f"give at least {least}"
 
 
 def options_of(kind: Any) -> Iterator[tuple[str, Option, Any]]:
-    """Name, facts and default of every option of a dataclass or of an instance of one."""
+    """Name, `Option` and default of every option of a dataclass or an instance of one."""
     for f in fields(kind):
         if "option" in f.metadata:
             default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -64,8 +64,8 @@ def options_of(kind: Any) -> Iterator[tuple[str, Option, Any]]:
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type) -> dict[str, Any]:
-    """Add a flag for every option of a dataclass; returns the groups by title. A switch that is on by default
-    gets a flag --no_NAME. A flag that is not given leaves None, so that it is known which are."""
+    """Add a flag for every option of a dataclass; returns the groups by title. A bool that is True by default
+    gets a flag --no_NAME. A flag that is not given has the value None, so that given flags are known."""
     groups: dict[str, Any] = {"": parser}
     for name, facts, default in options_of(kind):
         if facts.group not in groups:
@@ -81,7 +81,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type) -> dict[str, Any]:
 
 
 def from_flags(kind: type[AnyOptions], namespace: argparse.Namespace) -> AnyOptions:
-    """The dataclass of what was given, unchecked. Raises UsageError for text that cannot be read."""
+    """The dataclass with the given flags, not checked. Raises UsageError for text that cannot be read."""
     hints, values = get_type_hints(kind), {}
     for name, facts, _ in options_of(kind):
         text = getattr(namespace, name, None)
@@ -93,8 +93,8 @@ def from_flags(kind: type[AnyOptions], namespace: argparse.Namespace) -> AnyOpti
 
 
 def to_flags(values: Any) -> list[str]:
-    """The flags that give an instance of a dataclass of options: of what is not its default. A list is joined
-    by commas, so that where `parse` reads it, commas must be what separates."""
+    """The flags that produce an instance of a dataclass of options, without defaults. Lists are joined by
+    commas, which `parse` must accept as separators."""
     flags = []
     for name, _, default in options_of(values):
         value = getattr(values, name)
@@ -112,9 +112,8 @@ def to_flags(values: Any) -> list[str]:
 
 
 def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
-    """The dataclass that `dataclasses.asdict` made, unchecked; what is not in it has its default, or what
-    `earlier` says. Raises ValueError, naming the field, for one that is unknown or whose value is of another
-    type."""
+    """The dataclass from the output of `dataclasses.asdict`, not checked; missing fields have their default,
+    or `earlier`. Raises ValueError, naming the field, for an unknown field or a value of another type."""
     if not isinstance(saved, Mapping):
         raise ValueError("its settings are not a JSON object")
     hints = get_type_hints(kind)
@@ -136,8 +135,8 @@ def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
 
 
 def check_options(values: Any, flag: Callable[[str], str] = str) -> None:
-    """Raise UsageError for a value that is none of its choices or breaks its rule. flag: turns a field's name
-    into what its user typed."""
+    """Raise UsageError for a value that is not one of the choices or violates its rule. flag: turns a field's
+    name into what the user typed."""
     for name, facts, default in options_of(values):
         value = getattr(values, name)
         if facts.choices and value not in facts.choices:

@@ -1,8 +1,8 @@
-"""Progress of a run, one line on the terminal: which cell, how much of it is done, how fast, and how long the
-whole run still takes. Where stderr is no terminal nothing is shown.
+"""Progress of a run in one terminal line: the current cell, how much of it is done, the speed, and the time
+left for the whole run. If stderr is not a terminal, nothing is shown.
 
-The code that does the work says what it has done to a `Bar`, and knows nothing of the other cells: the run
-lays out its stages in a `RunProgress`. Without one a bar shows its own work only.
+Working code reports to a `Bar` and does not know about other cells; the run defines its stages in a
+`RunProgress`. Without one, a bar shows only its own work.
 """
 
 import time
@@ -18,7 +18,7 @@ CALIBRATING, EVALUATING = "calibrating", "evaluating"
 
 @dataclass(frozen=True)
 class Stage:
-    """A piece of a run: a cell, what is done for it, and how many questions that takes."""
+    """A stage of a run: a cell, the kind of work, and its number of questions."""
 
     cell: str
     work: str
@@ -29,7 +29,7 @@ _current: ContextVar["RunProgress | None"] = ContextVar("run_progress", default=
 
 
 class RunProgress:
-    """Where a run is. clock: seconds."""
+    """The progress of a run over its stages. clock: returns seconds."""
 
     def __init__(self, stages: Sequence[Stage], clock: Callable[[], float] = time.monotonic):
         self.stages, self.clock = list(stages), clock
@@ -37,7 +37,7 @@ class RunProgress:
         self._spent: dict[str, tuple[float, float]] = {}  # by work: questions done in this process, seconds
 
     def begin(self, cell: str, work: str) -> None:
-        """The next stage of this cell and work is under way; those before it are over."""
+        """Start the next stage with this cell and work; earlier stages are finished."""
         for i in range(self.at + 1, len(self.stages)):
             if (self.stages[i].cell, self.stages[i].work) == (cell, work):
                 self.at = i
@@ -45,7 +45,7 @@ class RunProgress:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Within the block every bar says where it is in this run."""
+        """Within the block every bar shows its place in this run."""
         token = _current.set(self)
         try:
             yield
@@ -69,8 +69,8 @@ class RunProgress:
         self._spent[stage.work] = (questions + share * stage.questions, before + seconds)
 
     def seconds_left(self, share_done: float) -> float | None:
-        """How long the whole run still takes, where `share_done` of this stage is: each kind of work at the
-        pace that it has had so far, or that of all work where it has had none. None: nothing was done yet."""
+        """The seconds left for the whole run, if `share_done` of this stage is done: each kind of work at its
+        pace so far, or at the pace of all work if it has none yet. None if nothing is done yet."""
         questions, seconds = (sum(column) for column in zip(*self._spent.values())) if self._spent else (0, 0)
         if not questions or self.at < 0:
             return None
@@ -83,15 +83,15 @@ class RunProgress:
 
 
 def begin(cell: str, work: str) -> None:
-    """Say what of the run that is shown is under way, see `RunProgress.begin`."""
+    """Call `RunProgress.begin` of the run that is shown, if any."""
     run = _current.get()
     if run is not None:
         run.begin(cell, work)
 
 
 class Bar:
-    """Work under way: `total` questions, `done` of them by an earlier start. description: where there is no
-    run; unit: of a question, in the singular; shown: whether at all, if there is a terminal."""
+    """A progress bar for `total` questions, `done` of them by an earlier start. description: used without a
+    run; unit: name of a question, in the singular; shown: whether to show it on a terminal."""
 
     def __init__(self, total: int, done: int, unit: str, description: str, shown: bool = True):
         self.run = _current.get()
@@ -113,7 +113,7 @@ class Bar:
         self._line.set_description_str(self.text)
 
     def update(self, count: int, tokens: int = 0) -> None:
-        """Count finished questions, and the tokens that went through the model for them."""
+        """Count finished questions, and the tokens computed for them."""
         now = self.clock()
         self.done += count
         self.tokens += tokens

@@ -1,7 +1,7 @@
-"""JSON files, read strictly: every value is of the type that it should have, finite, and there once.
+"""Strict reading of JSON files: every value has the expected type and is finite, and no key occurs twice.
 
-Types are annotated as msgspec takes them: dataclasses, TypedDicts, `Count` and the like. A TypedDict checks
-the keys that it has; others may come with them.
+Types are msgspec annotations: dataclasses, TypedDicts, `Count` and so on. A TypedDict checks its own keys and
+allows others.
 """
 
 import json
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 def parse_json(data: bytes | str, finite: bool = True) -> Any:
-    """The value of a JSON text. Raises ValueError, with the reason, for what is none, for a name that comes
-    twice in an object, and for numbers that are not finite, unless those are let in."""
+    """The value of a JSON text. Raises ValueError, with the reason, for invalid JSON, for a key that occurs
+    twice in an object, and, if `finite`, for numbers that are not finite."""
     hooks: dict[str, Any] = {"parse_constant": _not_finite, "parse_float": _finite} if finite else {}
     try:
         text = data.decode() if isinstance(data, bytes) else data
@@ -37,7 +37,8 @@ def parse_json(data: bytes | str, finite: bool = True) -> Any:
 
 
 def typed(value: Any, kind: type[T]) -> T:
-    """A parsed value as one of a type. Raises ValueError, with the reason and the place, as $.name[0]."""
+    """A parsed value, converted to a type. Raises ValueError with the reason and the location, e.g.
+    $.name[0]."""
     try:
         return convert(value, kind, str_keys=True)
     except ValidationError as error:
@@ -45,8 +46,8 @@ def typed(value: Any, kind: type[T]) -> T:
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
-    """What a JSON file holds, as one of a type. remedy: what a person should do about a damaged one. Raises
-    UsageError, and OSError for a file that cannot be read."""
+    """The content of a JSON file, converted to a type. remedy: what the user should do about a damaged file.
+    Raises UsageError, and OSError for a file that cannot be read."""
     try:
         return typed(parse_json(path.read_bytes()), kind)
     except ValueError as error:

@@ -66,7 +66,7 @@ def test_a_damaged_field(task: str, changes: dict[str, Any], reason: str, tmp_pa
         (b"3", "Expected object, got int"),
         (b'{"question": "M\xfcller"}', "not UTF-8"),
         (b'{"question": 1e999}', "not a finite number"),
-        (b'{"question": "a", "question": "b"}', "'question' comes twice"),
+        (b'{"question": "a", "question": "b"}', "'question' occurs twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b"{}", "missing"),
     ],

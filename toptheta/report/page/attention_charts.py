@@ -1,4 +1,5 @@
-"""Charts of what attention did: kept elements by layer and head, thresholds, effective K, popular V rows."""
+"""Charts of attention statistics: kept elements by layer and head, thresholds, effective K, V-row
+popularity."""
 
 import numpy as np
 import pandas as pd

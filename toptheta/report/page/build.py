@@ -1,4 +1,4 @@
-"""From folders of runs to one HTML file."""
+"""Builds one HTML file from folders of runs."""
 
 import base64
 import gzip
@@ -30,8 +30,8 @@ VEGA_LITE = "6.4"  # of those that vl-convert bundles
 
 
 def write_report(folders: Sequence[Path | str], path: Path | str) -> LoadedRun:
-    """Write the report on runs, one HTML file that needs no network; returns what was read. Raises UsageError
-    as `load` does."""
+    """Write the report on runs, one HTML file that needs no network; returns the loaded runs. Raises
+    UsageError as `load` does."""
     run = load(*folders)
     write_text(path, render(run))
     return run
@@ -72,7 +72,7 @@ def _by_task(run: LoadedRun) -> list[LoadedRun]:
 
 
 def _part(number: int, run: LoadedRun) -> dict[str, Any]:
-    """What the template shows of a task, and the data of its charts and samples."""
+    """The template's data for a task, and that of its charts and samples."""
     shown = list(charts(run))
     questions = samples(run)
     first = run.results[0]
@@ -116,7 +116,7 @@ def _chart_data(chart: Chart) -> dict[str, Any]:
 
 
 def _column(column: pd.Series) -> Any:
-    """A column as JSON: numbers as they are (null where there is none), words as places in their list."""
+    """A column as JSON: numbers (null if missing), or a list of words and their indices."""
     if pd.api.types.is_numeric_dtype(column):
         return [None if pd.isna(value) else value for value in column.tolist()]
     codes, words = pd.factorize(column)
@@ -124,8 +124,8 @@ def _column(column: pd.Series) -> Any:
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """How a run was made, from its run.json, or that of the run that a task or cell is of. Raises UsageError
-    where that is damaged."""
+    """Command, environment and settings of a run, from its run.json, or from that of the run that a task or
+    cell belongs to. Raises UsageError if it is damaged."""
     saved: dict[str, Any] = {}
     for place in (folder, *folder.resolve().parents[:2]):
         if (place / "run.json").is_file():
@@ -140,8 +140,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _packed(value: Any) -> str:
-    """JSON, compressed, as text that may stand in a script element: it holds no tag, whatever a model
-    wrote."""
+    """Compressed JSON as text that is safe in a script element: it contains no tags, whatever a model
+    generated."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 

@@ -1,8 +1,8 @@
-"""A chart of the report: a Vega-Lite specification with its data and what a reader can choose, and what
-several charts share.
+"""A chart of the report: a Vega-Lite specification with its data and the reader's choices; and shared parts
+of charts.
 
-A specification holds placeholders, strings that start with @; a choice says what they stand for. page.js puts
-in what is chosen and hands the rest to Vega. Nothing here draws.
+A specification contains placeholders, strings that start with @; each choice gives their values. page.js
+fills in the selected values and passes the result to Vega. Nothing is drawn here.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ KINDS = {"attn": "attention elements", "vrow": "V rows"}
 
 @dataclass(frozen=True)
 class Option:
-    """One value of a choice: its text, and what placeholders stand for."""
+    """One value of a choice: its text, and the values of placeholders."""
 
     text: str
     values: dict[str, Any]
@@ -43,8 +43,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a reader chooses for a chart. name: of the choice in every chart of a part: charts follow each
-    other's."""
+    """A reader's choice for a chart. name: choices of the same name in the charts of a part are linked."""
 
     name: str
     options: list[Option]
@@ -52,8 +51,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture. name: its id in the page, within its part; rows: its data; note: a sentence below the
-    title; click: of a mark's fields, the choices that a click on it makes."""
+    """A chart. name: its id in the page, within its part; rows: its data; note: the text below the title;
+    click: fields of a mark that a click on it selects in the choices."""
 
     name: str
     title: str
@@ -65,7 +64,7 @@ class Chart:
 
 
 def families_of(run: LoadedRun) -> list[str]:
-    """Of each result its label without K: what has one colour."""
+    """The label of each result without K; each such family has one colour."""
     return [
         label.replace(f" K={result.k}", "") if result.k is not None else label
         for label, result in zip(run.labels, run.results)
@@ -88,8 +87,8 @@ def family_colour(run: LoadedRun) -> Spec:
 
 
 def cell_choice(run: LoadedRun, rows: pd.DataFrame, **more: dict[str, Any]) -> Choice:
-    """The choice of a cell that `rows` have, those with thresholds first and dense ones last. more: by label,
-    what else stands for it."""
+    """The choice of a cell in `rows`, those with thresholds first and dense ones last. more: further
+    placeholder values by label."""
     present = set(rows["cell"])
     places = {
         label: (one.dense, not (one.folder and find_file(one.folder, "th.txt")))
@@ -123,7 +122,7 @@ def series(
 
 
 def ticks(numbers: pd.Series) -> Spec:
-    """An axis of whole numbers with as many labels as can be read."""
+    """An axis of whole numbers with a readable number of labels."""
     step = max(1, -(-(int(numbers.max()) + 1) // 16))
     values = list(range(0, int(numbers.max()) + 1, step))
     return {"values": values, "labelAngle": 0}

@@ -1,4 +1,4 @@
-"""The numbers behind the report's charts: files of a run, made small enough for a page."""
+"""The data of the report's charts: files of a run, reduced to a size that fits a page."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def sparse_folders(run: LoadedRun) -> Iterator[tuple[str, Path, CellResult]]:
 
 
 def placement(run: LoadedRun, label: str) -> str | None:
-    """What a cell compares with its thresholds, as config.json says; None where it does not."""
+    """The placement in a cell's config.json, or None."""
     folder = next(folder for one, folder, _ in sparse_folders(run) if one == label)
     return (read_config(folder).get("settings") or {}).get("placement")
 

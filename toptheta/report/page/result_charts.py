@@ -1,4 +1,4 @@
-"""Charts of what a run found: scores against what was read or kept, perplexity by length, needles."""
+"""Charts of results: scores against bytes read or kept shares, perplexity by length, needles."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ from toptheta.report.tables import PAIRED, PHASE_WORDS, TEXT_METRICS, is_share
 
 
 def tradeoff(run: LoadedRun) -> Chart | None:
-    """What was lost against what was read or kept."""
+    """Scores against bytes read or kept shares."""
     costs, scores = _costs(run.results), _scores(run.results)
     if not costs or not scores or all(one.dense for one in run.results):
         return None

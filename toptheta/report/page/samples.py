@@ -14,9 +14,9 @@ MOST_CHARACTERS = 4000  # of a text
 
 
 def samples(run: LoadedRun) -> list[dict[str, Any]]:
-    """Questions with the answer of each cell, the baseline's (the first cell's) first; at most
-    MOST_QUESTIONS, those that cells answer differently before others. Empty where no answer is kept, or the
-    answers are no words: of a text that was only read."""
+    """Questions with the answers of all cells, the baseline's (the first cell's) first; at most
+    MOST_QUESTIONS, preferring those with different answers. Empty if no answers were saved, or there are
+    none, as for perplexity."""
     by_cell = {
         label: _of_cell(result)
         for label, result in zip(run.labels, run.results)
@@ -44,7 +44,7 @@ def samples(run: LoadedRun) -> list[dict[str, Any]]:
 
 
 def _of_cell(result: CellResult) -> dict[str, tuple[Answer, str]]:
-    """By key each answer, and what became of its program, if it is one."""
+    """By key each answer, and the outcome of its program, if it is one."""
     answers, folder = read_answers(str(result.folder)), Path(str(result.folder))
     outcomes = read_outcomes(folder)
     words = [""] * len(answers)
@@ -54,8 +54,8 @@ def _of_cell(result: CellResult) -> dict[str, tuple[Answer, str]]:
 
 
 def _shown(first: Answer, one: Answer, outcome: str) -> dict[str, Any]:
-    """What the page has of an answer. same: as the baseline's; at: the place of the first character that
-    differs; token: of the first token, from 1 on."""
+    """The page's data for an answer. same: whether it equals the baseline's; at: the position of the first
+    different character; token: that of the first different token, from 1 on."""
     shown: dict[str, Any] = {"same": one.answer == first.answer, "score": one.score, "tokens": one.tokens}
     if outcome:
         shown["outcome"] = outcome
