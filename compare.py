@@ -1,7 +1,7 @@
-"""Compare any runs on the same questions, question by question: the first is the baseline.
+"""Compare runs on the same questions, question by question. The first is the baseline.
 
-A run is a folder of products; of a run of several cells all are taken, dense ones first, or the one named by
-RUN/CELL. Writes a table (markdown, CSV, JSON) and a picture of the 95% intervals.
+A run is a folder products/<timestamp>; all its cells are compared, dense ones first, or only the one given as
+RUN/CELL. Writes a table (markdown, CSV, JSON) and a plot of the 95% intervals.
 """
 
 from toptheta.eval.commands import compare

@@ -1,8 +1,8 @@
 """Top-theta on the small model in a few minutes: how close to dense attention, what is kept, how fast; then a
-few answers in words, one program, and the report on all of it.
+few questions, one generated program, and a report on all of it.
 
-`make demo` runs it. Everything but the timing is what gen_llama.py and test_llama.py do; the commands are
-printed.
+`make demo` runs it. Everything except the timing is done by gen_llama.py and test_llama.py; their commands
+are printed.
 """
 
 import copy
@@ -58,7 +58,7 @@ def main() -> None:
     )
     on_weights = folder_of(evaluate(budget))
 
-    print(f"\n3. How fast, next to stock transformers with sdpa (medians, one after the other, K={K})\n")
+    print(f"\n3. How fast, next to stock transformers with sdpa (medians, interleaved, K={K})\n")
     print(speed_table(text.read_text(), on_scores))
 
     carried = model | BUDGET | {"mode": (3, 1, 0), "calib_load_path": on_weights}
@@ -89,8 +89,8 @@ def step(number: int, title: str, script: str, settings: Settings) -> None:
 
 
 def speed_table(text: str, tables: str) -> str:
-    """Prefill of a window, and decode steps behind it, as ratios to stock attention. Every repetition runs
-    all methods, so that a busy machine slows all of them."""
+    """Prefill of a window and decode steps after it, as ratios to stock attention. Every repetition runs all
+    methods, so that a busy machine slows all of them down."""
     import torch
 
     from toptheta.models.control import set_params
@@ -133,7 +133,7 @@ def speed_table(text: str, tables: str) -> str:
             median, stocks = (statistics.median(times[one][1:]) for one in (name, "stock sdpa"))
             cells += [f"{1000 * median:.0f}", f"{median / stocks:.2f}"]
         rows.append([name, *cells])
-    header = ["", f"prefill of {WINDOW:,} tokens, ms", "to stock", "decode step, ms", "to stock"]
+    header = ["", f"prefill of {WINDOW:,} tokens, ms", "ratio to stock", "decode step, ms", "ratio to stock"]
     return table(rows, header)
 
 
@@ -144,14 +144,14 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def finish(folder: Path) -> None:
-    """Show the answers in words, and write the report on all runs of the demo."""
+    """Print the answers, and write the report on all runs of the demo."""
     from toptheta.report.page.build import write_report
     from toptheta.report.results import DECODE, PREFILL
     from toptheta.report.tables import PHASE_WORDS
 
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     run = write_report(runs, folder / "report.html")
-    print("\n6. The answers in words")
+    print("\n6. The answers")
     answers = run.answers.dropna(subset=["question"])
     for _, of_question in answers.groupby(["task", "key"], sort=False):
         first = of_question.iloc[0]
@@ -172,7 +172,7 @@ def finish(folder: Path) -> None:
                     f"{row.cell} on {row.task}, {PHASE_WORDS[phase]}: {100 * kept:.1f} % of the elements kept"
                 )
                 print(words + (f", {100 * read:.1f} % of the KV bytes read" if phase == DECODE else ""))
-    print(f"\nThe report on all of this, to open in a browser: {folder / 'report.html'}")
+    print(f"\nA report on all of this, to open in a browser: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Calibrate thresholds, then generate with Top-theta, Top-k or dense attention, and score it.
 
---dataset: HumanEval (default), LongBench summaries, perplexity of a text, a needle in a haystack. Programs
-are run with --allow_code_execution only. Results: a table, products/<timestamp>/, results-<Model>/.
+--dataset: HumanEval (default), LongBench summaries, perplexity of a text, a needle in a haystack. Generated
+programs run only with --allow_code_execution. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
 from toptheta.eval.cli import Parser, run_main, settings_flags
@@ -27,7 +27,7 @@ def main() -> None:
     arguments = make_parser().parse_args()
     if arguments.score:
         if not arguments.allow_code_execution:
-            raise UsageError("--score runs generated programs: add --allow_code_execution to agree to that.")
+            raise UsageError("--score runs generated programs: add --allow_code_execution to allow that.")
         from toptheta.eval.score import score_folder
 
         score_folder(arguments.score)

@@ -1,8 +1,9 @@
-"""Draw a run's calibrated thresholds and what its attention kept, from its folder products/<timestamp>.
+"""Plot a run's calibrated thresholds and what its attention kept, from its folder products/<timestamp>.
 
 Figures: th (thresholds by row length), size (kept elements relative to Top-k), kept_attn (attention elements
-and V rows kept, by layer), effective_k (what single rows keep against K; of runs with --effective_k),
-sequence_lengths. What has no file is named and left out. Lengths of generated answers: plot_gen_llama.py.
+and V rows kept, by layer), effective_k (elements that rows keep, against K; for runs with --effective_k),
+sequence_lengths. Figures whose files are missing are skipped with a message. Lengths of generated answers:
+plot_gen_llama.py.
 """
 
 import sys
@@ -11,7 +12,7 @@ from toptheta.report.plots.flags import parse_request
 
 
 def main() -> int:
-    request = parse_request("Draw a run's thresholds and what its attention kept.")
+    request = parse_request("Plot a run's thresholds and what its attention kept.")
     # Not at the top: pandas and matplotlib take a second to load, and --help and wrong flags need neither.
     from toptheta.report.plots.report import draw_report
     from toptheta.report.plots.thresholds import FIGURES, INPUTS

@@ -1,8 +1,8 @@
-"""Run every cell of a table, those that are not finished yet, and build the table and its pictures.
+"""Run the unfinished cells of a table, then build the table and its plots.
 
-The tables are in reproduce.json: methods by name, and for each table its tasks, methods, K and flags. The
-cells are runs of test_llama.py and gen_llama.py; any finished run under --output_dir with the same settings
-counts, whoever started it.
+The tables are declared in reproduce.json: methods by name, and for each table its tasks, methods, K and
+flags. Cells are runs of test_llama.py and gen_llama.py; any finished run under --output_dir with the same
+settings counts.
 """
 
 from pathlib import Path

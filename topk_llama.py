@@ -1,11 +1,11 @@
-"""The drop-in for Hugging Face's LlamaAttention.
+"""Sparse attention as a drop-in replacement in Hugging Face models: the public API.
 
     from topk_llama import update_model, set_params
     update_model(model)
     set_params(model, mode=1, K=64, placement="pre-softmax", sdc="exact", vmc=True)
 
-mode 0 is Top-theta, mode 1 Top-k, anything else dense. The code is in toptheta/models/patch.py (modules) and
-toptheta/attention/reference.py (what is computed).
+mode 0 is Top-theta, 1 is Top-k, any other is dense. The implementation is in toptheta/models/patch.py
+(patching) and toptheta/attention/reference.py (the computation).
 """
 
 from toptheta.models.cache import TopThetaCache
