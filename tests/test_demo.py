@@ -17,7 +17,7 @@ def test_demo(
         monkeypatch.setattr(demo, name, value)
     demo.main()
     shown = capsys.readouterr().out
-    report = re.search(r"The report on all of this, to open in a browser: (\S+)$", shown.strip())
+    report = re.search(r"A report on all of this, to open in a browser: (\S+)$", shown.strip())
     assert report is not None and Path(report[1]).stat().st_size < 5_000_000
     run = load(*Path(report[1]).parent.glob("*/"))
     assert set(run.cells["task"]) == {"perplexity", "everyday_science", "openai_humaneval"}
