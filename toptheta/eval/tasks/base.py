@@ -1,4 +1,4 @@
-"""What the runner asks of a data set: what it calibrates on, what it evaluates, what it found."""
+"""The interface of a data set to the runner: calibration, evaluation and results."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from toptheta.util.console import say
 
 @dataclass
 class Engine:
-    """A loaded, patched model. lm: the harness's object around it, where the job goes through lm-eval."""
+    """A loaded, patched model. lm: lm-eval's object with it, if the job uses lm-eval."""
 
     model: Any
     lm: Any = None
@@ -27,8 +27,8 @@ class Engine:
 
 @dataclass
 class Outcome:
-    """What the evaluation of a cell found. answers: one for each question; extra: what results.json has
-    besides the metrics; files: texts of further product files, by name; summary: for results-<Model>/."""
+    """The results of a cell's evaluation. answers: one per question; extra: further content of results.json;
+    files: texts of further output files, by name; summary: for results-<Model>/."""
 
     metrics: dict[str, Metric]
     answers: list[Answer]
@@ -38,10 +38,10 @@ class Outcome:
 
 
 class Job(ABC):
-    """One data set of a run, the same in every cell, dense ones included, so that cells compare. It neither
-    prints nor draws: what a person should know is in notices (when the run starts), calibration_note (before
-    calibration) and `hint` (at the end). task: its name in results and tables; num_fewshot: None where
-    there are no examples in the prompts."""
+    """One data set of a run, the same in every cell, so that cells can be compared. It neither prints nor
+    plots: its messages are notices (at the start of the run), calibration_note (before calibration) and
+    `hint` (at the end). task: its name in results and tables; num_fewshot: None if prompts have no
+    examples."""
 
     calibration_note = ""
     num_fewshot: int | None = None
@@ -52,7 +52,7 @@ class Job(ABC):
 
     @abstractmethod
     def question_counts(self) -> tuple[float, float]:
-        """How many questions calibrate, and how many are evaluated, in each cell: for the time left."""
+        """The numbers of calibration and evaluation questions in each cell, for the time left."""
 
     def load(self, source: ModelSource) -> Engine:
         """The model, once for all cells and jobs of a run."""
@@ -62,22 +62,22 @@ class Job(ABC):
         return Engine(update_model(model))
 
     def load_stock(self, source: ModelSource, dtype: str) -> Any:
-        """The model, unpatched, where this process has its place."""
+        """The unpatched model, on this process's device."""
         place = processes.place(self.settings.device)
         return load_model(source, dtype, place, self.settings.allow_pickle)
 
     @abstractmethod
     def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
-        """Run the calibration prompts through the model, but for those that `progress` has done, each batch
-        within its `counting`. description: of the progress bar."""
+        """Run the calibration prompts that `progress` has not done through the model, each batch within its
+        `counting`. description: of the progress bar."""
 
     @abstractmethod
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
-        """Answer what `product` holds no answer to yet, hand it answers and counts, and score all. Several
-        processes share the questions, and the first one scores."""
+        """Answer the questions that `product` has no answer to, add answers and counts to it, and score all.
+        Several processes share the questions, and the first one scores."""
 
     def facts(self, cell: AttentionParams) -> dict[str, Any]:
-        """What config.json says of the data, apart from the settings."""
+        """The facts about the data in config.json, besides the settings."""
         facts: dict[str, Any] = {"task": self.task}
         if cell.needs_calibration and not self.settings.calib_load_path:
             facts["calib_task"] = self.settings.calibration_task
@@ -88,10 +88,10 @@ class Job(ABC):
         return f"{model_name}, {self.task}"
 
     def hint(self, folder: str) -> str:
-        """How a person goes on with the run in `folder`; empty: there is nothing to do."""
+        """What to do next with the run in `folder`; empty if nothing."""
         return ""
 
 
 def passage_id(text: str) -> str:
-    """Names the text that questions are about, so that those about the same go together, see Answer."""
+    """The id of the text that questions are about, to cluster questions about the same text, see Answer."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,6 @@
-"""lm-eval as the jobs use it: its tasks with their data, a run of them on a patched model, and what came out,
-typed.
+"""The jobs' interface to lm-eval: tasks with their data, running them on a patched model, and typed results.
 
-lm_eval is imported where it is used: it takes seconds.
+lm_eval is imported on use, because that takes seconds.
 """
 
 import hashlib
@@ -26,8 +25,8 @@ PASSAGES = ("passage", "article", "story", "context")  # columns of what several
 
 
 def around(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """The harness's object of a patched model. It knows of no other processes: `TopThetaLM` itself shares
-    requests out."""
+    """lm-eval's object of a patched model. lm-eval sees a single process; `TopThetaLM` distributes the
+    requests."""
     from toptheta.eval.lm_eval_model import TopThetaLM
 
     return TopThetaLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -48,8 +47,7 @@ def calibrate_on_task(
     description: str,
     progress: Checkpoint,
 ) -> None:
-    """Run the prompts of a task's calibration twin through a model, but for those that `progress` has
-    done."""
+    """Run the prompts of a task's calibration twin that `progress` has not done through a model."""
     size = settings.calib_samples or task_defaults(task).calib_samples
     lm.progress, lm.description = progress, description
     try:
@@ -66,8 +64,8 @@ def run_tasks(
     size: float | None,
     log_samples: bool = False,
 ) -> dict[str, Any]:
-    """The harness's output for tasks of these configs, on a seeded subset of `size` documents (below 1: a
-    share). log_samples: with what each document got."""
+    """lm-eval's output for tasks with these configs, on a seeded subset of `size` documents (below 1: a
+    share). log_samples: include the result of each document."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -146,7 +144,7 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
 
 
 def _check_shots(task: Any) -> None:
-    """Raise UsageError where a task has fewer examples than its prompts are to show."""
+    """Raise UsageError if a task has fewer examples than shots."""
     shots, config = task.config.num_fewshot or 0, task.config
     examples = task.fewshot_docs() if shots else None
     if examples is None:
@@ -159,7 +157,7 @@ def _check_shots(task: Any) -> None:
 
 
 def chosen_docs(tasks: list[Any], size: float | None) -> dict[str, int]:
-    """Documents to take of each sub-task: all, a share of each, or a count spread over them."""
+    """The number of documents of each sub-task: all, a share of each, or a count distributed over them."""
     docs = {task.config.task: len(task.eval_docs) for task in tasks}
     if size is None:
         return docs
@@ -201,11 +199,11 @@ def _metric_name(metric: str, filter_name: str) -> str:
 def answers_of(
     output: dict[str, Any], tokens: dict[str, dict[str, int]], replies: dict[str, list[int]]
 ) -> list[Answer]:
-    """What each document got in a run with log_samples, by a prompt's text: tokens, how many it and its reply
-    have, and replies, those of the reply.
+    """The results of each document in a run with log_samples. By a prompt's text, tokens: the numbers of
+    tokens of it and its reply; replies: the tokens of the reply.
 
-    A document's key is `task/doc_id`, its place in the split. A task with several filters has one answer with
-    the scores of all.
+    A document's key is `task/doc_id`, with its index in the split. A task with several filters has one answer
+    with the scores of all filters.
     """
     answers: dict[str, Answer] = {}
     for task, samples in output["samples"].items():

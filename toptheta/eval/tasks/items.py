@@ -1,4 +1,4 @@
-"""Jobs whose items, prompts or windows of text, go through the model batch by batch: all of gen_llama.py."""
+"""Jobs whose items (prompts or windows of text) are computed in batches: all jobs of gen_llama.py."""
 
 import hashlib
 import json
@@ -27,14 +27,13 @@ from toptheta.report.tables import table
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 
-CALIBRATION_ITEMS = 20  # as many as the published project's calibration prompts
+CALIBRATION_ITEMS = 20  # as in the published project
 
 
 @dataclass
 class Item:
-    """One thing to compute. key: names it within a cell, without spaces; ids: tokens of the prompt or
-    window; facts: what else the job needs; cluster: what it shares with other items, question: its words for
-    people to read, see Answer."""
+    """One prompt or window. key: its id within a cell, without spaces; ids: its tokens; facts: what else the
+    job needs; cluster: the id of what it shares with other items, question: its readable text, see Answer."""
 
     key: str
     ids: list[int]
@@ -44,13 +43,13 @@ class Item:
 
     @property
     def hash(self) -> str:
-        """Of what the model is asked, for answers.jsonl."""
+        """The hash of the tokens, for answers.jsonl."""
         return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
 
 
 class ItemJob(Job):
-    """items: what is evaluated; calibration: other items (HumanEval has none), for the thresholds. unit: of
-    the progress bar; options: settings that its line in results-<Model>/ names."""
+    """items: those to evaluate; calibration: other items (except for HumanEval), for the thresholds. unit: of
+    the progress bar; options: settings in its line in results-<Model>/."""
 
     unit = "text"
     options: tuple[str, ...] = ("num_tasks", "max_seq_len", "text")
@@ -64,26 +63,26 @@ class ItemJob(Job):
 
     @abstractmethod
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
-        """Answers to a batch, as JSON saves them."""
+        """Answers to a batch, in a form that JSON can save."""
 
     def calibrate_on(self, model: Any, batch: list[Item]) -> None:
-        """Show the model a batch while it is calibrated."""
+        """Run a batch during calibration."""
         self.run(model, batch)
 
     @abstractmethod
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
-        """What the answers to all items amount to."""
+        """The results from the answers to all items."""
 
     def no_answer(self, item: Item) -> dict[str, Any]:
-        """What stands for the answer to an item that does not fit the memory. Raises UsageError where nothing
-        can."""
+        """The answer recorded for an item that does not fit in memory. Raises UsageError if there can be
+        none."""
         raise UsageError(
             f"--max_seq_len {self.settings.max_seq_len}: {item.key} does not fit in memory, even alone; "
             "lower it, or set --prefill_chunk."
         )
 
     def decode_steps(self, answers: list[dict[str, Any]]) -> np.ndarray | None:
-        """`[B]` how many decode steps of each sequence count; None: all."""
+        """`[B]`, the number of decode steps of each sequence to count; None: all."""
         return None
 
     def lines(self, answer: dict[str, Any]) -> dict[str, str]:
@@ -162,7 +161,7 @@ class ItemJob(Job):
 
 
 class ReplyJob(ItemJob):
-    """A job that reads the reply to a prompt. max_new: most tokens of a reply."""
+    """A job that generates a reply to each prompt. max_new: maximum tokens of a reply."""
 
     max_new = 0
 
@@ -171,7 +170,7 @@ class ReplyJob(ItemJob):
         return [self.judged(item, answer) for item, answer in zip(batch, replies)]
 
     def judged(self, item: Item, answer: dict[str, Any]) -> dict[str, Any]:
-        """A reply with what else is to be kept of it."""
+        """The reply with further results to save."""
         return answer
 
     def no_answer(self, item: Item) -> dict[str, Any]:
@@ -205,7 +204,7 @@ class ReplyJob(ItemJob):
         ]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Tokens of a prompt, within the chat template if that is asked for."""
+        """Tokens of a prompt, in the chat template with --apply_chat_template."""
         if self.settings.apply_chat_template:
             chat = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -249,7 +248,7 @@ def _reply_tokens(answers: list[dict[str, Any]]) -> int:
 
 
 def _without_ids(answer: dict[str, Any]) -> dict[str, Any]:
-    """What predictions.jsonl has of an answer: answers.jsonl has its tokens."""
+    """The part of an answer in predictions.jsonl; its tokens are in answers.jsonl."""
     return {name: value for name, value in answer.items() if name != "reply_ids"}
 
 
@@ -264,8 +263,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def split_off(
     entries: Sequence[Any], settings: GenSettings, most: int, what: str
 ) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The first entries, to calibrate on, and the rest, to evaluate: `most` of them unless --calib_samples
-    says how many. Raises UsageError when nothing would be left."""
+    """The first entries, for calibration (`most`, unless --calib_samples is given), and the rest, for
+    evaluation. Raises UsageError if nothing would be left."""
     count = calibration_count(settings, most, len(entries))
     if count >= len(entries):
         raise UsageError(
@@ -276,10 +275,11 @@ def split_off(
 
 
 def calibration_count(settings: GenSettings, usual: int, available: int) -> int:
-    """How many of `available` entries calibrate: --calib_samples, a count or a share below 1, else `usual`.
+    """The number of `available` entries for calibration: --calib_samples, a count or a share below 1, else
+    `usual`.
 
-    With --calib_task that flag counts the task's prompts, and with --calib_text the other text's windows:
-    what a data set holds back for calibration, and so what it evaluates, stays the same whatever calibrates.
+    With --calib_task that flag counts the task's prompts, and with --calib_text the other text's windows: the
+    entries that a data set reserves for calibration, and so those that it evaluates, stay the same.
     """
     size = usual if settings.calib_task else settings.calib_samples or usual
     return max(1, round(size * available)) if size < 1 else int(size)
@@ -293,8 +293,8 @@ def mean_and_stderr(values: Sequence[float]) -> Metric:
 
 
 def _batches(items: list[Item], size: int, done: Container[str]) -> list[list[Item]]:
-    """Items of like length together, without those that are done; one by one keeps their order. A batch is
-    the same one whatever is done: its rounding and its random numbers are its own."""
+    """Batches of items of similar length, without finished items; with size 1 the order is kept. Batches do
+    not depend on what is finished, so that rounding and random numbers stay the same."""
     if size > 1:
         items = sorted(items, key=lambda item: len(item.ids))
     batches = [items[i : i + size] for i in range(0, len(items), size)]

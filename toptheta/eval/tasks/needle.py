@@ -1,8 +1,8 @@
-"""A needle in a haystack: one sentence with a random number, hidden at a depth of a long text, to be found.
+"""A needle in a haystack: one sentence with a random number, hidden at some depth of a long text.
 
-Every prompt has its own number, thing and stretch of haystack, all drawn from the seed. A reply that holds
-the number scores 1. A length counts the tokens of prompt and reply. Calibration prompts are made the same way
-with other numbers.
+Every prompt has its own number, thing and part of the haystack, all drawn with the seed. A reply that
+contains the number scores 1. A length is the number of tokens of prompt and reply. Calibration prompts are
+made in the same way with other numbers.
 """
 
 import csv
@@ -26,7 +26,7 @@ QUESTION = "\n\nWhat is the secret number of {thing}, according to the text abov
 STEM = "\nThe secret number of {thing} is"
 NEEDLE = "The secret number of {thing} is {number}."
 
-# The made-up haystack: sentences without numbers, every one a little different.
+# The generated haystack: sentences without numbers, all slightly different.
 _WHO = (
     "A gardener",
     "The baker",
@@ -155,7 +155,7 @@ def default_lengths(max_seq_len: int) -> list[int]:
 
 
 def _filler(seed: int) -> str:
-    """All the made-up sentences in random order: 7,560 of them, some 110,000 tokens."""
+    """All generated sentences in random order: 7,560 of them, about 110,000 tokens."""
     parts = list(pairs(_WHO, _DID, _WHAT, _WHEN, _THEN))
     random.Random(seed).shuffle(parts)
     return " ".join(f"{who} {did} {what} {when}, {then}." for who, did, what, when, then in parts)

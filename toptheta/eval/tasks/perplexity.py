@@ -1,13 +1,13 @@
 """Perplexity of a text by context length, teacher-forced in windows of --max_seq_len tokens.
 
-The text is cut into whole windows, each read on its own; what is left at the end is not used. The first
-windows calibrate and are never evaluated: a quarter of them, at most 20, unless --calib_samples says
-otherwise; --calib_text takes windows of another text in their place. A token's context length is the number
-of tokens before it in its window; lengths fall into buckets whose upper bounds are powers of two.
+The text is cut into complete windows, each computed separately; a remainder at the end is not used. The first
+windows are for calibration and never evaluated: a quarter of them, at most 20, unless --calib_samples is
+given; --calib_text uses windows of another text instead. A token's context length is the number of tokens
+before it in its window; context lengths are grouped in buckets whose upper bounds are powers of two.
 
-The first --decode_from tokens of a window, half of it, go through the model dense and are not counted: they
-are a prompt, and the others decode steps behind it. What a method predicts is compared with dense attention,
-token by token (models/divergence.py).
+The first --decode_from tokens of a window (default half) are a prompt: computed dense and not counted. The
+others are decode steps after it. Predictions are compared with those of dense attention, token by token
+(models/divergence.py).
 """
 
 import csv
@@ -43,8 +43,8 @@ KL_QUANTILES = {"kl_q99": 0.99, "kl_q99.9": 0.999}  # over tokens, by the metric
 
 
 class PerplexityJob(ItemJob):
-    """Windows of the text; the answer to a window is its summed -log p and tokens in each bucket, and how far
-    each token's prediction is from dense attention's."""
+    """Windows of the text; the answer to a window is its summed -log p and number of tokens in each bucket,
+    and the divergence of each token's prediction from dense attention."""
 
     unit = "window"
     options = (*ItemJob.options, "decode_from")
@@ -70,7 +70,7 @@ class PerplexityJob(ItemJob):
         self._readings: dict[tuple[str, ...], divergence.DenseReading] = {}
 
     def _windows(self, path: str, flag: str, least: int) -> list[list[int]]:
-        """The text cut into windows of --max_seq_len tokens. Raises UsageError for less than `least`."""
+        """The text cut into windows of --max_seq_len tokens. Raises UsageError for fewer than `least`."""
         ids = self.tokenizer(_text(path, flag), add_special_tokens=False)["input_ids"]
         width = self.settings.max_seq_len - len(self.start)
         windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
@@ -118,8 +118,8 @@ class PerplexityJob(ItemJob):
         ]
 
     def _dense_reading(self, judge: Any, ids: torch.Tensor, batch: list[Item]) -> divergence.DenseReading:
-        """What dense attention makes of a batch: the same in every cell, so it is kept for the others, as far
-        as there is room."""
+        """Dense attention's results for a batch, cached for the other cells as far as READINGS_BYTES
+        allows."""
         key = tuple(item.key for item in batch)
         if key not in self._readings:
             found = divergence.read_dense(judge, ids, self.decode_from, self.settings.prefill_chunk)
@@ -132,7 +132,7 @@ class PerplexityJob(ItemJob):
         return self._readings[key]
 
     def calibrate_on(self, model: Any, batch: list[Item]) -> None:
-        """All rows of a window, whatever --decode_from says: thresholds of every length are found."""
+        """All rows of a window, for any --decode_from, so that thresholds of every length are calibrated."""
         ids = torch.tensor([item.ids for item in batch], device=model_device(model))
         chunked.negative_log_likelihood(model, ids, self.settings.prefill_chunk)
 
@@ -161,7 +161,7 @@ class PerplexityJob(ItemJob):
         return Outcome(metrics, kept, {"by_length": rows}, files)
 
     def _hash(self, item: Item) -> str:
-        """Of the window and of what of it is counted."""
+        """The hash of the window and of its counted part."""
         return f"{item.hash}/{self.decode_from}" if self.decode_from else item.hash
 
     def _bucket(self, answers: list[dict[str, Any]], i: int) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class PerplexityJob(ItemJob):
 
 
 def _text(path: str, flag: str) -> str:
-    """A text file, or the contexts of LongBench's rows. Raises UsageError for what is neither."""
+    """A text file, or the contexts of LongBench's rows. Raises UsageError for any other file."""
     text = read_text(path, flag)
     if not path.endswith(".jsonl"):
         return text
@@ -205,7 +205,7 @@ def bucket_bounds(max_seq_len: int, decode_from: int = 0) -> list[int]:
 
 
 def _against_dense(answer: dict[str, Any]) -> dict[str, float]:
-    """A window's scores against dense, means of its tokens."""
+    """A window's scores against dense, as means over its tokens."""
     count = sum(answer["tokens"])
     return {
         "kl": sum(answer["kl"]) / count,
@@ -215,10 +215,9 @@ def _against_dense(answer: dict[str, Any]) -> dict[str, float]:
 
 
 def divergences(scores: list[dict[str, float]], kl: list[float]) -> dict[str, Metric]:
-    """What llama.cpp's --kl-divergence prints: of windows of like size, whose scores are given, the mean
-    KL(dense || method) in nats, the share of tokens of which both find the same one the likeliest, and the
-    ln of the ratio of perplexities, with standard errors between windows; of all tokens, whose `kl` is given,
-    high quantiles."""
+    """The metrics of llama.cpp's --kl-divergence. From the scores of windows of equal size: the mean
+    KL(dense || method) in nats, the share of tokens with the same most likely token, and the log ratio of
+    perplexities, with standard errors between windows; from the `kl` of all tokens: high quantiles."""
     metrics = {"kl": mean_and_stderr([score["kl"] for score in scores])}
     for name, share in KL_QUANTILES.items():
         metrics[name] = Metric(float(np.quantile(kl, share)), None, len(kl))
@@ -228,8 +227,8 @@ def divergences(scores: list[dict[str, float]], kl: list[float]) -> dict[str, Me
 
 
 def perplexity(nll: list[float], tokens: list[int]) -> Metric:
-    """exp(mean -log p per token) over windows of like size, from their summed -log p. The standard error
-    comes from the spread between windows (the delta method), None for one window; count: windows."""
+    """exp(mean -log p per token) over windows of equal size, from their summed -log p. The standard error is
+    that between windows (by the delta method), None for one window; count: windows."""
     value = float(np.exp(sum(nll) / sum(tokens)))
     if len(nll) < 2:
         return Metric(value, None, len(nll))

@@ -17,7 +17,7 @@ from toptheta.util.errors import UsageError
 
 
 class QAJob(Job):
-    """One task. The harness's object of the model, the engine's `lm`, asks the model."""
+    """One task, evaluated by lm-eval with the engine's `lm`."""
 
     settings: QASettings
 
@@ -41,7 +41,7 @@ class QAJob(Job):
         return max(1.0, self.settings.calib_samples or default), self.num_questions
 
     def check_data(self) -> None:
-        """Raise UsageError, before the model is loaded, where data cannot be had."""
+        """Raise UsageError, before the model is loaded, if data cannot be loaded."""
         settings = self.settings
         calibrates = any(cell.needs_calibration for cell in settings.cells()) and not settings.calib_load_path
         if not settings.calibrate_only:
@@ -88,7 +88,7 @@ class QAJob(Job):
 
 
 def qa_jobs(settings: QASettings) -> list[QAJob]:
-    """A job for each task. Raises UsageError for a task that is unknown, or whose data cannot be had."""
+    """A job for each task. Raises UsageError for an unknown task, or one whose data cannot be loaded."""
     parts = [replace(settings, task=task) for task in task_names(settings.task)]
     for part in parts:
         check_task(part.task, part.data_dir)

@@ -1,6 +1,7 @@
-"""Rows of local data files, each checked before anything is computed: file, line, field and reason.
+"""Reading rows of local data files, with checks before anything is computed; errors name file, line, field
+and reason.
 
-The rows of tasks that are known here have a schema, that of the hub's; those of other tasks must be alike.
+Rows of the tasks in SCHEMAS must match the hub's schema; rows of other tasks must all have the same fields.
 """
 
 from collections.abc import Iterable
@@ -87,8 +88,8 @@ SCHEMAS: dict[str, type[Struct]] = {
 
 
 def check_file(path: Path, task: str, used: bool) -> None:
-    """Raise UsageError for a row of a task's file that is damaged. used: whether its questions are asked:
-    other splits may come without answers."""
+    """Raise UsageError for a damaged row of a task's file. used: whether its questions are used: other splits
+    may lack answers."""
     read_file(path, SCHEMAS.get(task) if used else None)
 
 
@@ -102,8 +103,8 @@ def read_file(path: Path, schema: type[Struct] | None) -> list[dict[str, Any]]:
 
 
 def read_rows(lines: Iterable[bytes], path: Path, schema: type[Struct] | None) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines. schema: None: all must have the fields of the first, of the same kind
-    of value. Raises UsageError for one that has not, and for a file without rows."""
+    """The rows of a file of JSON lines. schema: None: all must have the same fields with the same types as
+    the first. Raises UsageError for a row that does not match, and for a file without rows."""
     rows = list[dict[str, Any]]()
     for number, line in enumerate(lines, 1):
         if not line.strip():

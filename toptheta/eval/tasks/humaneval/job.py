@@ -1,4 +1,4 @@
-"""The HumanEval job: what goes through the model, and what becomes of the replies."""
+"""The HumanEval job: prompts, generation and scoring."""
 
 import json
 from typing import Any
@@ -21,8 +21,7 @@ SAMPLING = {"temperature": 0.5, "top_p": 0.95, "typical_p": 0.95}  # the publish
 
 
 class StopWhenDone(StoppingCriteria):
-    """Stops each sequence of a batch on its own once its text says all that is needed; lengths: tokens until
-    then."""
+    """Stops each sequence of a batch separately when its function is complete; lengths: tokens until then."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, items: list[Item], limits: list[int], chat: bool):
         self.tokenizer, self.prompt_length, self.items, self.chat = tokenizer, prompt_length, items, chat
@@ -45,7 +44,8 @@ class StopWhenDone(StoppingCriteria):
 
 
 class HumanEvalJob(ReplyJob):
-    """Every task, `num_samples_per_task` times. There is only one split: the first tasks calibrate too."""
+    """Every task, `num_samples_per_task` times. There is only one split, so the first tasks are also used for
+    calibration."""
 
     options = ("num_tasks", "num_samples_per_task", "max_seq_len", "prompt_prefix", "prompt_suffix")
 
@@ -160,7 +160,7 @@ class HumanEvalJob(ReplyJob):
 
 
 def _problems(settings: GenSettings) -> list[dict[str, Any]]:
-    """All tasks, or those of --task_ids in their order. Raises UsageError for one that there is not."""
+    """All tasks, or those of --task_ids in their order. Raises UsageError for a task that does not exist."""
     problems = scoring.load_problems()
     names = [f"HumanEval/{number}" for number in settings.task_ids] or list(problems)
     for name in names:
@@ -170,5 +170,5 @@ def _problems(settings: GenSettings) -> list[dict[str, Any]]:
 
 
 def _sample(answer: dict[str, Any]) -> dict[str, Any]:
-    """What samples.jsonl keeps of an answer."""
+    """The part of an answer in samples.jsonl."""
     return {name: answer[name] for name in ("task_id", "completion", "reply")}

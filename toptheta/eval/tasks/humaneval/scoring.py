@@ -1,4 +1,4 @@
-"""HumanEval: the problems, and how programs become pass@k. There is no torch here."""
+"""HumanEval: the problems, and scoring of programs as pass@k. Does not import torch."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def score_samples(
 
 
 def judged_together(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """What results.json has of samples whose tests ran in their programs' reach, if there are any."""
+    """The entry in results.json for samples whose tests ran in the program's process, if there are any."""
     count = sum(not row["judged_apart"] for row in rows)
     return {"judged_together": count} if count else {}
 
