@@ -194,7 +194,7 @@ def test_one_sample_has_no_spread() -> None:
 
 def test_k_above_every_prompt(tiny_model: LlamaForCausalLM) -> None:
     calibrated(tiny_model, K=50)
-    with pytest.raises(UsageError, match="no row longer than K=50 in layer 0: .* up to 39 tokens"):
+    with pytest.raises(UsageError, match="no row longer than K=50 in layer 0: .* at most 39 tokens"):
         calibrated_tables(tiny_model)
 
 
