@@ -89,7 +89,7 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
     [
         ((EXAMPLE, "out"), "--to"),
         ((EXAMPLE, "out", "--to", "json"), "invalid choice: 'json'"),
-        (("nowhere", "out", "--to", "calibration"), "no folder"),
+        (("nowhere", "out", "--to", "calibration"), "not a folder"),
         (
             ("nowhere", "out", "--to", "text"),
             "cannot be reached|neither a folder nor a hub id|cannot be loaded",
