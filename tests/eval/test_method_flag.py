@@ -49,7 +49,9 @@ def test_cells_take_every_option_of_sparse_attention(tmp_path: Path) -> None:
         f"--calib_add_sigma 0.5 --calib_sample_frac 1 --calib_interp fit --calib_smooth 3 "
         f"--calib_load_path {tmp_path}"
     )
-    budget = "--mode 0 --placement post-softmax --calib_to budget --calib_layers sensitivity"
+    budget = (
+        "--mode 0 --placement post-softmax --calib_to budget --calib_layers sensitivity --when_slower dense"
+    )
     given = set()
     for settings in (parse(flags), parse(budget)):
         (cell,) = settings.cells()

@@ -102,7 +102,9 @@ def test_runs_say_it_before_they_start(folder_model: str, here: Path) -> None:
         evaluate(gen_settings(folder_model, dataset="longbench_qmsum", data_dir="data", max_seq_len=900))
     with pytest.raises(UsageError, match="--num_fewshot 1000: task everyday_science has only 100 examples"):
         evaluate(qa_settings(folder_model, num_fewshot=1000))
-    with pytest.raises(UsageError, match="--max_seq_len 4096 is more than the model's context of 2048 tokens"):
+    with pytest.raises(
+        UsageError, match="--max_seq_len 4096 is more than the model's context of 2048 tokens"
+    ):
         evaluate(gen_settings(folder_model, max_seq_len=4096))
     (bundled,) = qa_jobs(qa_settings(folder_model, data_dir="data"))
     assert "--data_dir has no effect on everyday_science" in bundled.notices[0]
