@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: on
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="points at which test_killed.py stops runs")
+    parser.addoption("--kills", type=int, help="points at which test_killed.py stops runs")
     parser.addoption("--fuzz", type=int, default=300, help="inputs of each format in test_fuzz.py")
 
 

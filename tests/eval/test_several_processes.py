@@ -19,6 +19,7 @@ from toptheta.eval import cell as products
 from toptheta.eval import checkpoint, processes
 from toptheta.eval.runner import evaluate
 from toptheta.eval.settings import Settings
+from toptheta.util.errors import UsageError
 
 
 def found_in(folder: Path) -> dict[str, Any]:
@@ -130,3 +131,31 @@ def test_one_is_killed_and_others_go_on(one: Path, folder_model: str, here: Path
     run(2, here / "again", evaluate, settings, folder)
     check_same(one, only_run(here / "products"))
     assert not list(Path(str(folder)).rglob("partial*"))
+
+
+def evaluate_and_leave_one(settings: Settings) -> None:
+    """The first process is killed while it calibrates; the other does not look after it for a while."""
+    processes.BEAT_SECONDS = 100.0
+    save = checkpoint.Checkpoint.save
+
+    def save_and_die(self: checkpoint.Checkpoint) -> None:
+        save(self)
+        if processes.rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.Checkpoint.save = save_and_die  # type: ignore[method-assign]
+    evaluate(settings)
+
+
+def test_no_run_is_resumed_while_one_of_its_processes_lives(folder_model: str, here: Path) -> None:
+    settings = in_order(folder_model)
+    with start(2, here / "logs", evaluate_and_leave_one, settings) as started:
+        started.processes[0].join(100.0)
+        assert started.processes[0].exitcode == -signal.SIGKILL, started.printed(0)
+        folder = str(only_run(here / "products"))
+        with pytest.raises(UsageError, match="another process works on that run"):
+            evaluate(settings, folder)
+        assert started.processes[1].is_alive()
+    started.processes[1].join()
+    evaluate(settings, folder)
+    assert (Path(folder) / "results.json").is_file()

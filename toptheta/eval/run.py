@@ -4,7 +4,7 @@ import errno
 import fcntl
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -69,7 +69,7 @@ def open_run(settings: Settings, script: str, resume: str | None) -> Run:
 
     folder = processes.from_first(opened)
     processes.wait_for_file(folder / "run.json")
-    return run or Run(folder, settings, script)
+    return run or Run(folder, settings, script, lock=_lock(folder, fcntl.LOCK_SH))
 
 
 def _open(settings: Settings, script: str, resume: str | None, world_size: int) -> Run:
@@ -91,17 +91,20 @@ def _open(settings: Settings, script: str, resume: str | None, world_size: int) 
                 "world_size": world_size,
             }
             write_json(folder / "run.json", saved)
+        if world_size > 1:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the others too: each may outlive the first
     except OSError as error:
         what = f"--resume {folder}" if resume else f"--output_dir {settings.output_dir}"
         raise UsageError(f"{what}: {folder} cannot be written to ({error.strerror}).") from None
     return Run(folder, settings, script, lock=lock)
 
 
-def _lock(folder: Path) -> Any:
-    """An open file that locks a run as long as this process lives; None if it is already locked."""
-    file = open(folder / "run.lock", "w")
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> Any:
+    """An open file that locks a run as long as this process lives; None if it is already locked. kind: of
+    flock."""
+    file = open(folder / "run.lock", "w+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError:
         file.close()
         return None
@@ -208,7 +211,8 @@ def resumable(run: Run) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         say(f"\nInterrupted. Finished work is kept in {run.top}. To resume:\n  {run.resume_command}")
-        run.log("interrupted")
+        with suppress(OSError):  # the disk may be full
+            run.log("interrupted")
         raise
     except OSError as error:
         if error.errno not in DISK_ERRORS:
