@@ -177,7 +177,7 @@ def main() -> None:
                 parser.error(f"--only names {name}: choose from {', '.join(part.name for part in chosen)}")
         chosen = [part for part in chosen if part.name in names]
     if not args.tiny and not torch.cuda.is_available():
-        parser.exit(2, "gpu.py: this machine shows no GPU to measure; --tiny tries the scripts without.\n")
+        parser.exit(2, "gpu.py: this machine has no GPU to measure; --tiny tests the scripts without one.\n")
     state, digest = device_state(), sources()
     name = re.sub(r"[^A-Za-z0-9]+", "-", state.get("device", "interpreter")).strip("-")
     folder = args.output / (f"{name}-tiny" if args.tiny else name)

@@ -48,7 +48,7 @@ def test_chooses_the_kernel_where_it_fits(monkeypatch):
         ("cpu", {"dtype": torch.float64}, "does float32, bfloat16 and float16"),
         ("cpu", {"head_dim": 20}, "head_dim is 20"),
         ("triton", {}, "because (the tensors are not on a GPU|Triton is not installed)"),
-        ("gpu", {}, "none of reference, cpu, triton"),
+        ("gpu", {}, "not one of reference, cpu, triton"),
     ],
 )
 def test_forcing_what_cannot_be(forced, changes, says, monkeypatch):

@@ -246,8 +246,8 @@ def test_k_needs_that_many_samples_of_every_task():
 @pytest.mark.parametrize(
     "sample, message",
     [
-        ({"task_id": "HumanEval/999", "completion": ""}, "no HumanEval task"),
-        ({"completion": ""}, "no HumanEval task"),
+        ({"task_id": "HumanEval/999", "completion": ""}, "not a HumanEval task"),
+        ({"completion": ""}, "not a HumanEval task"),
         ({"task_id": "HumanEval/0"}, "has no completion"),
     ],
 )

@@ -10,29 +10,21 @@ from tests.helpers.paths import ROOT
 from tests.kernels.triton.helpers import HERE, needs_triton
 
 FOLDER = ROOT / "tests" / "kernels" / "triton"
-FILES = [
-    *(
-        str(FOLDER / f"test_{name}.py")
-        for name in (
-            "attend",
-            "value_aware",
-            "operators",
-            "whole_models",
-            "benchmarks",
-            "refusals",
-            "hub_package",
-            "tune",
-            "when_slower",
-        )
-    ),
-    str(FOLDER.parent / "test_int8_keys.py"),
-]
+FILES = {  # in parts of a few minutes, which run side by side
+    "attend": ["attend"],
+    "options": ["value_aware", "operators", "refusals", "hub_package"],
+    "models": ["whole_models", "benchmarks", "tune", "when_slower"],
+}
+INT8_KEYS = str(FOLDER.parent / "test_int8_keys.py")
 
 
 @needs_triton
 @pytest.mark.skipif(HERE, reason="the tests run in this process")
-def test_in_the_interpreter():
+@pytest.mark.parametrize("part", FILES)
+def test_in_the_interpreter(part: str):
+    files = [str(FOLDER / f"test_{name}.py") for name in FILES[part]]
+    files += [INT8_KEYS] if part == "options" else []
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
