@@ -8,6 +8,7 @@ import math
 import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as tensors
 
+from toptheta.calibration.artefact import FORMAT, Calibration, CalibrationConfig
+from toptheta.calibration.kept_samples import (
+    SAMPLES_NAME,
+    read_calibration_samples,
+    write_calibration_samples,
+)
 from toptheta.calibration.tables import (
     BINARY_NAME,
     CalibrationTables,
@@ -25,11 +32,17 @@ from toptheta.calibration.tables import (
     load_tables,
     save_tables,
 )
+from toptheta.eval import score, table_cells
 from toptheta.eval.cell import ANSWERS, Cell
 from toptheta.eval.cli import settings_from_json
 from toptheta.eval.run import check_resume
 from toptheta.eval.settings import GenSettings
+from toptheta.eval.table_cells import SweepOptions
+from toptheta.eval.tasks import perplexity
 from toptheta.eval.tasks.rows import SCHEMAS, read_rows
+from toptheta.kernels import profile
+from toptheta.methods.params import AttentionParams
+from toptheta.models.sharing import find_calibration, used
 from toptheta.report.plots import read
 from toptheta.report.results import Answer, CellResult, Kept, Metric, read_answers, read_result, write_answers
 from toptheta.util import files
@@ -338,3 +351,206 @@ def test_a_calibration_under_way(tiny_model: Any, tmp_path: Path, fuzz: Callable
                     np.testing.assert_array_equal(value.numpy(), state[f"{layer}/{name}"])
 
     fuzz(saved.path.read_bytes(), check, share=20)  # large: most damages are of its numbers
+
+
+def test_calibration_samples(tmp_path: Path, fuzz: Callable) -> None:
+    samples = {
+        layer: (np.array([7, 9, 9], np.int32), np.array([[0.5, -1.0], [2.0, 3.0], [1.0, 0.0]], np.float32))
+        for layer in (0, 2)
+    }
+    write_calibration_samples(tmp_path, samples)
+    path = tmp_path / SAMPLES_NAME
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        found, arrays = read_calibration_samples(tmp_path), tensors.load(data)
+        assert {f"{layer}.n" for layer in found} == {name for name in arrays if name.endswith(".n")}
+        for layer, (n, values) in found.items():
+            np.testing.assert_array_equal(n, arrays[f"{layer}.n"])
+            np.testing.assert_array_equal(values, arrays[f"{layer}.values"])
+            assert (n >= 1).all() and np.isfinite(values).all() and len(n) == len(values)
+
+    fuzz(path.read_bytes(), check)
+
+
+def test_a_shared_calibration(tmp_path: Path, fuzz: Callable) -> None:
+    tables = some_tables()
+    params = used(AttentionParams().changed({"method": "top_theta", "K": [6, 0, 6], "sdc": "exact"}), 3)
+    sizes = {"num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    config = CalibrationConfig(FORMAT, "owner/model", "abc", "llama", **sizes, params=params, rows=8)
+    Calibration(tables, config).save(tmp_path)
+    path = tmp_path / "config.json"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        found = asdict(find_calibration(tmp_path).config)
+        assert finite(found)
+        for name, value in json.loads(data).items():
+            assert name not in found or same(found[name], value)
+
+    fuzz(path.read_bytes(), check)
+
+
+EFFECTIVE = "layer,phase,n_low,n_high,k,rows,mean,p5,p50,p95\n"
+OF_REPORTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "layer1.txt": ("L1_H{}:130 64 prefill 1.05\n", lambda folder: read.read_sizes(folder, 1)),
+    "layer1_kept_vrow_prefill.csv": (
+        "1,{},100,60.5,100\n",
+        lambda folder: read.read_kept(folder, 1, "vrow", "prefill"),
+    ),
+    "effective_k.csv": (
+        "{},prefill,91,107,64,1530,66.2,31.0,65.0,113.0\n",
+        lambda folder: read.read_effective_k(folder),
+    ),
+    "sequence_lengths_per_example.csv": ("12{}\n", read.read_sequence_lengths),
+    "prompt_completion_lengths_per_sample.csv": ("131 7{}\n", read.read_completion_lengths),
+}
+
+
+@pytest.mark.parametrize("name", OF_REPORTS)
+def test_what_reports_read(name: str, tmp_path: Path, fuzz: Callable) -> None:
+    line, reader = OF_REPORTS[name]
+    good = "".join(line.format(i) for i in range(4))
+    header = EFFECTIVE if name.startswith("effective") else ""
+
+    def check(data: bytes) -> None:
+        (tmp_path / name).write_bytes(data)
+        frame = reader(tmp_path)
+        numbers = re.findall(rb"[\d.]+(?:[eE][+-]?\d+)?", data.replace(header.strip().encode(), b""))
+        if frame is None:
+            assert not numbers
+            return
+        if "total" in frame:
+            frame = frame.drop(columns="total")
+        found = frame.select_dtypes("number").to_numpy(float)
+        assert np.isfinite(found).all() and (found >= 0).all()
+        np.testing.assert_array_equal(found.ravel(), np.array(numbers, float))
+
+    fuzz((header + good).encode(), check)
+
+
+def test_popularities(tmp_path: Path, fuzz: Callable) -> None:
+    def check(data: bytes) -> None:
+        (tmp_path / "layer1_kept_vrow_popularities_prefill.txt").write_bytes(data)
+        found = read.read_popularities(tmp_path, 1, "prefill") or {}
+        lines = [line for line in data.decode("latin-1").splitlines() if line.strip()]
+        assert len(lines) == sum(map(len, found.values()))
+        for line in lines:
+            group, n, counts = re.fullmatch(r"\s*1,(\d+),(\d+),\[(.*)\]\s*", line).groups()  # type: ignore[union-attr]
+            first = found[int(group)].pop(0)
+            assert first.tolist() == [float(one) for one in counts.split(",")] and len(first) == int(n)
+            assert np.isfinite(first).all()
+
+    fuzz(b"".join(b"1,%d,3,[3, 0, 1]\n" % (i % 2) for i in range(4)), check)
+
+
+def test_outcomes_of_programs(tmp_path: Path, fuzz: Callable) -> None:
+    rows = [{"task_id": f"HumanEval/{i}", "passed": i > 0, "result": "passed", "x": [1]} for i in range(3)]
+
+    def check(data: bytes) -> None:
+        (tmp_path / "samples.jsonl_results.jsonl").write_bytes(data)
+        frame = read.read_outcomes(tmp_path)
+        lines = data.decode("utf-8", "replace").split("\n")
+        saved = [json.loads(line) for line in lines if line.strip()]
+        assert (frame is None) == (not saved)
+        if frame is not None:
+            wanted = [[one["task_id"], one["passed"], one.get("result", "")] for one in saved]
+            assert frame.to_numpy().tolist() == wanted
+
+    fuzz("".join(json.dumps(row) + "\n" for row in rows).encode(), check)
+
+
+def test_completions(tmp_path: Path, fuzz: Callable) -> None:
+    path = tmp_path / "samples.jsonl"
+    rows = [{"task_id": f"HumanEval/{i // 2}", "completion": "    return 1\n"} for i in range(4)]
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        samples, _ = score._samples(path)
+        assert samples == [json.loads(line) for line in data.splitlines() if line.strip()]
+        assert all(isinstance(sample[name], str) for sample in samples for name in rows[0])
+
+    fuzz("".join(json.dumps(row) + "\n" for row in rows).encode(), check)
+
+
+def test_texts_of_rows(tmp_path: Path, fuzz: Callable) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        text = perplexity._text(str(path), "--text")
+        rows = [json.loads(line) for line in re.split(r"\r\n|\r|\n", data.decode()) if line.strip()]
+        assert text == "\n\n".join(row["context"] for row in rows)
+
+    rows = [{"context": "Once\u2028upon a time", "length": i} for i in range(3)]
+    fuzz("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(), check)
+
+
+def test_results_of_tables(tmp_path: Path, fuzz: Callable) -> None:
+    path = tmp_path / "summary.json"
+    results = [CellResult(f"Top-k K={k}", "tiny", task, k=k) for k in (8, 16) for task in ("a", "b")]
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        tasks = read.read_results_by_task(path)
+        saved = json.loads(data)
+        assert isinstance(saved, list)
+        for task, found in tasks.items():
+            of_task = [one for one in saved if one.get("task", "") == task]
+            assert [one.method for one in found] == [one["method"] for one in of_task]
+            assert all(finite(one.to_json()) for one in found)
+
+    fuzz(json.dumps([result.to_json() for result in results], indent=1).encode(), check)
+
+
+def test_configs(tmp_path: Path, fuzz: Callable) -> None:
+    config = {"num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "settings": {"placement": "pre-softmax"}}
+
+    def check(data: bytes) -> None:
+        (tmp_path / "config.json").write_bytes(data)
+        found = read.read_config(tmp_path)
+        assert same(found, json.loads(data)) and finite(found)
+        assert all(value >= 0 for name, value in found.items() if name in config and "num" in name)
+
+    fuzz(json.dumps(config, indent=1).encode(), check)
+
+
+def test_files_of_tables(tmp_path: Path, fuzz: Callable) -> None:
+    import gen_llama
+
+    text = tmp_path / "t.txt"
+    text.write_text("A text.")
+    flags = {"text": str(text), "max_seq_len": 128, "num_tasks": 3}
+    part = {"script": "gen_llama.py", "tasks": ["perplexity"], "group": "all", "flags": flags}
+    tables = {
+        "methods": {"dense": {"mode": 3}, "Top-theta": {"mode": 0, "sdc": "exact", "vmc": True}},
+        "groups": {"all": [{"methods": ["dense", "Top-theta"], "k": [16, 64]}]},
+        "tables": {"one": {"title": "A table", "flags": {"llama": "smollm2"}, "parts": [part]}},
+    }
+    path, options = tmp_path / "tables.json", SweepOptions()
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        found, saved = table_cells.read_tables(path), json.loads(data)
+        for name, table in found["tables"].items():
+            cells = table_cells.plan(table, found, options, {"gen_llama.py": gen_llama.make_parser})
+            assert table["title"] == saved["tables"][name]["title"]
+            assert {cell.script for cell in cells} <= {"gen_llama.py"}
+
+    fuzz(json.dumps(tables, indent=1).encode(), check)
+
+
+def test_profiles(tmp_path: Path, fuzz: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path))
+    kind = profile.Kind("decode", 4, 64, "bfloat16")
+    entries = [profile.Entry(kind, "scores", 8, n, kept, 0.5) for n in (1024, 4096) for kept in (0.1, 1.0)]
+    key = {"gpu": "a GPU"}
+    path = profile.save(profile.Profile(key, {"decode": {"keys": 64}}, entries, {"seconds": 2}))
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        found = profile.load(key)
+        if found is not None:
+            assert finite(asdict(found)) and same(asdict(found)["entries"], json.loads(data)["entries"])
+
+    fuzz(path.read_bytes(), check)

@@ -62,7 +62,10 @@ def prepare(
         tables = _calibrate(run, cell, params, product, model, calibrate)
     use_tables(model, tables)
     use_params(model, params)
-    return float(tables.meta.get("seconds", 0.0))
+    try:
+        return float(tables.meta.get("seconds", 0.0))
+    except ValueError as error:
+        raise _damaged(product.path / BINARY_NAME, error) from None
 
 
 def _finished_tables(product: Cell, model: Any) -> CalibrationTables | None:
@@ -153,22 +156,24 @@ class Checkpoint:
 
     def _load(self) -> tuple[set[str], float]:
         """Merge the states of all processes of earlier starts."""
-        states = [(_read(path), path) for path in self.folder.glob(f"{STATE}*.safetensors")]
-        for state, path in sorted(states, key=lambda found: -len(found[0]["done"])):
-            keys = set(bytes(state.pop("done").tolist()).decode().split())
+        states = []
+        for path in self.folder.glob(f"{STATE}*.safetensors"):
+            state = _read(path)
+            states.append((_keys(state, path), path, state))
+        for keys, path, state in sorted(states, key=lambda found: -len(found[0])):
             if keys & self.done:  # an earlier start has added it to another file already
                 continue
             taken = bool(self.done)
             self.done |= keys
-            self.seconds = max(self.seconds, float(state.pop("seconds")))
             try:
+                self.seconds = max(self.seconds, float(state["seconds"]))
                 for layer, calibration in calibrations(self.model).items():
                     take = calibration.add_state if taken else calibration.load_state
                     take(_of_layer(state, layer))
             except (KeyError, ValueError, RuntimeError) as error:
                 raise _damaged(path, error) from None
         self.save()
-        for _, path in states:
+        for _, path, _ in states:
             if path != self.path:
                 path.unlink()
         return self.done, self.seconds
@@ -177,7 +182,7 @@ class Checkpoint:
         """Return to the last saved state, after an unfinished batch of prompts."""
         state = _read(self.path)
         self.done.clear()
-        self.done.update(self._in_first, bytes(state["done"].tolist()).decode().split())
+        self.done.update(self._in_first, _keys(state, self.path))
         for layer, calibration in calibrations(self.model).items():
             calibration.load_state(_of_layer(state, layer))
 
@@ -231,6 +236,14 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         state["done"], state["seconds"]  # noqa: B018
         return state
     except (SafetensorError, OSError, KeyError) as error:
+        raise _damaged(path, error) from None
+
+
+def _keys(state: dict[str, torch.Tensor], path: Path) -> set[str]:
+    """Of the prompts that a state has seen."""
+    try:
+        return set(bytes(state["done"].tolist()).decode().split())
+    except (TypeError, ValueError) as error:
         raise _damaged(path, error) from None
 
 

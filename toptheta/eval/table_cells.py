@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from toptheta.eval.cli import Parser, parse_settings
 from toptheta.eval.settings import CellOptions, GenSettings, QASettings, Settings, cell_k, resolve_device
@@ -14,6 +14,7 @@ from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import AttentionParams, MethodOptions
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option, options_of
+from toptheta.util.schema import Count, read_json
 
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
@@ -65,17 +66,49 @@ class SweepCell:
         return f"{self.task} {self.method}" + ("" if self.k is None else f" K={self.k}")
 
 
-def read_tables(path: Path) -> dict[str, Any]:
+class Part(TypedDict, total=False):
+    """Cells of a table: each task with each method and K, or with those of a group. name: the name of its tasks
+    in the table. Keys of a group's row override those of the part."""
+
+    script: str
+    tasks: list[str]
+    methods: list[str]
+    k: list[int]
+    flags: dict[str, Any]
+    group: str
+    name: str
+
+
+class _Table(TypedDict):
+    title: str
+    parts: list[Part]
+
+
+class Table(_Table, total=False):
+    """gpus: how many each run takes."""
+
+    flags: dict[str, Any]
+    gpus: Count
+
+
+class _Tables(TypedDict):
+    methods: dict[str, dict[str, Any]]
+    tables: dict[str, Table]
+
+
+class Tables(_Tables, total=False):
+    """A file of tables. methods: by name, the flags that select each; groups: by name, rows that parts
+    share."""
+
+    groups: dict[str, list[Part]]
+
+
+def read_tables(path: Path) -> Tables:
+    """Raises UsageError for a file that does not declare tables."""
     try:
-        tables = json.loads(path.read_text())
-        assert isinstance(tables["methods"], dict) and isinstance(tables["tables"], dict)
-        return tables
+        return read_json(path, Tables, "correct it, or name another file with --file")
     except OSError as error:
         raise UsageError(f"--file {path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UsageError(
-            f"--file {path} does not declare tables ({error}): it needs 'methods' and 'tables'."
-        ) from None
 
 
 def choose(name: str, among: dict[str, Any], flag: str) -> Any:
@@ -85,18 +118,21 @@ def choose(name: str, among: dict[str, Any], flag: str) -> Any:
     raise UsageError(f"{flag} {name!r} is unknown: choose for example {', '.join(near)}.")
 
 
-def _rows(part: dict[str, Any], groups: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(part: Part, groups: dict[str, list[Part]]) -> list[dict[str, Any]]:
     """One part for each row of a part's group, which other parts may share; a part without a group stays
     alone."""
-    if "group" not in part:
-        return [part]
-    rows = choose(part["group"], groups, "reproduce.json: group")
-    return [part | row | {"flags": part.get("flags", {}) | row.get("flags", {})} for row in rows]
+    rows = choose(part["group"], groups, "reproduce.json: group") if "group" in part else [Part()]
+    found = [{**part, **row, "flags": part.get("flags", {}) | row.get("flags", {})} for row in rows]
+    for one in found:
+        for name in ("script", "tasks", "methods", "k"):
+            if name not in one:
+                raise UsageError(f"reproduce.json: a part of the table has no {name!r}: add it.")
+    return found
 
 
 def plan(
-    table: dict[str, Any],
-    tables: dict[str, Any],
+    table: Table,
+    tables: Tables,
     options: SweepOptions,
     parsers: dict[str, Callable[[], Parser]],
 ) -> list[SweepCell]:
@@ -118,7 +154,7 @@ def plan(
                 if options.samples is not None:
                     flags[SAMPLES_FLAG[script]] = options.samples
                 for file in TEXT_FLAGS & flags.keys():
-                    flags[file] = str(Path(options.data_dir or ".") / flags[file])
+                    flags[file] = str(Path(options.data_dir or ".") / str(flags[file]))
                 if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
                     flags["data_dir"] = options.data_dir
                 ks = ",".join(map(str, part["k"]))

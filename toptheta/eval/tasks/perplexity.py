@@ -14,7 +14,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from toptheta.models.patch import model_device, update_model
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
 from toptheta.util.files import read_text
+from toptheta.util.schema import parse_json, typed
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 READINGS_BYTES = 2 << 30  # of windows as dense attention reads them, kept for the cells that follow
@@ -180,18 +181,28 @@ class PerplexityJob(ItemJob):
         return f"{model_name}, perplexity of {Path(str(self.settings.text)).name}"
 
 
+class Row(TypedDict):
+    """The fields of a LongBench row that are read."""
+
+    context: str
+
+
 def _text(path: str, flag: str) -> str:
     """A text file, or the contexts of LongBench's rows. Raises UsageError for any other file."""
     text = read_text(path, flag)
     if not path.endswith(".jsonl"):
         return text
-    try:
-        return "\n\n".join(str(json.loads(line)["context"]) for line in text.splitlines() if line.strip())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{flag} {path} has no LongBench rows ({type(error).__name__}: {error}): each line must be JSON "
-            "with a 'context'."
-        ) from None
+    contexts = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028
+        try:
+            if line.strip():
+                contexts.append(typed(parse_json(line), Row)["context"])
+        except ValueError as error:
+            raise UsageError(
+                f"{flag} {path} has no LongBench rows (line {number}: {error}): each line must be JSON with "
+                "a 'context'."
+            ) from None
+    return "\n\n".join(contexts)
 
 
 def bucket_bounds(max_seq_len: int, decode_from: int = 0) -> list[int]:

@@ -6,10 +6,9 @@ parsed in bulk, because a run of a large model leaves millions of lines; only th
 goes line by line.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ from toptheta.util.line_files import (
     file_content,
     read_lines,
 )
-from toptheta.util.schema import parse_json
+from toptheta.util.schema import Count, parse_json, typed
 
 _LENGTHS = LineFormat({"n": "int64"}, INT, "128")
 _COMPLETIONS = LineFormat({"prompt": "int64", "completion": "int64"}, rf"{INT} {INT}", "131 74")
@@ -106,7 +105,7 @@ def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np
             counts = np.array(match[3].split(","), dtype=float) if match else np.empty(0)
         except ValueError:
             counts = np.empty(0)
-        if match is None or len(counts) != int(match[2]):
+        if match is None or len(counts) != int(match[2]) or not np.isfinite(counts).all():
             raise damaged(path, number, line, f"{layer},0,4,[3, 0, 1, 3]")
         groups.setdefault(int(match[1]), []).append(counts)
     return groups or None
@@ -123,35 +122,56 @@ def read_completion_lengths(folder: Path) -> pd.DataFrame | None:
     return None if frame is None else frame.assign(total=frame["prompt"] + frame["completion"])
 
 
+class _Outcome(TypedDict):
+    task_id: str
+    passed: bool
+
+
+class Outcome(_Outcome, total=False):
+    """What is read of a sample's outcome, which has the sample beside."""
+
+    result: str
+
+
 def read_outcomes(folder: Path) -> pd.DataFrame | None:
     """samples.jsonl_results.jsonl: task_id, passed, result; a row for each sample, in their order."""
     path = find_file(folder, "samples.jsonl_results.jsonl")
     if path is None:
         return None
     rows = []
-    for number, line in enumerate(file_content(path).decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(file_content(path).decode("utf-8", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row["passed"], bool):
-                raise TypeError
-            rows.append(
-                {
-                    "task_id": str(row["task_id"]),
-                    "passed": row["passed"],
-                    "result": str(row.get("result", "")),
-                }
-            )
-        except (json.JSONDecodeError, KeyError, TypeError):
+            row = typed(parse_json(line), Outcome)
+        except ValueError:
             example = '{"task_id": "HumanEval/0", "passed": true, "result": "passed"}'
             raise damaged(path, number, line, example) from None
+        rows.append({"task_id": row["task_id"], "passed": row["passed"], "result": row.get("result", "")})
     return pd.DataFrame(rows) if rows else None
+
+
+class _Settings(TypedDict, total=False):
+    placement: str | None
+
+
+class Config(TypedDict, total=False):
+    """What is read of config.json."""
+
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    settings: _Settings | None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, the settings of the run; empty for folders of the published project, which have none."""
-    return _read_json(folder, "config.json") or {}
+    config = _read_json(folder, "config.json") or {}
+    try:
+        typed(config, Config)
+    except ValueError as error:
+        raise UsageError(f"{folder / 'config.json'} is damaged ({error}): run the cell again.") from None
+    return config
 
 
 def read_results(folder: Path) -> CellResult | None:
