@@ -545,6 +545,38 @@ GREED = {
     """,
         "more than 384 MiB of memory",
     ),
+    "memory_of_many_children": (
+        """
+        for _ in range(7):
+          if os.fork() == 0:
+            held = [bytearray(1 << 20) for _ in range(200)]
+            time.sleep(60)
+        time.sleep(60)
+    """,
+        "more than 384 MiB of memory",
+    ),
+    "memory_mapped_by_children": (
+        """
+        import mmap
+        for _ in range(3):
+          if os.fork() == 0:
+            held = mmap.mmap(-1, 200 << 20)
+            for _ in range(200): held.write(bytes(1 << 20))
+            time.sleep(60)
+        time.sleep(60)
+    """,
+        "more than 384 MiB of memory",
+    ),
+    "memory_of_no_process": ("os.memfd_create('x')", NOT_PERMITTED),
+    "memory_segments": ("call('shmget', 0, ctypes.c_size_t(1 << 30), 0o1600)", NOT_PERMITTED),
+    "messages": ("call('msgget', 0, 0o1600)", NOT_PERMITTED),
+    "pages_in_pipes": ("call('vmsplice', os.pipe()[1], None, 0, 0)", NOT_PERMITTED),
+    "maps_of_bpf": (
+        "call('syscall', {'x86_64': 321, 'aarch64': 280}[os.uname().machine], 0, None, 0)",
+        NOT_PERMITTED,
+    ),
+    "pipes": ("pipes = [os.pipe() for _ in range(9999)]", "Too many open files"),
+    "socket_pairs": ("pairs = [socket.socketpair() for _ in range(9999)]", "Too many open files"),
     "zip_bomb": (
         """
         import zlib

