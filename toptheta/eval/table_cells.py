@@ -67,8 +67,8 @@ class SweepCell:
 
 
 class Part(TypedDict, total=False):
-    """Cells of a table: each task with each method and K, or with those of a group. name: of its tasks, in the
-    table. Keys of a group's row override those of the part."""
+    """Cells of a table: each task with each method and K, or with those of a group. name: of its tasks, in
+    the table. Keys of a group's row override those of the part."""
 
     script: str
     tasks: list[str]
