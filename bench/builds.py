@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from toptheta.kernels.triton.chips import KNOWN
+from toptheta.methods.key_copy import FIRST, LAST
 
 MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the others are in POINTERS
 POINTERS = {
@@ -37,6 +38,7 @@ POINTERS = {
     "part_sum": "*fp32", "part_kept_sum": "*fp32", "part_count": "*i32", "part_acc": "*fp32",
     "part_best": "*fp32", "factor": "*fp32",
     "first_at": "*i64", "first": "*i64", "sums": "*fp32", "attn": "*i64", "vrow": "*i32",
+    "always": "*u1", "key_steps": "*bf16", "copy_max": "*fp32", "copy_sum": "*fp32",
     "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
     "span": "*i32", "listed": "*i32",
 }  # fmt: skip
@@ -74,6 +76,7 @@ def kernels(
     the chip. every: all their options."""
     from toptheta.kernels.triton import decode as triton_decode
     from toptheta.kernels.triton import prefill as triton_prefill
+    from toptheta.kernels.triton.copied import candidates_kernel, estimate_kernel
     from toptheta.kernels.triton.filtered import filtered_kernel
     from toptheta.kernels.triton.gather import gather_kernel
     from toptheta.kernels.triton.split import split_kernel
@@ -109,8 +112,11 @@ def kernels(
          rows | splits | {"WITH_V": False, "STORE_SCORES": True, "COUNT": False, "FALLBACK": False}, decode,
          choices(WEIGHED=both)),
         ("filtered", filtered_kernel, rows | listing, decode, choices(**stores)),
+        ("scores by a copy of K", estimate_kernel, rows, decode, choices(BITS=(4, 8))),
+        ("candidates", candidates_kernel, rows | splits | listing | {"FIRST": FIRST, "LAST": LAST}, decode,
+         choices(WEIGHED=both)),
         ("gather", gather_kernel, rows | splits | listing | {"KEEP_GIVEN": False}, decode,
-         choices(STORE_KEEP=both, WEIGHED=both)),
+         choices(STORE_KEEP=both, WEIGHED=both, BY_COPY=both)),
         ("merge", triton_decode.merge_kernel, merged | {"ONE_MAX": False}, merge,
          choices(SDC=(1, 0, 2, 3), VMC=(True, False))),
         ("prefill", triton_prefill.prefill_kernel, blocks | {"POST": False, "WEIGHED": False}, prefill,
@@ -125,8 +131,8 @@ def kernels(
         groups += [
             ("sums of V", block_sums_kernel, sums, merge, [{}]),
             ("gather, Top-k", gather_kernel,
-             rows | splits | listing | {"KEEP_GIVEN": True, "STORE_KEEP": True, "WEIGHED": False}, decode,
-             [{}]),
+             rows | splits | listing | {"KEEP_GIVEN": True, "STORE_KEEP": True, "WEIGHED": False,
+                                         "BY_COPY": False}, decode, [{}]),
             ("merge, two stages", triton_decode.merge_kernel, merged | {"ONE_MAX": True}, merge,
              choices(SDC=(-1, 0), VMC=(True, False))),
         ]  # fmt: skip

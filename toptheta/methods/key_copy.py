@@ -52,10 +52,14 @@ def estimated(block: Block, bits: int) -> Tensor:
     return scores.masked_fill(~block.visible, NEG_INF)
 
 
+def first_and_last(visible: Tensor) -> Tensor:
+    """The first and last visible keys, bool of the shape of `visible`, whose last dimension is the keys."""
+    place = visible.cumsum(dim=-1)
+    return visible & ((place <= FIRST) | (place > place[..., -1:] - LAST))
+
+
 def candidates(wanted: Tensor, visible: Tensor, num_kv_heads: int) -> Tensor:
     """`[B, H, R, E]` bool, the keys that are read: wanted by any head of the group, or always candidates.
     wanted: `[B, H, R, E]` bool; visible: `[B, 1, R, E]` bool."""
-    place = visible.cumsum(dim=-1)
-    always = (place <= FIRST) | (place > place[..., -1:] - LAST)
-    read = (wanted | always).unflatten(1, (num_kv_heads, -1)).any(dim=2, keepdim=True)
+    read = (wanted | first_and_last(visible)).unflatten(1, (num_kv_heads, -1)).any(dim=2, keepdim=True)
     return read.expand(-1, -1, wanted.shape[1] // num_kv_heads, -1, -1).flatten(1, 2) & visible

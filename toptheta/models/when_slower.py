@@ -190,6 +190,8 @@ def sparse_way(call: AttentionCall) -> str | None:
     spec = call.kernel
     if spec is None or not spec.sparse or spec.selection != Selection.THRESHOLD or call.reference_only:
         return None
+    if call.key_bits:
+        return None
     if spec.placement == "post-softmax":
         return WEIGHTS
     return TWO_TIER if call.int8 is not None and call.q.shape[2] == 1 and serves(spec) else SCORES

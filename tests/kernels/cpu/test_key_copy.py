@@ -9,44 +9,20 @@ import pytest
 import torch
 
 from tests.helpers.calls import call
-from tests.helpers.kernel_cases import SCALE, K, case, inputs, needs_kernel, tables
+from tests.helpers.kernel_cases import SCALE, K, inputs, needs_kernel
+from tests.helpers.key_copy import SPECS, share_read, step
 from toptheta.attention.call import AttentionCall
 from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry
 from toptheta.kernels.cpu import backend as cpu
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import State
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_theta import TopTheta
 
 pytestmark = needs_kernel
 CPU = torch.device("cpu")
 HEADS = [(9, 3, 64), (4, 4, 128), (8, 2, 96), (40, 2, 64)]  # the last: a group of more rows than "few"
-SPECS = [
-    LayerSpec(TopTheta(), "post-softmax", K, vmc=True),
-    LayerSpec(TopTheta(capk=True), "post-softmax", K),
-    LayerSpec(TopTheta(), "pre-softmax", K, "exact", vmc=True),
-    LayerSpec(TopTheta(capk=True), "pre-softmax", K, "exact", 0.5),
-    LayerSpec(TopTheta(), "pre-softmax", K, "exp-threshold", 0.7, vmc=True),
-    LayerSpec(TopTheta(), "pre-softmax", K, "offline-calibrated", 1.3),
-    LayerSpec(TopTheta(value_aware=True), "post-softmax", K, vmc=True),
-]
-
-
-def step(kind: str, heads: tuple[int, int, int], spec: LayerSpec, copy: str) -> AttentionCall:
-    """A decode step of one kind of rows. Some keys stand out, so that the copy leaves many out."""
-    rows, batch, q_len, kv_len = case(kind)
-    q, k, v = inputs(batch, heads, q_len, kv_len)
-    theta, table = tables(spec, heads[0], kv_len)
-    if spec.method.value_aware:
-        theta = theta / 4
-    values = ValueNorms(
-        torch.eye(heads[2]).expand(heads[0], -1, -1), v.mean(dim=(0, 2)), torch.full((heads[0],), 16.0)
-    )
-    spec = replace(spec, method=replace(spec.method, key_copy=copy))
-    return call(
-        q, k, v, rows, spec, SCALE, theta, table, count=True, decode=True, state=State(), values=values
-    )
 
 
 def check(asked: AttentionCall, dtype: torch.dtype = torch.float32) -> float:
@@ -66,9 +42,7 @@ def check(asked: AttentionCall, dtype: torch.dtype = torch.float32) -> float:
         torch.testing.assert_close(out, expected, **tolerance)
     uncounted, none = cpu.run(replace(one, count=False))
     assert none is None and torch.equal(uncounted, out)
-    return float(
-        ours.keys.sum() / (asked.rows.n.sum() * asked.k.shape[1] * asked.k.shape[0] / len(asked.rows.n))
-    )
+    return share_read(asked, ours.keys)
 
 
 @pytest.mark.parametrize("copy", ["int8", "int4"])

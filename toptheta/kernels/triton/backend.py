@@ -21,6 +21,8 @@ from toptheta.kernels.int8_keys import keys_read_of, serves
 from toptheta.kernels.triton.chips import chip_of, too_old
 from toptheta.methods.base import KernelSpec, Selection
 from toptheta.methods.dense import Dense
+from toptheta.methods.key_codes import KeyCodes
+from toptheta.methods.key_copy import first_and_last
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
@@ -57,8 +59,10 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"{call.spec.method.title} has no kernel"
     if spec.sparse and spec.capk:
         return "the kernels have no capk"
-    if call.key_bits:
-        return "the kernels read no copy of K in few bits"
+    if call.key_bits and (spec.placement != "post-softmax" or call.q.shape[2] > 1):
+        return "the kernels read copies of K for thresholds on weights, and one decode step at a time"
+    if call.key_bits and torch.compiler.is_compiling():
+        return "a copy of K that grows with the cache cannot be traced by torch.compile"
     if spec.sparse and spec.selection == Selection.LARGEST and call.q.shape[2] > 1:
         return "Top-k of many rows has no kernel"
     if call.count_rows:
@@ -171,8 +175,18 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
             if int8.codes.shape != k.shape:
                 raise ValueError(f"the int8 copy {tuple(int8.codes.shape)} is not of k {tuple(k.shape)}")
             tiers = (int8.codes, int8.steps, int8.slacks, int8.mean)
-        out, keep = _decode(q, k, v, rows.n, mask, span, theta, table, v_sum, *tiers, factor, *settings)
-        return out, _counts(keep, rows.real, k.shape[1]) if count else None
+        always, bits = None, call.key_bits
+        if bits:
+            copy = call.key_codes()
+            tiers = (copy.codes, copy.steps, None, copy.mean)
+            always = None if mask is None else first_and_last(mask).expand(q.shape[0], -1).contiguous()
+        out, keep, read = _decode(
+            q, k, v, rows.n, mask, span, theta, table, v_sum, *tiers, factor, always, *settings, bits
+        )
+        counts = _counts(keep, rows.real, k.shape[1]) if count else None
+        if counts is not None and bits:
+            counts.keys = (read if rows.real is None else read * rows.real)[..., None]
+        return out, counts
     first, mask = rows.first_tensor(), None
     if first is None:
         assert rows.mask is not None
@@ -223,6 +237,7 @@ def _decode(
     slacks: Tensor | None,
     k_mean: Tensor | None,
     factor: Tensor | None,
+    always: Tensor | None,
     scale: float,
     selection: int,
     placement: str,
@@ -231,31 +246,37 @@ def _decode(
     sdc_scale: float,
     vmc: bool,
     count: bool,
-) -> tuple[Tensor, Tensor]:
-    """`decode` of decode.py as an operator; the second output, which keys were kept, is empty unless
-    `count`."""
+    key_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode` of decode.py as an operator; the other outputs, which keys were kept and how many K rows were
+    read, are empty unless `count`, the last one also without a copy in `key_bits`."""
     # Imported here because this module must import without Triton.
     from toptheta.kernels.triton import decode as triton_decode
 
     spec = KernelSpec(Selection(selection), placement, k_keep, sdc, sdc_scale, vmc)
-    int8 = None
-    if codes is not None:
+    int8 = copy = None
+    if key_bits:
+        assert codes is not None and steps is not None and k_mean is not None
+        copy = KeyCodes(codes, steps, k_mean, key_bits)
+    elif codes is not None:
         assert steps is not None and slacks is not None and k_mean is not None
         int8 = Int8Keys(codes, steps, slacks, k_mean)
     with _on_device_of(q):
-        out, keep = triton_decode.decode(
-            q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8, factor
+        out, keep, read = triton_decode.decode(
+            q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8, factor, copy, always
         )
-    return out, q.new_empty(0, dtype=torch.bool) if keep is None else keep
+    keep = q.new_empty(0, dtype=torch.bool) if keep is None else keep
+    return out, keep, q.new_empty(0, dtype=torch.int32) if read is None else read
 
 
 @_decode.register_fake
 def _(
-    q, k, v, n, mask, span, theta, table, v_sum, codes, steps, slacks, k_mean, factor,
-    scale, selection, placement, k_keep, sdc, sdc_scale, vmc, count,
+    q, k, v, n, mask, span, theta, table, v_sum, codes, steps, slacks, k_mean, factor, always,
+    scale, selection, placement, k_keep, sdc, sdc_scale, vmc, count, key_bits,
 ):  # fmt: skip
     shape = (q.shape[0], q.shape[1], k.shape[2]) if count else (0,)
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.bool)
+    read = k.shape[:2] if count and key_bits else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.bool), q.new_empty(read, dtype=torch.int32)
 
 
 @torch.library.custom_op("toptheta::triton_prefill", mutates_args=())

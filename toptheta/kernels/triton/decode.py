@@ -4,7 +4,8 @@
 scores, the V rows that some head of the group keeps; with an int8 copy of K, `filtered_kernel` of filtered.py
 does this. `gather_kernel` of gather.py is the second stage where selection needs the whole row first:
 thresholds on weights, and Top-k. `merge_kernel` joins the splits. The group's query heads are the rows of one
-tile. Shapes as in toptheta/attention/reference.py; S is the number of splits.
+tile. Shapes as in toptheta/attention/reference.py; S is the number of splits. With a copy of K in few bits
+the two kernels of copied.py are the first stage.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from toptheta.attention.call import Int8Keys, per_row
 from toptheta.kernels.triton.chips import Chip, chip_of
+from toptheta.kernels.triton.copied import candidates_kernel, estimate_kernel
 from toptheta.kernels.triton.filtered import filtered_kernel
 from toptheta.kernels.triton.gather import gather_kernel
 from toptheta.kernels.triton.online import LOWEST, exp, final_denominator, lookup
 from toptheta.kernels.triton.split import split_kernel
 from toptheta.methods.base import KernelSpec, Selection
 from toptheta.methods.compensation import SDC_METHODS
+from toptheta.methods.key_codes import KeyCodes
+from toptheta.methods.key_copy import FIRST, LAST
 from toptheta.methods.top_theta import keep_above
 
 # Keys of a tile, warps and pipeline stages; BLOCK_F: keys of a tile of the int8 copy, or of scores. Those of
@@ -157,14 +161,18 @@ def decode(
     count: bool,
     int8: Int8Keys | None = None,
     factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of one row per sequence, `[B, H, 1, D]`, and what was kept, `[B, H, N]` bool, if `count`.
+    copy: KeyCodes | None = None,
+    always: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attention of one row per sequence, `[B, H, 1, D]`; if `count`, what was kept, `[B, H, N]` bool, and
+    with `copy` how many K rows were read, `[B, H_kv]`.
 
     n: `[B or 1, 1]`; mask: `[B or 1, N]` bool, True = visible, and span: `[B, 2]` int32, the first visible
     key and the one after the last, or both None; theta, table: `[H or 1, L]` (one row serves all heads);
     v_sum: `[B, H_kv, D]`, needed by VMC; int8: the copy of k, for thresholds on scores only; factor: `[B, H,
-    N]` float32 contiguous, how much each key's value counts, for value-aware thresholds on weights. The last
-    dimension of q, k, v, theta, table and v_sum is contiguous.
+    N]` float32 contiguous, how much each key's value counts, for value-aware thresholds on weights; copy: a
+    copy of k in few bits, for thresholds on weights, and always: with a mask, the keys `[B, N]` bool that are
+    read whatever it says. The last dimension of q, k, v, theta, table and v_sum is contiguous.
     """
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -214,7 +222,20 @@ def decode(
         more = (*copy, *int8.codes.stride()[:2], *int8.steps.stride()[:2])
         return filtered_kernel, (*args, *more), {**tile, **stores, "BLOCK_F": block_f}
 
-    first_stage = split_stage if int8 is None else filtered_stage
+    def copied_stage(splits: int, parts: tuple[Tensor, ...]) -> Stage:
+        assert copy is not None
+        of_copy = (copy.codes, copy.steps, copy.mean.contiguous())
+        args = (q, *of_copy, *rows[:2], scores, *parts[:2], scale, kv_len, splits, num_kv_heads)
+        more = (strides[3], *strides[4:6], *copy.codes.stride()[:2], *copy.steps.stride()[:2])
+        return estimate_kernel, (*args, *more), {**tile, "BITS": copy.bits}
+
+    def candidates_stage(splits: int, of_copy: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> Stage:
+        args = (q, k, q if always is None else always, *rows[1:], factors, listed, scores, *of_copy)
+        more = (scale, kv_len, splits, num_kv_heads, *thetas, *strides[4:9])
+        flags = {"BLOCK_F": block_f, "BLOCK_S": part_block(splits), "FIRST": FIRST, "LAST": LAST}
+        return candidates_kernel, (*args, *parts[:2], parts[-1], *more), {**tile, **flags, "WEIGHED": weighed}
+
+    first_stage = copied_stage if copy is not None else split_stage if int8 is None else filtered_stage
     at_once = 3 * chip.processors  # where there is no GPU
     if q.device.type == "cuda":
         key = (
@@ -224,6 +245,7 @@ def decode(
             group,
             mask is None,
             int8 is None,
+            0 if copy is None else copy.bits,
             two_stages,
             weighed,
             *stores.values(),
@@ -234,7 +256,12 @@ def decode(
     grid = (batch * num_kv_heads, splits)
     if int8 is not None:
         launch(grid, filtered_stage(splits, parts))
-    launch(grid, split_stage(splits, parts))
+    if copy is None:
+        launch(grid, split_stage(splits, parts))
+    else:
+        of_copy = tuple(torch.empty((2, batch, num_heads, splits), **floats))
+        launch(grid, copied_stage(splits, of_copy))
+        launch(grid, candidates_stage(splits, of_copy, parts))
     keep = None
     if two_stages:
         if largest:
@@ -249,6 +276,7 @@ def decode(
             v, some_span, n, theta, factors, scores, listed, scores if keep is None else keep, *parts,
             kv_len, splits, num_kv_heads, *thetas, *v.stride()[:3], **tile, BLOCK_F=block_f,
             BLOCK_S=part_block(splits), KEEP_GIVEN=largest, STORE_KEEP=keep is not None, WEIGHED=weighed,
+            BY_COPY=copy is not None,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
     merge_kernel[(batch * num_heads,)](
@@ -259,14 +287,16 @@ def decode(
         SDC=sdc_code(spec), VMC=v_sum is not None, ONE_MAX=two_stages, num_warps=4,
     )  # fmt: skip
     if not count:
-        return out, None
+        return out, None, None
     if not spec.sparse:
         visible = torch.ones(1, kv_len, dtype=torch.bool, device=q.device) if mask is None else mask
-        return out, visible[:, None].expand(batch, num_heads, kv_len).clone()
+        return out, visible[:, None].expand(batch, num_heads, kv_len).clone(), None
     if keep is None:
         row_max = scores.amax(dim=-1, keepdim=True)
-        return out, keep_above(scores, per_row(theta, n)[:, :, 0], row_max) & (scores > float("-inf"))
-    return out, keep.bool()
+        kept = keep_above(scores, per_row(theta, n)[:, :, 0], row_max) & (scores > float("-inf"))
+        return out, kept, None
+    read = None if copy is None else (scores[:, ::group] > float("-inf")).sum(dim=-1, dtype=torch.int32)
+    return out, keep.bool(), read
 
 
 def launch(grid: tuple[int, int], stage: Stage) -> None:

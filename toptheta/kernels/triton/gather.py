@@ -44,7 +44,7 @@ def gather_kernel(
     part_best, kv_len, splits, num_kv_heads, theta_len, theta_stride, n_stride, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr,
-    KEEP_GIVEN: tl.constexpr, STORE_KEEP: tl.constexpr, WEIGHED: tl.constexpr,
+    KEEP_GIVEN: tl.constexpr, STORE_KEEP: tl.constexpr, WEIGHED: tl.constexpr, BY_COPY: tl.constexpr,
 ):  # fmt: skip
     """The sum of exp times V over the kept keys, from the scores, part_max and part_sum.
 
@@ -52,7 +52,8 @@ def gather_kernel(
     times factor `[B, H, N]`) is above theta, or the row's largest, and STORE_KEEP writes them to keep. First
     the keys that some head keeps are listed (listed: scratch `[B, H_kv, N]` int32), so that V is read and
     multiplied in full tiles. part_kept_sum, part_count and part_acc are as in `split_kernel`, but relative to
-    the maximum of the whole row.
+    the maximum of the whole row. BY_COPY: the scores are those of `candidates_kernel`, and only keys that it
+    read are kept.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
@@ -68,11 +69,14 @@ def gather_kernel(
     row_sum = tl.sum(sums * exp(maxima - row_max[:, None]), axis=1)
     row_n = tl.load(n + batch * n_stride)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
-    if WEIGHED:
+    if WEIGHED or BY_COPY:
         best = tl.max(tl.load(part_best + parts, mask=in_parts, other=float("-inf")), axis=1)
+    if WEIGHED:
         cutoff = smallest_kept_weighed(row_theta, row_max, row_sum, best)
     else:
         cutoff = smallest_kept_exp(row_theta, row_sum)
+        if BY_COPY:
+            cutoff = tl.minimum(cutoff, exp(best - row_max))
     v += batch * v_batch + kv_head * v_head
     start, stop, _length = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     listed += (batch * num_kv_heads + kv_head) * kv_len + start
