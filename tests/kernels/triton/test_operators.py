@@ -12,6 +12,7 @@ from tests.kernels.triton.helpers import DEVICE, FEW, draw, here, on_device
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import int8_keys as two_tier
 from toptheta.kernels.triton import backend as gpu
+from toptheta.methods.key_codes import KeyCodes
 
 
 @here
@@ -23,8 +24,16 @@ def test_operators_have_true_fakes():
     checks = ("test_schema", "test_faketensor")
     int8 = two_tier.quantized(k)
     for tiers in ((None,) * 4, (int8.codes, int8.steps, int8.slacks, int8.mean)):
-        decode = (q, k, v, n, None, None, theta, None, None, *tiers, None, *settings)
+        decode = (q, k, v, n, None, None, theta, None, None, *tiers, None, None, *settings, 0)
         torch.library.opcheck(gpu._decode, decode, test_utils=checks)
+    copy = KeyCodes.around(k.mean(dim=2), 4)
+    copy.put(k, 0)
+    on_weights = (SCALE, 0, "post-softmax", K, "none", 1.0, False, True)
+    decode = (
+        q, k, v, n, None, None, theta, None, None, copy.codes, copy.steps, None, copy.mean, None, None,
+        *on_weights, 4,
+    )  # fmt: skip
+    torch.library.opcheck(gpu._decode, decode, test_utils=checks)
     n = torch.arange(1, 2, device=DEVICE)[None]
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     prefill = (q, k, v, n, first, None, None, None, theta, None, None, None, *settings)
