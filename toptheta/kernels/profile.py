@@ -105,7 +105,7 @@ class Profile:
         curves = self._curves.get((shape.kind, way))
         if not curves:
             return None
-        pairs = min(curves, key=lambda pairs: (abs(log2(pairs) - log2(shape.batch_heads)), pairs))
+        pairs = min(curves, key=lambda pairs: (abs(log2(max(pairs, 1)) - log2(shape.batch_heads)), pairs))
         lengths, keys = curves[pairs], max(shape.keys_of(way), 1)
         known = sorted(lengths)
         times = [_between(lengths[length], kept) for length in known]
