@@ -23,7 +23,7 @@ def test_demo(
     assert set(run.cells["task"]) == {"perplexity", "everyday_science", "openai_humaneval"}
     assert run.cells["kl"].dropna().count() == 5 and (run.cells["kl"].dropna() >= 0).all()
     question = run.answers.query("task == 'everyday_science'").iloc[0]["question"]
-    assert question.removesuffix("Answer:").strip() in shown and shown.count("  Top-theta K=16: ") == 4
-    assert "  Top-theta K=16, fails its tests:" in shown
+    assert question.removesuffix("Answer:").strip() in shown and shown.count("  Top-theta budget K=16: ") == 4
+    assert "  Top-theta budget K=16, fails its tests:" in shown
     stock = re.search(r"^\| stock sdpa +\| \d+ +\| 1.00 +\| \d+ +\| 1.00 +\|$", shown, re.MULTILINE)
     assert stock is not None and "% of the KV bytes read" in shown

@@ -23,7 +23,7 @@ def test_a_run_of_two_budgets(folder_model: str, here: Path, monkeypatch: pytest
     (folder,) = here.joinpath("whole").iterdir()
     found = {k: numbers(folder / f"mode0_k{k}") for k in (16, 32)}
     assert len(found[16]) == len(found[32]) == 1 and float(*found[16]) > float(*found[32])
-    assert [result.method for result in whole] == ["Top-theta K=16", "Top-theta K=32"]
+    assert [result.method for result in whole] == ["Top-theta budget K=16", "Top-theta budget K=32"]
     assert whole[0].kept["prefill"].attn < whole[1].kept["prefill"].attn < 1
     assert load_tables(folder / "mode0_k16", 2, 6).meta["calib_to"] == "budget"
 
@@ -43,7 +43,7 @@ def test_layers_by_sensitivity_and_values(folder_model: str, here: Path) -> None
     (result,) = evaluate(
         calibrating_settings(folder_model, **options, method=("top_theta:value_aware",), calibrate_only=False)
     )
-    assert result.method == "Top-theta value_aware K=16" and result.name == "top_theta"
+    assert result.method == "Top-theta budget value_aware K=16" and result.name == "top_theta"
     assert len(numbers(Path(result.folder))) == 2  # a threshold for each of the two layers
 
 

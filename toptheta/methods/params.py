@@ -187,8 +187,13 @@ class AttentionParams(MethodOptions):
 
     @property
     def label(self) -> str:
-        """The name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64'."""
-        return self.method.label(self.K if isinstance(self.K, int) else None) if self.sparse else Dense.title
+        """The name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64', 'Top-theta budget K=64'."""
+        if not self.sparse:
+            return Dense.title
+        label, title = self.method.label(self.K if isinstance(self.K, int) else None), self.method.title
+        if self.method.needs_thresholds and self.calib_to == "budget":
+            return label.replace(title, f"{title} budget", 1)
+        return label
 
     def k_per_layer(self, num_layers: int, default: int = 256) -> tuple[int, ...]:
         """K of every layer. Raises UsageError for a list of the wrong length or a layer that does not
