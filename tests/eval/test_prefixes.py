@@ -316,7 +316,7 @@ def test_fixed_shots(
             assert one.hash == other.hash
             assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-4)
     assert {a.hash for a in read_answers(str(fixed[0].folder))} != {
-        a.asked for a in read_answers(str(drawn[0].folder))
+        a.hash for a in read_answers(str(drawn[0].folder))
     }
     with pytest.raises(UsageError, match="--fixed_shots has no effect on everyday_science"):
         evaluate(qa_settings(folder_model, mode=(3,), num_fewshot=0, fixed_shots=True))

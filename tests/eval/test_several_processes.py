@@ -153,7 +153,7 @@ def test_no_run_is_resumed_while_one_of_its_processes_lives(folder_model: str, h
         started.processes[0].join(100.0)
         assert started.processes[0].exitcode == -signal.SIGKILL, started.printed(0)
         folder = str(only_run(here / "products"))
-        with pytest.raises(UsageError, match="another process works on that run"):
+        with pytest.raises(UsageError, match="another process is running it"):
             evaluate(settings, folder)
         assert started.processes[1].is_alive()
     started.processes[1].join()

@@ -21,6 +21,7 @@ import torch
 
 from toptheta.kernels.dense import DENSE_WAYS
 from toptheta.util.environment import cache_folder
+from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json
 from toptheta.util.schema import Count, Share, read_json
 
@@ -181,7 +182,10 @@ def load(key: dict[str, str]) -> Profile | None:
     path = path_of(key)
     if not path.is_file():
         return None
-    profile = read_json(path, Profile, f"remove it, or run {COMMAND} again")
+    remedy = f"remove it, or run {COMMAND} again"
+    profile = read_json(path, Profile, remedy)
+    if asdict(profile) != read_json(path, Any, remedy):  # a misspelt name would leave a default in its place
+        raise UsageError(f"{path} is damaged (it has fields that profiles do not have): {remedy}.")
     return profile if profile.key == key else None
 
 
