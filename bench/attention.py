@@ -39,8 +39,8 @@ from toptheta.attention.rows import Rows, rows_of
 from toptheta.calibration.interpolation import nearest_lookup
 from toptheta.kernels import registry as kernels
 from toptheta.kernels.drawn import SCORE_SPREAD
-from toptheta.methods.base import State
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
 from toptheta.util.environment import cpu_name

@@ -7,8 +7,9 @@ import torch
 from tests.helpers.calls import call
 from tests.helpers.kernel_cases import SCALE, K, case, inputs, tables
 from toptheta.attention.call import AttentionCall
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import ValueNorms
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
 
 SPECS = [

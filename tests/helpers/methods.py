@@ -12,8 +12,9 @@ from torch import Tensor
 from tests.helpers.calls import call
 from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
-from toptheta.methods.base import Method, State
+from toptheta.methods.base import Method
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.models.interface import toptheta_mask
 
 LENGTH, PROMPT, HEAD_DIM, SCALE = 40, 29, 48, 0.2

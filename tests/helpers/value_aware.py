@@ -10,8 +10,9 @@ from tests.helpers.calls import call
 from tests.helpers.kernel_cases import SCALE, K, case, inputs
 from toptheta.attention.call import AttentionCall
 from toptheta.attention.reference import sparse_attention
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import ValueNorms
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
 
 

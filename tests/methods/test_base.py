@@ -8,7 +8,6 @@ import torch
 from toptheta.methods.base import (
     Method,
     Selection,
-    State,
     names,
     of_mode,
     parse_method,
@@ -17,6 +16,7 @@ from toptheta.methods.base import (
 )
 from toptheta.methods.dense import Dense
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
 from toptheta.util.errors import UsageError

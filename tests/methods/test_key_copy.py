@@ -12,10 +12,11 @@ from topk_llama import set_params, update_model
 from toptheta.attention.kv_bytes import kv_bytes
 from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
-from toptheta.methods.base import State, parse_method
+from toptheta.methods.base import parse_method
 from toptheta.methods.key_codes import ROOM, KeyCodes
 from toptheta.methods.key_copy import FIRST, LAST, codes_of
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
 from toptheta.models.control import record_statistics
 from toptheta.models.recorder import Recorder

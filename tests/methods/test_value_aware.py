@@ -14,8 +14,9 @@ from tests.helpers.models import tokens
 from topk_llama import TopThetaCache, set_params, update_model
 from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.tables import save_tables
-from toptheta.methods.base import Block, RowTables, State, ValueNorms, parse_method
+from toptheta.methods.base import Block, RowTables, ValueNorms, parse_method
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
 from toptheta.models.control import tables_of
 from toptheta.models.patch import dense_for

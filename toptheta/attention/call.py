@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from toptheta.attention.rows import Rows
-from toptheta.methods.base import Block, KernelSpec, RowTables, State, ValueNorms
+from toptheta.methods.base import Block, KernelSpec, RowTables, ValueNorms
 from toptheta.methods.key_codes import KeyCodes
 from toptheta.methods.key_copy import codes_of
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_theta import value_factors
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Calibrator, Counts
 from toptheta.attention.rows import Rows
-from toptheta.methods.base import NEG_INF, Block, RowTables, State
+from toptheta.methods.base import NEG_INF, Block, RowTables
 from toptheta.methods.compensation import add_mean, missing_denominator
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 
 # Elements of one block of scores. On CPU it should stay within a core's share of cache; on a GPU it bounds
 # memory.

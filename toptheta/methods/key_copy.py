@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toptheta.methods.base import NEG_INF, Block, State
+from toptheta.methods.base import NEG_INF, Block
 from toptheta.methods.key_codes import KeyCodes
+from toptheta.methods.state import State
 
 BITS = {"int8": 8, "int4": 4}
 FIRST, LAST = 4, 16  # first and last keys of a row, which are always candidates

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from toptheta.methods.base import NEG_INF, Block, Method, RowTables, State, register
+from toptheta.methods.base import NEG_INF, Block, Method, RowTables, register
+from toptheta.methods.state import State
 from toptheta.methods.top_k import keep_largest
 from toptheta.methods.top_theta import keep_recent
 from toptheta.util.errors import UsageError

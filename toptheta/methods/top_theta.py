@@ -13,11 +13,11 @@ from toptheta.methods.base import (
     Method,
     RowTables,
     Selection,
-    State,
     ValueNorms,
     register,
 )
 from toptheta.methods.key_copy import BITS, STEP_BYTES, candidates, estimated
+from toptheta.methods.state import State
 from toptheta.methods.top_k import TopK, keep_largest
 from toptheta.util.errors import UsageError
 

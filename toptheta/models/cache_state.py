@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from toptheta.methods.base import State
+from toptheta.methods.state import State
 from toptheta.util.errors import UsageError
 
 

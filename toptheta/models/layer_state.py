@@ -14,8 +14,9 @@ from transformers import Cache
 from toptheta.attention.call import AttentionCall
 from toptheta.calibration.sampler import RowSampler
 from toptheta.calibration.tables import CalibrationTables
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec
+from toptheta.methods.state import State
 from toptheta.models.cache import TopThetaLayer
 from toptheta.models.cache_state import state_of_layer
 from toptheta.models.recorder import Recorder

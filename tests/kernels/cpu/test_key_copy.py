@@ -16,8 +16,8 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry
 from toptheta.kernels.cpu import backend as cpu
-from toptheta.methods.base import State
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
 
 pytestmark = needs_kernel

@@ -9,7 +9,8 @@ from tests.helpers.key_copy import SPECS, share_read, step
 from tests.kernels.triton.helpers import DEVICE, here, on_device
 from toptheta.attention.reference import sparse_attention
 from toptheta.kernels.triton import backend as gpu
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import ValueNorms
+from toptheta.methods.state import State
 
 
 @here

@@ -9,7 +9,8 @@ from tests.helpers.value_aware import check_weighed, weighed_call
 from tests.kernels.triton.helpers import DEVICE, here, on_device
 from toptheta.attention.call import Counts
 from toptheta.kernels.triton import backend as gpu
-from toptheta.methods.base import State, ValueNorms
+from toptheta.methods.base import ValueNorms
+from toptheta.methods.state import State
 
 
 @here

@@ -17,6 +17,7 @@ from toptheta.kernels.triton.online import (
     lookup,
     next_above,
     smallest_kept_weighed,
+    whole_row,
 )
 
 VARYING = ["kv_len", "theta_len", "splits"]  # one build serves every length
@@ -110,10 +111,7 @@ def candidates_kernel(
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head
     parts, in_parts = row[:, None] * splits + j[None, :], in_group[:, None] & (j < splits)[None, :]
-    maxima = tl.load(copy_max + parts, mask=in_parts, other=LOWEST)
-    row_max = tl.max(maxima, axis=1)
-    sums = tl.load(copy_sum + parts, mask=in_parts, other=0.0)
-    row_sum = tl.sum(sums * exp(maxima - row_max[:, None]), axis=1)
+    row_max, row_sum = whole_row(copy_max, copy_sum, parts, in_parts)
     row_n = tl.load(n + batch * n_stride)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
     if WEIGHED:

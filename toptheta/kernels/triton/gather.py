@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 
 from toptheta.kernels.triton.online import (
-    LOWEST,
     both,
     exp,
     keys_of_split,
     lookup,
     smallest_kept_exp,
     smallest_kept_weighed,
+    whole_row,
 )
 
 VARYING = ["kv_len", "theta_len", "splits"]  # one build serves every length
@@ -63,10 +63,7 @@ def gather_kernel(
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head
     parts, in_parts = row[:, None] * splits + i[None, :], in_group[:, None] & (i < splits)[None, :]
-    maxima = tl.load(part_max + parts, mask=in_parts, other=LOWEST)
-    row_max = tl.max(maxima, axis=1)
-    sums = tl.load(part_sum + parts, mask=in_parts, other=0.0)
-    row_sum = tl.sum(sums * exp(maxima - row_max[:, None]), axis=1)
+    row_max, row_sum = whole_row(part_max, part_sum, parts, in_parts)
     row_n = tl.load(n + batch * n_stride)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
     if WEIGHED or BY_COPY:

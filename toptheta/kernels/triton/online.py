@@ -49,6 +49,16 @@ def keys_of_split(span, batch, kv_len, splits, HAS_MASK: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
+def whole_row(part_max, part_sum, parts, in_parts):
+    """A row's largest score and its sum of exp(score - largest), from those of its splits, which lie at
+    `parts` `[heads, splits]`."""
+    maxima = tl.load(part_max + parts, mask=in_parts, other=LOWEST)
+    largest = tl.max(maxima, axis=1)
+    sums = tl.load(part_sum + parts, mask=in_parts, other=0.0)
+    return largest, tl.sum(sums * exp(maxima - largest[:, None]), axis=1)
+
+
+@triton.jit
 def next_above(theta):
     """The smallest float above theta: `s > theta` is `s >= next_above(theta)`.
 
