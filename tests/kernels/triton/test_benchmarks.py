@@ -43,5 +43,6 @@ def test_tuning_runs(kind, monkeypatch):
         configs = [{"tile": (64, 4)}, {"tile": (32, 2), "BLOCK_F": 64}, {"tile": (48, 4)}]
     case = Case("tiny", "prefill" if kind == "prefill" else "decode", 250, 1)
     rows = tune_gpu.sweep(kind, case, configs, DEVICE)
-    assert [("ms" in row, row["set"]) for row in rows] == [(True, True), (True, False), (False, False)]
-    assert "not run" in rows[-1] and all(getattr(module, name) == before[name] for name in before)
+    assert ["ms" in row for row in rows] == [True, True, False] and "not run" in rows[-1]
+    assert rows[0]["ms"] <= rows[1]["ms"] and sorted(row["set"] for row in rows) == [False, False, True]
+    assert all(getattr(module, name) == before[name] for name in before)
