@@ -11,6 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 import test_llama
 from tests.eval.helpers import gen_settings, qa_settings
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import Script
+from toptheta.eval import sweep
 from toptheta.eval.sweep import run_sweep
 from toptheta.eval.table_cells import SweepOptions
 from toptheta.report.paired import compare
@@ -93,8 +95,9 @@ def test_replies_of_the_harness_and_samples(folder_model: str, here: Path, local
     assert all(len(answer.reply_ids) == answer.tokens["reply"] for answer in answers)
 
 
-def test_the_noise_floor_of_a_sweep(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_noise_floor_of_a_sweep(folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense attention in another type is compared with the dense row above it, as a sparse method is."""
+    monkeypatch.setattr(sweep, "Popen", Script)
     flags = {"llama": folder_model, "num_fewshot": 3, "num_samples": 12, "device": "cpu"}
     part = {
         "script": "test_llama.py",

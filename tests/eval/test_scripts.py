@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_script
 
 
 @pytest.mark.parametrize(
@@ -19,8 +20,6 @@ from tests.helpers.paths import ROOT
         ("test_llama.py --mode 1 --k 64 --layerk 99:64", "--layerk names layer 99"),
         ("test_llama.py --task hellaswagg", "choose for example hellaswag"),
         ("test_llama.py --resume /nowhere", "no run.json"),
-        ("test_llama.py --llama owner/model-that-is-not-here", "cannot be reached|no such model"),
-        ("test_llama.py --task arc_easy", "data of task arc_easy cannot be loaded"),
         ("test_llama.py --mod 0", "--mod 0"),
         ("gen_llama.py --dataset code", "--dataset is 'code'"),
         ("gen_llama.py --max_seq_len 5", "--max_seq_len is 5"),
@@ -29,18 +28,29 @@ from tests.helpers.paths import ROOT
     ],
 )
 def test_scripts_exit_with_2(command: str, message: str, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, *command.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        # No network, and nothing downloaded before.
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-    )
-    assert result.returncode == 2, result.stderr
-    assert re.search(message, result.stderr), result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.count("error: ") == 1
+    check(run_script([sys.executable, *command.split()], tmp_path, cwd=ROOT), message)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("test_llama.py --llama owner/model-that-is-not-here", "cannot be reached|no such model"),
+        ("test_llama.py --task arc_easy", "data of task arc_easy cannot be loaded"),
+    ],
+)
+def test_without_a_network(command: str, message: str, tmp_path: Path) -> None:
+    # The hub's library reads these when it is imported; nothing was downloaded before.
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command_line = [sys.executable, *command.split()]
+    run = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=env)
+    check(run, message)
+
+
+def check(run: subprocess.CompletedProcess, message: str) -> None:
+    """One sentence, with `message`, and exit code 2."""
+    assert run.returncode == 2, run.stderr
+    assert re.search(message, run.stderr), run.stderr
+    assert "Traceback" not in run.stderr and run.stderr.count("error: ") == 1
 
 
 def test_not_a_llama(tmp_path: Path) -> None:
@@ -67,14 +77,7 @@ def test_script(folder_model: str, here_with_text: Path) -> None:
         "--device",
         "cpu",
     ]
-    run = subprocess.run(
-        [*command, "--needle_depths", "50", "--prefill_chunk", "50"],
-        cwd=here_with_text,
-        capture_output=True,
-        text=True,
-    )
+    run = run_script([*command, "--needle_depths", "50", "--prefill_chunk", "50"], here_with_text)
     assert run.returncode == 0 and "found %" in run.stdout, run.stderr
-    bad = subprocess.run(
-        [*command, "--needle_depths", "half"], cwd=here_with_text, capture_output=True, text=True
-    )
+    bad = run_script([*command, "--needle_depths", "half"], here_with_text)
     assert bad.returncode == 2 and "--needle_depths is 'half': give a whole number" in bad.stderr

@@ -14,6 +14,8 @@ import pytest
 import gen_llama
 import test_llama
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import Script
+from toptheta.eval import sweep
 from toptheta.eval.settings import QASettings
 from toptheta.eval.sweep import Found, missing_runs, run_sweep, scan
 from toptheta.eval.table_cells import TEXT_FLAGS, SweepOptions, answer_key
@@ -46,6 +48,12 @@ def tables(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return file
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs need not import anything first."""
+    monkeypatch.setattr(sweep, "Popen", Script)
+
+
 def options(tables: Path, /, **changes) -> SweepOptions:
     return SweepOptions(**({"table": "tiny", "file": str(tables)} | changes))
 
@@ -55,8 +63,9 @@ def plan(file: Path):
     return cells_of(content["tables"]["tiny"], content, options(file), PARSERS)
 
 
-def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, request) -> None:
     assert run_sweep(options(tables, only="dense", jobs=2), PARSERS, ROOT) == 0
+    request.getfixturevalue("quick")
     first = {p.name for p in (tmp_path / "products").iterdir()}
     assert len(first) == 2 and "tables" in first  # one run
     assert run_sweep(options(tables, jobs=2), PARSERS, ROOT) == 0
@@ -89,7 +98,7 @@ def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_unfinished_runs_are_resumed_and_never_count(tables: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_are_resumed_and_never_count(tables: Path, tmp_path: Path, quick: None) -> None:
     assert run_sweep(options(tables, only="Top-k*K=8"), PARSERS, ROOT) == 0
     (run,) = [p for p in (tmp_path / "products").iterdir() if p.name != "tables"]
     cells = plan(tables)
@@ -243,7 +252,9 @@ def test_bad_flags(tables: Path, changes: dict, words: str) -> None:
         run_sweep(options(tables, **changes), PARSERS, ROOT)
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(tables: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_failing_run_is_named_and_the_others_go_on(
+    tables: Path, quick: None, capsys: pytest.CaptureFixture
+) -> None:
     content = json.loads(tables.read_text())
     content["tables"]["tiny"]["parts"][0]["k"] = [16, 100_000]  # no prompt is that long
     tables.write_text(json.dumps(content))

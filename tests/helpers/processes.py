@@ -1,15 +1,19 @@
-"""Several processes of one run, as torchrun starts them, but quick: forked from one that has imported all."""
+"""Several processes of one run, as torchrun starts them, and scripts, but quick: forked from one that has
+imported all."""
 
 import multiprocessing
 import os
+import runpy
+import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.helpers.paths import ROOT
 
@@ -99,3 +103,64 @@ def _run(
         work(*arguments)
 
     run_main(main)
+
+
+class Script:
+    """A script of ours as subprocess.Popen runs it, in a process that need not import anything first: the
+    part of Popen's interface that is used."""
+
+    def __init__(
+        self,
+        command: list[str],
+        stdout: IO[Any],
+        stderr: int | IO[Any],
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+        start_new_session: bool = False,
+    ):
+        python, *arguments = command
+        assert python == sys.executable
+        os.environ["PYTHONPATH"] = str(ROOT)
+        files = [stdout.name, stdout.name if stderr == subprocess.STDOUT else stderr.name]  # type: ignore[union-attr]
+        given = (arguments, files, dict(env or os.environ), str(cwd or os.getcwd()))
+        self._process = _context.Process(target=_run_script, args=given)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if timeout is not None and self.returncode is None:
+            raise subprocess.TimeoutExpired("the script", timeout)
+        return self.returncode
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run_script(command: list[str], folder: Path, **more: Any) -> subprocess.CompletedProcess:
+    """subprocess.run of a script of ours, as `Script` does it. folder: for what it prints."""
+    with open(folder / "stdout", "w+") as out, open(folder / "stderr", "w+") as err:
+        code = Script(command, out, err, **more).wait(120.0)
+        assert code is not None
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
+
+
+def _run_script(arguments: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, file in zip((1, 2), files):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+    runpy.run_path(arguments[0], run_name="__main__")

@@ -7,12 +7,12 @@ K added to a table runs only the new cells.
 
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from subprocess import STDOUT, Popen, TimeoutExpired
 
 from tqdm import tqdm
 
@@ -156,7 +156,7 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
     """Run the commands, `jobs` at a time; returns the number of failures. Ctrl-C stops them after saving."""
     logs.mkdir(parents=True, exist_ok=True)
     waiting, failed = list(commands), 0
-    running: dict[subprocess.Popen, tuple[int, Path]] = {}
+    running: dict[Popen, tuple[int, Path]] = {}
     slots = list(range(min(jobs, len(commands))))
     bar = tqdm(total=len(commands), desc="Runs", unit="run", disable=None)
     try:
@@ -167,10 +167,10 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
                 with open(log, "w") as file:
                     file.write(shlex.join(["python", *command]) + "\n")
                     file.flush()
-                    process = subprocess.Popen(
+                    process = Popen(
                         [sys.executable, str(root / command[0]), *command[1:]],
                         stdout=file,
-                        stderr=subprocess.STDOUT,
+                        stderr=STDOUT,
                         env=os.environ | _share(slot, jobs, gpus),
                         start_new_session=True,  # Ctrl-C reaches them through this process alone
                     )
@@ -191,7 +191,7 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
         for process in running:
             try:
                 process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
+            except TimeoutExpired:
                 process.kill()
         say("\nInterrupted. All progress is saved; the same command continues.")
         raise

@@ -23,7 +23,7 @@ def test_decode_benchmark_runs(monkeypatch):
 
 
 @here
-@pytest.mark.parametrize("kind", ["decode", "int8", "prefill"])
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_tuning_runs(kind, monkeypatch):
     """Other tiles give the same outputs and leave nothing changed; configurations that cannot run are listed
     last, with the reason."""
