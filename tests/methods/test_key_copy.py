@@ -91,7 +91,7 @@ def copied(k: Tensor, mean: Tensor, bits: int) -> KeyCodes:
 
 
 def represented(k: Tensor, mean: Tensor, bits: int) -> Tensor:
-    return copied(k, mean, bits).represented()
+    return copied(k, mean, bits).represented(k.shape[2])
 
 
 def test_the_copy_by_hand() -> None:
@@ -119,7 +119,7 @@ def test_the_copy_follows_the_cache(bits: int) -> None:
         keys = k[order, :, :end]
         copy = codes_of(state, keys, seen[order, :end], 1, True, bits)
         torch.testing.assert_close(copy.mean, mean[order])
-        assert torch.equal(copy.represented(), represented(keys, copy.mean, bits))
+        assert torch.equal(copy.represented(copy.length), represented(keys, copy.mean, bits))
 
     order = [0, 1, 2]
     for end in (30, 31, 32):

@@ -129,12 +129,11 @@ class AttentionCall:
 
     @property
     def key_bits(self) -> int:
-        """Bits of the copy of K by which a kernel chooses what to read of K; 0: it reads all."""
-        spec = self.kernel
-        return spec.key_bits if self.decode and spec is not None and spec.sparse else 0
+        """Bits of the copy of K by which decode steps choose what to read of K; 0: they read all."""
+        return self.spec.method.key_bits if self.decode and self.spec.sparse else 0
 
     def key_codes(self) -> KeyCodes:
-        """The copy of K in `key_bits`, of the keys that these rows may see."""
+        """The copy of K, up to the keys of these rows."""
         state = self.state if self.state is not None else State()
         state.belong_to(self.spec.method)
         rows, (q_len, kv_len) = self.rows, (self.q.shape[2], self.k.shape[2])
@@ -143,9 +142,9 @@ class AttentionCall:
             state,
             self.k[:, :, : rows.end(q_len, kv_len)],
             None if visible is None else visible[:, 0, 0],
-            q_len,
+            q_len if self.decode else 0,
             rows.first is not None,
-            self.key_bits,
+            self.spec.method.key_bits,
         )
 
     @property

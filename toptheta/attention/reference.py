@@ -4,6 +4,8 @@ Pure tensor functions, independent of modules, files and flags. Scores are float
 as in call.py; a block has R rows and sees the first E keys.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,12 +40,14 @@ def sparse_attention(
     out = torch.empty(batch, num_heads, q_len, head_dim, dtype=q.dtype, device=q.device)
     v_mean = mean_of_visible(v, rows) if spec.vmc else None
     counts = Counts.zeros(call) if call.count else None
+    if call.state is None and spec.method.has_state:
+        call = replace(call, state=State())  # for this call only
     state = call.state
-    if state is None and spec.method.has_state:
-        state = State()  # for this call only
     if state is not None:
         state.belong_to(spec.method)
         state.grow(kv_len)
+    if call.key_bits:
+        call.key_codes()
 
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
     if spec.sparse:

@@ -14,11 +14,12 @@ ROOM = 256  # keys that a full copy gets room for, in addition to those that com
 
 @dataclass
 class KeyCodes:
-    """The copy of the first `length` keys: a key is represented by mean + step * code.
+    """A copy of the first keys of a cache: a key is represented by mean + step * code.
 
     codes: `[B, H_kv, room, D]` int8 or, in four bits, `[B, H_kv, room, D / 2]`: the low half of byte i is the
     code of channel i, the high half that of channel i + D / 2. steps: `[B, H_kv, room]` bfloat16. mean: `[B,
-    H_kv, D]` float32.
+    H_kv, D]` float32. length: how many keys are coded; of a static cache an upper bound, which decode steps
+    do not count. fixed: whether a decode step has used the mean.
     """
 
     codes: Tensor
@@ -26,14 +27,29 @@ class KeyCodes:
     mean: Tensor
     bits: int
     length: int = 0
+    fixed: bool = False
 
     @classmethod
-    def around(cls, mean: Tensor, bits: int) -> KeyCodes:
-        """Of no keys yet."""
+    def around(cls, mean: Tensor, bits: int, room: int = 0, spare: KeyCodes | None = None) -> KeyCodes:
+        """Of no keys yet. room: keys of a static cache, for which the tensors keep their addresses; spare:
+        such a copy, whose tensors are used again."""
+        if spare is not None:
+            spare.mean.copy_(mean)
+            return cls(spare.codes, spare.steps, spare.mean, bits)
         batch, num_kv_heads, head_dim = mean.shape
         width = head_dim if bits == 8 else (head_dim + 1) // 2
-        codes = mean.new_zeros(batch, num_kv_heads, 0, width, dtype=torch.int8)
-        return cls(codes, mean.new_zeros(batch, num_kv_heads, 0, dtype=torch.bfloat16), mean, bits)
+        codes = mean.new_zeros(batch, num_kv_heads, room, width, dtype=torch.int8)
+        steps = mean.new_zeros(batch, num_kv_heads, room, dtype=torch.bfloat16)
+        if room and not torch.compiler.is_compiling():
+            for tensor in (codes, steps, mean):
+                torch._dynamo.mark_static_address(tensor)
+        return cls(codes, steps, mean, bits)
+
+    def put_at(self, k: Tensor, at: Tensor) -> None:
+        """Make `k` `[B, H_kv, M, D]` the keys at the places `at` `[M]` int64, for which there is room."""
+        codes, steps = coded(k, self.mean, self.bits)
+        self.codes.index_copy_(2, at, codes)
+        self.steps.index_copy_(2, at, steps)
 
     def put(self, k: Tensor, first: int) -> None:
         """Make `k` `[B, H_kv, M, D]` the keys from `first` on, the last ones."""
@@ -46,9 +62,9 @@ class KeyCodes:
         self.codes[:, :, first : self.length] = codes
         self.steps[:, :, first : self.length] = steps
 
-    def represented(self) -> Tensor:
-        """What the copy stands for, `[B, H_kv, length, D]` float32."""
-        codes, steps = self.codes[:, :, : self.length], self.steps[:, :, : self.length, None]
+    def represented(self, length: int) -> Tensor:
+        """What the copy of the first keys stands for, `[B, H_kv, length, D]` float32."""
+        codes, steps = self.codes[:, :, :length], self.steps[:, :, :length, None]
         if self.bits == 4:
             codes = torch.cat([(codes << 4) >> 4, codes >> 4], dim=-1)[..., : self.mean.shape[-1]]
         return self.mean[:, :, None] + steps.float() * codes
@@ -70,7 +86,7 @@ class KeyCodes:
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> KeyCodes:
         codes, steps, mean = (change(x) for x in (self.codes, self.steps, self.mean))
-        return KeyCodes(codes, steps, mean, self.bits, self.length)
+        return KeyCodes(codes, steps, mean, self.bits, self.length, self.fixed)
 
 
 def coded(k: Tensor, mean: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,24 @@ class State:
     cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length.
     key_codes: a quantized copy of the keys, which follows the cache, too. owner: the method whose state it
     is; another method starts with an empty state.
+
+    Of a static cache, which cannot say how many keys it holds without waiting for the device: room, how many
+    it can hold (0: it is another cache); end: `[]` int64, how many it holds; uncoded: that `key_codes` lacks
+    at most the last so many of them; spare: the memory of an earlier `key_codes`.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     key_codes: KeyCodes | None = None
     owner: object = None
+    room: int = 0
+    end: Tensor | None = None
+    uncoded: int = 0
+    spare: KeyCodes | None = None
+
+    def came(self, num_keys: int, end: Tensor) -> None:
+        """`num_keys` keys came to a static cache, which now holds `end`."""
+        self.uncoded, self.end = min(self.uncoded + num_keys, self.room), end
 
     def tensor(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor of this name over the first E keys, as a view that may be changed in place; created with
@@ -67,13 +79,24 @@ class State:
         """A copy of the state that shares no memory with it."""
         tensors = {name: x.clone() for name, x in self.tensors.items()}
         key_codes = None if self.key_codes is None else self.key_codes.clone()
-        return State(tensors, dict(self.numbers), key_codes, self.owner)
+        more = (self.owner, self.room, self.end, self.uncoded)
+        return State(tensors, dict(self.numbers), key_codes, *more)
 
     def clear(self) -> None:
         self.tensors, self.numbers, self.key_codes, self.owner = {}, {}, None, None
+        self.uncoded, self.spare = self.room, None
+
+    def reset(self) -> None:
+        """Clear the state of a cache that was emptied. A static one keeps its tensors, so does the copy of
+        its keys."""
+        copy, owner = self.key_codes or self.spare, self.owner
+        self.clear()
+        if self.room:
+            self.owner, self.uncoded, self.spare = owner, 0, copy
 
     def belong_to(self, method: object) -> None:
         """Clear the state if it is that of another method."""
         if self.owner != method:
-            self.clear()
+            if self.owner is not None:
+                self.clear()
             self.owner = method

@@ -53,6 +53,10 @@ class TopTheta(Method):
     def needs_values(self) -> bool:  # type: ignore[override]
         return self.value_aware
 
+    @property
+    def key_bits(self) -> int:  # type: ignore[override]
+        return BITS.get(self.key_copy, 0)
+
     def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         read = n * (4 * kept.shape[-1] if self.value_aware else 0)
         if self.key_copy != "none":  # in proportion to a 16-bit cache, which float32 would make look cheap
@@ -72,7 +76,7 @@ class TopTheta(Method):
         if self.key_copy == "none":
             return
         assert tables.theta is not None and block.k is not None
-        guess = estimated(block, BITS[self.key_copy])
+        guess = estimated(block)
         seen = replace(block, x=guess, row_max=guess.amax(dim=-1, keepdim=True))
         compared = seen.weights if placement == "post-softmax" else guess
         if self.value_aware:
@@ -107,8 +111,9 @@ class TopTheta(Method):
     def kernel_spec(self) -> KernelSpec | None:
         if self.floor > 1:
             return None
-        bits = BITS.get(self.key_copy, 0)
-        return KernelSpec(Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware, key_bits=bits)
+        return KernelSpec(
+            Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware, key_bits=self.key_bits
+        )
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.floor < 1:

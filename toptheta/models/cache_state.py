@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from toptheta.methods.state import State
 from toptheta.util.errors import UsageError
@@ -19,6 +20,12 @@ def _following(kind: Any) -> type:
 
     class Following(kind):
         method_state: State
+
+        def update(self, key_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            updated = super().update(key_states, *args, **kwargs)
+            if isinstance(self, StaticLayer):
+                self.method_state.came(key_states.shape[2], self.cumulative_length)
+            return updated
 
         def crop(self, *args, **kwargs) -> None:
             super().crop(*args, **kwargs)
@@ -38,7 +45,7 @@ def _following(kind: Any) -> type:
 
         def reset(self) -> None:
             super().reset()
-            self.method_state.clear()
+            self.method_state.reset()
 
     return Following
 
@@ -57,6 +64,10 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
             )
         layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
         layer.method_state = State()
+        if isinstance(layer, StaticLayer):
+            room = layer.max_cache_len
+            layer.method_state = State(room=room, uncoded=room if layer.is_initialized else 0)
+            layer.method_state.end = layer.cumulative_length
     return layer.method_state
 
 

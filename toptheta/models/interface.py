@@ -74,8 +74,8 @@ def toptheta_attention_forward(
     if state.calibration is not None:
         out = registry.calibrate(call, state.calibration)
         return out.transpose(1, 2).contiguous(), None
-    state.complete(call)
     call.decode = decode
+    state.complete(call)
     way = state.way(call)
     if way is not None and is_dense(way):
         if recorder is not None:
@@ -168,8 +168,7 @@ def toptheta_mask(
     one query over a static cache, where the unused tail must stay hidden, and for rows that see everything,
     later keys too.
     """
-    if isinstance(q_offset, Tensor) and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
-        q_offset = int(q_offset)  # a static cache's; on a GPU reading it would wait for the device
+    q_offset = _on_host(q_offset)
     offset_known = isinstance(q_offset, int)
     same = (
         offset_known
@@ -198,6 +197,13 @@ def toptheta_mask(
     rows = _rows_of_mask(mask, q_offset, kv_offset, mask_function is causal_mask_function, attention_mask)
     remember(mask, rows)
     return mask
+
+
+def _on_host(q_offset: int | Tensor) -> int | Tensor:
+    """The offset as a number. That of a static cache stays a tensor on a GPU, where reading it would wait for
+    the device, and in a compiled model."""
+    known = isinstance(q_offset, int) or q_offset.device.type == "cpu" and not torch.compiler.is_compiling()
+    return int(q_offset) if known else q_offset
 
 
 def _rows_of_mask(

@@ -99,6 +99,9 @@ class LayerState(nn.Module):
         if self.layer_idx >= len(layers):
             return
         layer = layers[self.layer_idx]
+        copies = self.spec.sparse and self.spec.method.key_bits and self.calibration is None
+        if copies and not getattr(layer, "is_sliding", False):
+            self.method_state()  # before the cache is updated: a static one counts what comes
         if isinstance(layer, TopThetaLayer):
             layer.summing = vmc
             weighs = self.spec.sparse and self.spec.method.needs_values and self.calibration is None
@@ -155,6 +158,8 @@ class LayerState(nn.Module):
         by_kernel = call.factor is not None and call.kernel is not None and not call.kernel.key_bits
         if self.spec.method.has_state and not by_kernel:  # else the cache holds all of it
             call.state = self.method_state()
+            if call.state.room and self.spec.method.key_bits and not call.decode:
+                call.key_codes()  # so that decode steps, which may be compiled, only add to it
 
     def way(self, call: AttentionCall) -> str | None:
         """How to compute a call if `when_slower` allows a choice; None: according to the call. See

@@ -12,6 +12,7 @@ from tests.kernels.triton.helpers import DEVICE, here
 from topk_llama import TopThetaCache, set_params, update_model
 from toptheta.kernels import int8_keys as two_tier
 from toptheta.kernels import registry as kernels
+from toptheta.methods.key_codes import coded
 from toptheta.models.control import record_statistics
 from toptheta.models.recorder import Recorder
 
@@ -71,24 +72,24 @@ CACHES = {
 }
 
 
-VALUE_AWARE = {
-    "method": "top_theta:value_aware",
+CALIBRATED = {
     "placement": "post-softmax",
     "vmc": True,
     "calib_to": "budget",
     "calib_sample_frac": 1.0,
     "K": 6,
 }
+METHODS = {"value-aware": "top_theta:value_aware", "key copy": "top_theta:key_copy=int4"}
 
 
 @here
-@pytest.mark.parametrize("kind", [*CACHES, "value-aware"])
+@pytest.mark.parametrize("kind", [*CACHES, *METHODS])
 def test_whole_model_compiles_once(kind, monkeypatch):
     """A static cache: every step runs the one graph, without a break, and equals the plain path."""
     model = small_llama()
-    if kind == "value-aware":
+    if kind in METHODS:
         update_model(model)
-        set_params(model, **VALUE_AWARE, calibrate=True)
+        set_params(model, **CALIBRATED, method=METHODS[kind], calibrate=True)
         model(tokens(length=60).to(DEVICE))
         set_params(model, calibrate=False)
     else:
@@ -119,6 +120,10 @@ def test_whole_model_compiles_once(kind, monkeypatch):
     for layer in cache.layers if kind == "value-aware" else ():
         weighed = layer.weighing.of(layer.values)[:, :, :23]
         torch.testing.assert_close(layer.factor[:, :, :23], weighed, rtol=1e-4, atol=1e-5)
+    for layer in cache.layers if kind == "key copy" else ():
+        copy = layer.method_state.key_codes
+        codes, steps = coded(layer.keys[:, :, :23], copy.mean, 4)
+        assert torch.equal(copy.codes[:, :, :23], codes) and torch.equal(copy.steps[:, :, :23], steps)
     for layer in cache.layers if kind == "two tiers" else ():
         fresh = two_tier.quantized(layer.keys, layer.int8.mean)
         assert torch.equal(layer.int8.codes[:, :, :23], fresh.codes[:, :, :23])

@@ -61,8 +61,8 @@ def unsupported(call: AttentionCall) -> str | None:
         return "the kernels have no capk"
     if call.key_bits and (spec.placement != "post-softmax" or call.q.shape[2] > 1):
         return "the kernels read copies of K for thresholds on weights, and one decode step at a time"
-    if call.key_bits and torch.compiler.is_compiling():
-        return "a copy of K that grows with the cache cannot be traced by torch.compile"
+    if call.key_bits and torch.compiler.is_compiling() and (call.state is None or not call.state.room):
+        return "torch.compile cannot trace a copy of K that grows with the cache: use a static cache"
     if spec.sparse and spec.selection == Selection.LARGEST and call.q.shape[2] > 1:
         return "Top-k of many rows has no kernel"
     if call.count_rows:
