@@ -113,10 +113,17 @@ def kernels(
          choices(WEIGHED=both)),
         ("filtered", filtered_kernel, rows | listing, decode, choices(**stores)),
         ("scores by a copy of K", estimate_kernel, rows, decode, choices(BITS=(4, 8))),
-        ("candidates", candidates_kernel, rows | splits | listing | {"FIRST": FIRST, "LAST": LAST}, decode,
+        ("candidates", candidates_kernel,
+         rows | splits | listing | {"ON_SCORES": False, "FIRST": FIRST, "LAST": LAST}, decode,
          choices(WEIGHED=both)),
-        ("gather", gather_kernel, rows | splits | listing | {"KEEP_GIVEN": False}, decode,
+        ("candidates, scores", candidates_kernel,
+         rows | splits | listing | {"ON_SCORES": True, "WEIGHED": False, "FIRST": FIRST, "LAST": LAST},
+         decode, [{}]),
+        ("gather", gather_kernel, rows | splits | listing | {"KEEP_GIVEN": False, "ON_SCORES": False}, decode,
          choices(STORE_KEEP=both, WEIGHED=both, BY_COPY=both)),
+        ("gather, scores", gather_kernel,
+         rows | splits | listing | {"KEEP_GIVEN": False, "ON_SCORES": True, "WEIGHED": False,
+                                     "BY_COPY": True}, decode, choices(STORE_KEEP=both)),
         ("merge", triton_decode.merge_kernel, merged | {"ONE_MAX": False}, merge,
          choices(SDC=(1, 0, 2, 3), VMC=(True, False))),
         ("prefill", triton_prefill.prefill_kernel, blocks | {"POST": False, "WEIGHED": False}, prefill,
@@ -131,10 +138,10 @@ def kernels(
         groups += [
             ("sums of V", block_sums_kernel, sums, merge, [{}]),
             ("gather, Top-k", gather_kernel,
-             rows | splits | listing | {"KEEP_GIVEN": True, "STORE_KEEP": True, "WEIGHED": False,
-                                         "BY_COPY": False}, decode, [{}]),
+             rows | splits | listing | {"KEEP_GIVEN": True, "STORE_KEEP": True, "ON_SCORES": False,
+                                         "WEIGHED": False, "BY_COPY": False}, decode, [{}]),
             ("merge, two stages", triton_decode.merge_kernel, merged | {"ONE_MAX": True}, merge,
-             choices(SDC=(-1, 0), VMC=(True, False))),
+             choices(SDC=(-1, 0, 1, 2, 3), VMC=(True, False))),
         ]  # fmt: skip
     found: Kernels = {}
     for name, function, constants, options, combinations in groups:

@@ -12,7 +12,8 @@ from tests.kernels.triton.helpers import HERE, needs_triton
 FOLDER = ROOT / "tests" / "kernels" / "triton"
 FILES = {  # in parts of a few minutes, which run side by side
     "attend": ["attend"],
-    "options": ["value_aware", "key_copy", "operators", "refusals", "hub_package"],
+    "options": ["value_aware", "operators", "refusals", "hub_package"],
+    "copies": ["key_copy"],
     "models": ["whole_models", "benchmarks", "tune", "when_slower"],
 }
 INT8_KEYS = str(FOLDER.parent / "test_int8_keys.py")

@@ -24,6 +24,13 @@ from toptheta.methods.state import State
         ("static decode", (2, 2, 16), torch.float32, 0, "int4"),
         ("padded decode", (4, 2, 32), torch.float16, 0, "int4"),
         ("padded decode", (4, 2, 32), torch.float16, 0, "int8"),
+        ("decode", (3, 1, 48), torch.float32, 3, "int8"),
+        ("decode", (2, 1, 16), torch.float32, 5, "int4"),
+        ("padded decode", (4, 2, 24), torch.float32, 6, "int4"),
+        ("padded decode", (4, 2, 24), torch.float32, 5, "int8"),
+        ("static decode", (2, 2, 16), torch.float32, 3, "int4"),
+        ("padded decode", (4, 2, 32), torch.float16, 3, "int4"),
+        ("padded decode", (4, 2, 32), torch.float16, 6, "int8"),
     ],
     ids=str,
 )
@@ -35,7 +42,7 @@ def test_equals_the_reference(kind, heads, dtype, number, copy):
     values = ValueNorms(*(x.to(DEVICE) for x in (asked.values.gram, asked.values.mean, asked.values.scale)))
     moved = replace(
         asked, q=asked.q.to(DEVICE), k=asked.k.to(DEVICE), v=asked.v.to(DEVICE), rows=on_device(asked.rows),
-        theta=asked.theta.to(DEVICE), values=values, state=State(),
+        theta=asked.theta.to(DEVICE), sdc_table=asked.sdc_table.to(DEVICE), values=values, state=State(),
     )  # fmt: skip
     assert gpu.unsupported(moved) is None
     for _ in range(2):  # behind the same state, too
@@ -57,6 +64,7 @@ def test_which_calls_the_kernels_take():
             replace(asked, q=asked.q.to(DEVICE), k=asked.k.to(DEVICE), v=asked.v.to(DEVICE))
         )
 
-    assert "thresholds on weights" in why("decode", SPECS[3])
     assert "one decode step" in why("few rows", SPECS[0])
+    assert "capk" in why("decode", SPECS[4])
+    assert why("decode", SPECS[3]) is None
     assert why("decode", SPECS[3], decode=False) is None

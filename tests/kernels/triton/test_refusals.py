@@ -49,13 +49,14 @@ def test_falls_back_where_it_does_not_build(monkeypatch):
 
 @here
 @pytest.mark.parametrize("placement", ["pre-softmax", "post-softmax"])
-@pytest.mark.parametrize("prefill", [False, True])
-def test_probe(placement, prefill, monkeypatch):
+@pytest.mark.parametrize("prefill, key_bits", [(False, 0), (True, 0), (False, 4)])
+def test_probe(placement, prefill, key_bits, monkeypatch):
     """It finds that the kernels run, also while a model is traced, and tries them once."""
     monkeypatch.setattr(gpu, "_probed", {})
+    torch._dynamo.reset()
     calls, run = [], gpu.run
-    monkeypatch.setattr(gpu, "run", lambda call: calls.append(1) or run(call))
-    kind = (DEVICE, torch.float32, 16, 2, 0, placement, prefill)
+    monkeypatch.setattr(gpu, "run", lambda call: calls.append(call.key_bits) or run(call))
+    kind = (DEVICE, torch.float32, 16, 2, 0, placement, prefill, key_bits)
     assert gpu.probe(*kind, only_known=True) is None and not calls
 
     def known(x):
@@ -64,7 +65,9 @@ def test_probe(placement, prefill, monkeypatch):
 
     traced = torch.compile(known, fullgraph=True, backend="aot_eager")
     assert (
-        traced(torch.zeros(1, device=DEVICE)).item() == 1.0 and gpu.probe(*kind) is None and len(calls) == 1
+        traced(torch.zeros(1, device=DEVICE)).item() == 1.0
+        and gpu.probe(*kind) is None
+        and calls == [key_bits]
     )
 
 

@@ -59,8 +59,8 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"{call.spec.method.title} has no kernel"
     if spec.sparse and spec.capk:
         return "the kernels have no capk"
-    if call.key_bits and (spec.placement != "post-softmax" or call.q.shape[2] > 1):
-        return "the kernels read copies of K for thresholds on weights, and one decode step at a time"
+    if call.key_bits and call.q.shape[2] > 1:
+        return "the kernels read a copy of K for one decode step at a time"
     if call.key_bits and torch.compiler.is_compiling() and (call.state is None or not call.state.room):
         return "torch.compile cannot trace a copy of K that grows with the cache: use a static cache"
     if spec.sparse and spec.selection == Selection.LARGEST and call.q.shape[2] > 1:
@@ -83,7 +83,7 @@ def ready(call: AttentionCall) -> str | None:
         return None
     capturing = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
     group = q.shape[1] // call.k.shape[1]
-    kind = (int(spec.selection), spec.placement, q.shape[2] > 1)
+    kind = (int(spec.selection), spec.placement, q.shape[2] > 1, call.key_bits)
     return probe(q.device, q.dtype, q.shape[3], group, *kind, only_known=capturing)
 
 
@@ -99,16 +99,19 @@ def probe(
     selection: int,
     placement: str,
     prefill: bool,
+    key_bits: int = 0,
     only_known: bool = False,
 ) -> str | None:
     """Try the kernels on a small call, once for each kind; returns None, or why they fail. Warns once if they
     do: a compiler may fail for a chip that nobody has tried, or a tile not fit its shared memory."""
-    key = (device, dtype, head_dim, group, selection, placement, prefill)
+    key = (device, dtype, head_dim, group, selection, placement, prefill, key_bits)
     if key in _probed or only_known:
         return _probed.get(key)
     method = {Selection.THRESHOLD: TopTheta, Selection.LARGEST: TopK, Selection.ALL: Dense}[
         Selection(selection)
     ]()
+    if key_bits:
+        method = TopTheta(key_copy=f"int{key_bits}")
     q_len = kv_len = 128
     if not prefill:
         q_len = 1
@@ -118,7 +121,7 @@ def probe(
     spec = LayerSpec(method, placement, 8, vmc=placement == "post-softmax")
     theta = torch.zeros(group, 1, device=device)
     try:
-        run(AttentionCall(q, k, k, rows, spec, 1.0, theta, count=True))
+        run(AttentionCall(q, k, k, rows, spec, 1.0, theta, count=True, decode=key_bits > 0))
         _probed[key] = None
     except torch.OutOfMemoryError:
         raise

@@ -1,4 +1,4 @@
-"""Decode with a copy of K in few bits (methods/key_copy.py) on the GPU, for thresholds on weights.
+"""Decode with a copy of K in few bits (methods/key_copy.py) on the GPU.
 
 In place of `split_kernel`, `estimate_kernel` scores all keys by their codes, and `candidates_kernel`, which
 knows the whole row then, lists the keys that some head of the group may keep and reads K for those. They
@@ -12,6 +12,7 @@ import triton.language as tl
 from toptheta.kernels.triton.online import (
     LOWEST,
     both,
+    compared,
     exp,
     keys_of_split,
     lookup,
@@ -93,15 +94,16 @@ def candidates_kernel(
     q_batch, q_head, k_batch, k_head, k_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr,
-    WEIGHED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    ON_SCORES: tl.constexpr, WEIGHED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """From the scores by the copy (copy_max and copy_sum are their part_max and part_sum): the scores
     themselves of the keys that are read, and -inf of the others.
 
-    Read are keys whose estimated weight (WEIGHED: times factor `[B, H, N]`) is above theta for some head of
-    the group, and the first and last ones: those of `always` `[B, N]` bool with HAS_MASK, else FIRST and LAST
-    of all. part_max and part_sum are of all keys, by their estimates where they are not read; part_best is
-    the largest score of those that are (WEIGHED: + log(factor)). listed: scratch `[B, H_kv, N]` int32.
+    Read are keys whose estimated weight (WEIGHED: times factor `[B, H, N]`; ON_SCORES: estimated score) is
+    above theta for some head of the group, and the first and last ones: those of `always` `[B, N]` bool with
+    HAS_MASK, else FIRST and LAST of all. part_max and part_sum are of all keys, by their estimates where they
+    are not read; part_best is the largest score of those that are (WEIGHED: + log(factor)). listed: scratch
+    `[B, H_kv, N]` int32.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
@@ -114,7 +116,9 @@ def candidates_kernel(
     row_max, row_sum = whole_row(copy_max, copy_sum, parts, in_parts)
     row_n = tl.load(n + batch * n_stride)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
-    if WEIGHED:
+    if ON_SCORES:
+        cutoff = next_above(row_theta)
+    elif WEIGHED:
         cutoff = smallest_kept_weighed(row_theta, row_max, row_sum, float("inf"))
     else:
         cutoff = next_above(row_theta * row_sum)
@@ -130,14 +134,12 @@ def candidates_kernel(
         here = in_group[:, None] & inside[None, :]
         element = row[:, None] * kv_len + key[None, :]
         s = tl.load(scores + element, mask=here, other=float("-inf"))
-        compared = exp(s - row_max[:, None])
-        if WEIGHED:
-            compared = s + tl.log(tl.load(factor + element, mask=here, other=0.0))
+        estimates = compared(s, element, here, factor, row_max, ON_SCORES, WEIGHED)
         if HAS_MASK:
             read = tl.load(always + batch * kv_len + key, mask=inside, other=0) != 0
         else:
             read = inside & ((key < FIRST) | (key >= kv_len - LAST))
-        wanted = (s > float("-inf")) & (compared >= cutoff[:, None])
+        wanted = (s > float("-inf")) & (estimates >= cutoff[:, None])
         read = read | (tl.max(wanted.to(tl.int32), axis=0) > 0)
         tl.store(scores + element, tl.full(s.shape, float("-inf"), tl.float32), mask=here & ~read[None, :])
         s = tl.where(read[None, :], float("-inf"), s)

@@ -5,7 +5,7 @@ scores, the V rows that some head of the group keeps; with an int8 copy of K, `f
 does this. `gather_kernel` of gather.py is the second stage where selection needs the whole row first:
 thresholds on weights, and Top-k. `merge_kernel` joins the splits. The group's query heads are the rows of one
 tile. Shapes as in toptheta/attention/reference.py; S is the number of splits. With a copy of K in few bits
-the two kernels of copied.py are the first stage.
+the two kernels of copied.py are the first stage, for all thresholds, and `gather_kernel` is the second.
 """
 
 from collections.abc import Callable
@@ -171,7 +171,7 @@ def decode(
     key and the one after the last, or both None; theta, table: `[H or 1, L]` (one row serves all heads);
     v_sum: `[B, H_kv, D]`, needed by VMC; int8: the copy of k, for thresholds on scores only; factor: `[B, H,
     N]` float32 contiguous, how much each key's value counts, for value-aware thresholds on weights; copy: a
-    copy of k in few bits, for thresholds on weights, and always: with a mask, the keys `[B, N]` bool that are
+    copy of k in few bits, for thresholds, and always: with a mask, the keys `[B, N]` bool that are
     read whatever it says. The last dimension of q, k, v, theta, table and v_sum is contiguous.
     """
     batch, num_heads, _, head_dim = q.shape
@@ -180,7 +180,8 @@ def decode(
     chip = chip_of(q.device)
     block_d = max(32, triton.next_power_of_2(head_dim))
     largest = spec.selection == Selection.LARGEST
-    two_stages = spec.sparse and (largest or spec.placement == "post-softmax")
+    on_scores = spec.placement != "post-softmax"
+    two_stages = spec.sparse and (largest or not on_scores or copy is not None)
     keep_scores, weighed = two_stages or (count and spec.sparse), factor is not None
     floats: dict[str, Any] = {"device": q.device, "dtype": torch.float32}
     ints: dict[str, Any] = {"device": q.device, "dtype": torch.int32}
@@ -232,8 +233,11 @@ def decode(
     def candidates_stage(splits: int, of_copy: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> Stage:
         args = (q, k, q if always is None else always, *rows[1:], factors, listed, scores, *of_copy)
         more = (scale, kv_len, splits, num_kv_heads, *thetas, *strides[4:9])
-        flags = {"BLOCK_F": block_f, "BLOCK_S": part_block(splits), "FIRST": FIRST, "LAST": LAST}
-        return candidates_kernel, (*args, *parts[:2], parts[-1], *more), {**tile, **flags, "WEIGHED": weighed}
+        flags = {
+            "BLOCK_F": block_f, "BLOCK_S": part_block(splits), "FIRST": FIRST, "LAST": LAST,
+            "ON_SCORES": on_scores, "WEIGHED": weighed,
+        }  # fmt: skip
+        return candidates_kernel, (*args, *parts[:2], parts[-1], *more), {**tile, **flags}
 
     first_stage = copied_stage if copy is not None else split_stage if int8 is None else filtered_stage
     at_once = 3 * chip.processors  # where there is no GPU
@@ -275,8 +279,8 @@ def decode(
         gather_kernel[grid](
             v, some_span, n, theta, factors, scores, listed, scores if keep is None else keep, *parts,
             kv_len, splits, num_kv_heads, *thetas, *v.stride()[:3], **tile, BLOCK_F=block_f,
-            BLOCK_S=part_block(splits), KEEP_GIVEN=largest, STORE_KEEP=keep is not None, WEIGHED=weighed,
-            BY_COPY=copy is not None,
+            BLOCK_S=part_block(splits), KEEP_GIVEN=largest, STORE_KEEP=keep is not None,
+            ON_SCORES=on_scores and not largest, WEIGHED=weighed, BY_COPY=copy is not None,
         )  # fmt: skip
     out = torch.empty(batch, num_heads, 1, head_dim, device=q.device, dtype=q.dtype)
     merge_kernel[(batch * num_heads,)](

@@ -1,5 +1,5 @@
 """The second stage of decode on the GPU, where selection needs the whole row first: thresholds on weights,
-and Top-k. Shapes as in decode.py.
+Top-k, and all thresholds with a copy of K in few bits. Shapes as in decode.py.
 """
 
 import triton
@@ -7,9 +7,11 @@ import triton.language as tl
 
 from toptheta.kernels.triton.online import (
     both,
+    compared,
     exp,
     keys_of_split,
     lookup,
+    next_above,
     smallest_kept_exp,
     smallest_kept_weighed,
     whole_row,
@@ -20,21 +22,20 @@ VARYING = ["kv_len", "theta_len", "splits"]  # one build serves every length
 
 @triton.jit
 def kept_keys(
-    s, element, here, keep, factor, row_max, cutoff, KEEP_GIVEN: tl.constexpr, WEIGHED: tl.constexpr
-):
+    s, element, here, keep, factor, row_max, cutoff, KEEP_GIVEN: tl.constexpr, ON_SCORES: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):  # fmt: skip
     """Which keys of a tile each row keeps, `[G, N]` bool, and exp(score - row_max) of those, 0 elsewhere.
 
-    s: scores `[G, N]`; element: their places in `[B, H, N]` tensors; cutoff `[G]`: the smallest exp or, with
-    WEIGHED, the smallest score + log(factor) that is kept.
+    s: scores `[G, N]`; element: their places in `[B, H, N]` tensors; cutoff `[G]`: the smallest that is kept
+    of what is `compared`.
     """
     exps = exp(s - row_max[:, None])
     if KEEP_GIVEN:
         kept = tl.load(keep + element, mask=here, other=0) != 0
-    elif WEIGHED:
-        weighed = s + tl.log(tl.load(factor + element, mask=here, other=0.0))
-        kept = (s > float("-inf")) & (weighed >= cutoff[:, None])
     else:
-        kept = (s > float("-inf")) & (exps >= cutoff[:, None])
+        candidates = compared(s, element, here, factor, row_max, ON_SCORES, WEIGHED)
+        kept = (s > float("-inf")) & (candidates >= cutoff[:, None])
     return kept, tl.where(kept, exps, 0.0)
 
 
@@ -44,16 +45,17 @@ def gather_kernel(
     part_best, kv_len, splits, num_kv_heads, theta_len, theta_stride, n_stride, v_batch, v_head, v_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_S: tl.constexpr, HAS_MASK: tl.constexpr,
-    KEEP_GIVEN: tl.constexpr, STORE_KEEP: tl.constexpr, WEIGHED: tl.constexpr, BY_COPY: tl.constexpr,
+    KEEP_GIVEN: tl.constexpr, STORE_KEEP: tl.constexpr, ON_SCORES: tl.constexpr, WEIGHED: tl.constexpr,
+    BY_COPY: tl.constexpr,
 ):  # fmt: skip
     """The sum of exp times V over the kept keys, from the scores, part_max and part_sum.
 
     KEEP_GIVEN: keep `[B, H, N]` says which keys are kept. Otherwise keys are kept whose weight (WEIGHED:
-    times factor `[B, H, N]`) is above theta, or the row's largest, and STORE_KEEP writes them to keep. First
-    the keys that some head keeps are listed (listed: scratch `[B, H_kv, N]` int32), so that V is read and
-    multiplied in full tiles. part_kept_sum, part_count and part_acc are as in `split_kernel`, but relative to
-    the maximum of the whole row. BY_COPY: the scores are those of `candidates_kernel`, and only keys that it
-    read are kept.
+    times factor `[B, H, N]`; ON_SCORES, with BY_COPY only: whose score) is above theta, or the row's largest,
+    and STORE_KEEP writes them to keep. First the keys that some head keeps are listed (listed: scratch `[B,
+    H_kv, N]` int32), so that V is read and multiplied in full tiles. part_kept_sum, part_count and part_acc
+    are as in `split_kernel`, but relative to the maximum of the whole row. BY_COPY: the scores are those of
+    `candidates_kernel`, and only keys that it read are kept.
     """
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
@@ -68,7 +70,9 @@ def gather_kernel(
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_group)
     if WEIGHED or BY_COPY:
         best = tl.max(tl.load(part_best + parts, mask=in_parts, other=float("-inf")), axis=1)
-    if WEIGHED:
+    if ON_SCORES:
+        cutoff = tl.minimum(next_above(row_theta), best)
+    elif WEIGHED:
         cutoff = smallest_kept_weighed(row_theta, row_max, row_sum, best)
     else:
         cutoff = smallest_kept_exp(row_theta, row_sum)
@@ -86,7 +90,9 @@ def gather_kernel(
         here = in_group[:, None] & (key < stop)[None, :]
         element = row[:, None] * kv_len + key[None, :]
         s = tl.load(scores + element, mask=here, other=float("-inf"))
-        kept, exps = kept_keys(s, element, here, keep, factor, row_max, cutoff, KEEP_GIVEN, WEIGHED)
+        kept, exps = kept_keys(
+            s, element, here, keep, factor, row_max, cutoff, KEEP_GIVEN, ON_SCORES, WEIGHED
+        )  # fmt: skip
         if STORE_KEEP and not KEEP_GIVEN:
             tl.store(keep + element, kept.to(tl.int8), mask=here)
         kept_sum += exps
@@ -104,7 +110,9 @@ def gather_kernel(
         here = in_group[:, None] & in_list[None, :]
         element = row[:, None] * kv_len + key[None, :]
         s = tl.load(scores + element, mask=here, other=float("-inf"))
-        _kept, exps = kept_keys(s, element, here, keep, factor, row_max, cutoff, KEEP_GIVEN, WEIGHED)
+        _kept, exps = kept_keys(
+            s, element, here, keep, factor, row_max, cutoff, KEEP_GIVEN, ON_SCORES, WEIGHED
+        )  # fmt: skip
         v_tile = tl.load(
             v + key[:, None].to(tl.int64) * v_row + d[None, :],
             mask=both(in_list[:, None], in_dim[None, :], HEAD_DIM == BLOCK_D),

@@ -89,6 +89,19 @@ def smallest_kept_weighed(theta, row_max, row_sum, best):
 
 
 @triton.jit
+def compared(s, element, here, factor, row_max, ON_SCORES: tl.constexpr, WEIGHED: tl.constexpr):
+    """What thresholds are compared with in place of the scores `s` `[G, N]`: the scores with ON_SCORES, with
+    WEIGHED score + log(factor), else exp(score - row_max). element: the scores' places in factor `[B, H, N]`.
+    """
+    if ON_SCORES:
+        return s
+    elif WEIGHED:
+        return s + tl.log(tl.load(factor + element, mask=here, other=0.0))
+    else:
+        return exp(s - row_max[:, None])
+
+
+@triton.jit
 def softmax_step(
     s, smallest_kept, running_max, running_sum, kept_sum, count, passed,
     SUM: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
