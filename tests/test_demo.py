@@ -21,7 +21,7 @@ def test_demo(
     assert report is not None and Path(report[1]).stat().st_size < 5_000_000
     run = load(*Path(report[1]).parent.glob("*/"))
     assert set(run.cells["task"]) == {"perplexity", "everyday_science", "openai_humaneval"}
-    assert run.cells["kl"].dropna().count() == 5 and (run.cells["kl"].dropna() >= 0).all()
+    assert run.cells["kl"].dropna().count() == 4 and (run.cells["kl"].dropna() >= 0).all()
     question = run.answers.query("task == 'everyday_science'").iloc[0]["question"]
     assert question.removesuffix("Answer:").strip() in shown and shown.count("  Top-theta budget K=16: ") == 4
     assert "  Top-theta budget K=16, fails its tests:" in shown

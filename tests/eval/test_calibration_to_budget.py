@@ -36,6 +36,21 @@ def test_a_run_of_two_budgets(folder_model: str, here: Path, monkeypatch: pytest
     assert [result.metrics for result in again] == [result.metrics for result in whole]
 
 
+def test_a_copy_of_k_shares_the_pass_and_weighed_values_do_not(folder_model: str, here: Path) -> None:
+    from toptheta.eval.runner import evaluate
+
+    methods = ("top_theta", "top_theta:key_copy=int4", "top_theta:value_aware=True")
+    options = BUDGET | {"mode": (3,), "method": methods, "k": (16,), "calibrate_only": False}
+    plain, copied, weighed = evaluate(calibrating_settings(folder_model, **options))
+    assert numbers(Path(plain.folder)) == numbers(Path(copied.folder)) != numbers(Path(weighed.folder))
+    assert [one.seconds["calibration"] > 0 for one in (plain, copied, weighed)] == [True, False, True]
+    saved = [load_tables(one.folder, 2, 6).meta["method"] for one in (plain, copied, weighed)]
+    assert saved == list(methods)
+    evaluate(calibrating_settings(folder_model, **options | {"method": methods[1:2], "output_dir": "alone"}))
+    (alone,) = here.joinpath("alone").iterdir()
+    assert numbers(alone) == numbers(Path(copied.folder))
+
+
 def test_layers_by_sensitivity_and_values(folder_model: str, here: Path) -> None:
     from toptheta.eval.runner import evaluate
 

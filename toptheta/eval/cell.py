@@ -119,18 +119,16 @@ class Cell:
         self.answers.update(answers)
         self._new_answers.update(answers)
         for layer, record in prefill.items():
-            self._take(layer, PREFILL, record, record.n > 0)
+            self._take(layer, PREFILL, [record], (record.n > 0)[None])
             if self.effective_k and record.histogram is not None:
                 _add_histograms(self._new_histograms, {f"{PREFILL}/{layer}": record.histogram})
             if layer == min(prefill):
                 self._add_lines("sequence_lengths_per_example.csv", [f"{n}\n" for n in record.n if n > 0])
         for layer, steps in decode.items():
-            n = np.stack([record.n for record in steps])  # [steps, B]
-            live = n > 0
+            live = np.stack([record.n for record in steps]) > 0  # [steps, B]
             if decode_steps is not None:
                 live &= np.arange(len(steps))[:, None] < decode_steps
-            for step, record in enumerate(steps):
-                self._take(layer, DECODE, record, live[step])
+            self._take(layer, DECODE, steps, live)
             if self.effective_k:
                 self._count_steps(layer, steps, live)
 
@@ -138,32 +136,57 @@ class Cell:
         """Append lines to a product file (a name ending in .gz is compressed)."""
         self._lines.setdefault(name, []).extend(lines)
 
-    def _take(self, layer: int, phase: str, record: LayerRecord, live: np.ndarray) -> None:
-        attn, vrow, ratio, popularity = [], [], [], []
+    def _take(self, layer: int, phase: str, records: list[LayerRecord], live: np.ndarray) -> None:
+        """Add a layer's records to the totals and to the lines of product files, in the order of records,
+        then of sequences. live: `[records, B]`, those that count."""
+
+        def stacked(name: str) -> np.ndarray:
+            return np.stack([getattr(record, name) for record in records])[live]
+
+        attn, vrow, n, full = (stacked(name) for name in ("attn", "vrow", "n", "full"))
         totals = self._new_kept.setdefault(phase, dict(EMPTY_KEPT))
-        for b in np.flatnonzero(live):
-            n, full, topk = int(record.n[b]), int(record.full[b]), int(record.topk[b])
-            for head, kept in enumerate(record.attn[b].tolist()):
-                attn.append(f"{layer},{head},{n},{kept},{full}\n")
-                if self.ratio_to_k is not None:
-                    k = self.ratio_to_k[layer]
-                    ratio.append(f"L{layer}_H{head}:{n} {k} {phase} {kept / topk if topk else 1.0:.6g}\n")
-            for group, kept in enumerate(record.vrow[b].tolist()):
-                vrow.append(f"{layer},{group},{n},{kept},{n}\n")
-                if record.popularity is not None:
-                    counts = record.popularity[b, group, :n].tolist()
-                    popularity.append(f"{layer},{group},{n},{counts}\n")
-            totals["attn_kept"] += int(record.attn[b].sum())
-            totals["attn_full"] += full * record.attn.shape[1]
-            totals["vrow_kept"] += int(record.vrow[b].sum())
-            totals["vrow_full"] += n * record.vrow.shape[1]
-            if record.kv_read is not None and record.kv_dense is not None:
-                totals["kv_read"] += int(record.kv_read[b].sum())
-                totals["kv_dense"] += int(record.kv_dense[b]) * record.kv_read.shape[1]
-        self._add_lines(f"layer{layer}_kept_attn_{phase}.csv.gz", attn)
-        self._add_lines(f"layer{layer}_kept_vrow_{phase}.csv.gz", vrow)
-        if ratio:
-            self._add_lines(f"layer{layer}.txt.gz", ratio)
+        totals["attn_kept"] += int(attn.sum())
+        totals["attn_full"] += int(full.sum()) * attn.shape[1]
+        totals["vrow_kept"] += int(vrow.sum())
+        totals["vrow_full"] += int(n.sum()) * vrow.shape[1]
+        if all(record.kv_read is not None for record in records):
+            read = stacked("kv_read")
+            totals["kv_read"] += int(read.sum())
+            totals["kv_dense"] += int(stacked("kv_dense").sum()) * read.shape[1]
+        lengths, by_head = n.tolist(), attn.tolist()
+        self._add_lines(
+            f"layer{layer}_kept_attn_{phase}.csv.gz",
+            [
+                f"{layer},{head},{length},{kept},{of}\n"
+                for length, of, heads in zip(lengths, full.tolist(), by_head)
+                for head, kept in enumerate(heads)
+            ],
+        )
+        self._add_lines(
+            f"layer{layer}_kept_vrow_{phase}.csv.gz",
+            [
+                f"{layer},{group},{length},{kept},{length}\n"
+                for length, groups in zip(lengths, vrow.tolist())
+                for group, kept in enumerate(groups)
+            ],
+        )
+        if self.ratio_to_k is not None and lengths:
+            k = self.ratio_to_k[layer]
+            self._add_lines(
+                f"layer{layer}.txt.gz",
+                [
+                    f"L{layer}_H{head}:{length} {k} {phase} {kept / topk if topk else 1.0:.6g}\n"
+                    for length, topk, heads in zip(lengths, stacked("topk").tolist(), by_head)
+                    for head, kept in enumerate(heads)
+                ],
+            )
+        popularity = [
+            f"{layer},{group},{record.n[b]},{counts[: record.n[b]].tolist()}\n"
+            for record, of_record in zip(records, live)
+            if record.popularity is not None
+            for b in np.flatnonzero(of_record)
+            for group, counts in enumerate(record.popularity[b])
+        ]
         if popularity:
             self._add_lines(f"layer{layer}_kept_vrow_popularities_{phase}.txt.gz", popularity)
 

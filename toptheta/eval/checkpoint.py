@@ -16,6 +16,7 @@ from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tab
 from toptheta.eval import processes
 from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
 from toptheta.eval.run import Run, product_folder
+from toptheta.methods.base import Method
 from toptheta.methods.params import AttentionParams
 from toptheta.models.control import (
     begin_calibration,
@@ -98,15 +99,15 @@ def _calibrate(
         calibrate(checkpoint)
         checkpoint.join()
     own_ks = settings.layer_ks(cell, num_layers)
-    targets = [(product_folder(run, other), ks) for other, ks in zip(others, other_ks)]
+    targets = [(other, product_folder(run, other), ks) for other, ks in zip(others, other_ks)]
 
     def write() -> CalibrationTables:
         checkpoint.save()  # tables may take long, too
-        for folder, ks in [*targets, (product.path, own_ks)]:
+        for target, folder, ks in [*targets, (cell, product.path, own_ks)]:
             folder.mkdir(parents=True, exist_ok=True)
             tables = calibrated_tables(model, ks)
-            tables.meta["task"] = settings.calibration_task
-            if folder == product.path:  # what a resumed run reports; the other cells cost nothing more
+            tables.meta |= {"task": settings.calibration_task, "method": target.method.spec}
+            if target is cell:  # what a resumed run reports; the other cells cost nothing more
                 tables.meta["seconds"] = f"{checkpoint.seconds_so_far():.1f}"
             if dump:  # before the tables: where these are, a later start takes the calibration for done
                 write_calibration_samples(folder, calibration_samples(model, ks))
@@ -120,17 +121,30 @@ def _calibrate(
 
 
 def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
-    """The other uncalibrated cells that can be calibrated in the same pass as `cell`: those that differ in K
-    only. With calib_tac there are none, because attention during calibration depends on K."""
+    """The other uncalibrated cells that can be calibrated in the same pass as `cell`: those that differ only
+    in K, or in options of the method that calibration does not use. With calib_tac there are none, because
+    attention during calibration depends on K."""
     if cell.calib_tac:
         return []
     return [
         other
         for other in run.settings.cells()
         if other != cell
-        and replace(other, K=cell.K) == cell
+        and replace(other, K=cell.K, method=cell.method) == cell
+        and (other.method == cell.method or _take_the_same_samples(cell, other.method))
         and not (product_folder(run, other) / BINARY_NAME).is_file()
     ]
+
+
+def _take_the_same_samples(cell: AttentionParams, other: Method) -> bool:
+    """Whether the calibration of a cell would be the same with the method `other`."""
+    own = cell.method
+    return (
+        cell.calib_layers == "uniform"  # else the damage that the method does is measured
+        and (type(other), other.needs_values) == (type(own), own.needs_values)
+        and other.while_calibrating(tac=False) == own.while_calibrating(tac=False)
+        and other.for_sdc_samples() == own.for_sdc_samples()
+    )
 
 
 class Checkpoint:

@@ -62,10 +62,10 @@ DATA_SETS: dict[str, type[ItemJob]] = {
 
 
 @processes.together()
-def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
+def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -> list[CellResult]:
     """Run every cell of the settings that a run to `resume` has not finished; returns the results of all, and
-    prints a table for each task. All processes that were started together share the work. Raises
-    UsageError."""
+    prints a table for each task. page: write the run's report.html. All processes that were started together
+    share the work. Raises UsageError."""
     source = find_model(settings.llama)
     settings = resolve_device(settings)
     config = load_config(source)
@@ -84,10 +84,12 @@ def evaluate(settings: Settings, resume: str | None = None) -> list[CellResult]:
     run = open_run(settings, SCRIPTS[type(settings)], resume)
     say(f"Run folder: {run.folder}")
     with resumable(run):
-        return _run_parts(run, jobs, source, config.num_hidden_layers)
+        return _run_parts(run, jobs, source, config.num_hidden_layers, page)
 
 
-def _run_parts(run: Run, jobs: list[Job], source: ModelSource, num_layers: int) -> list[CellResult]:
+def _run_parts(
+    run: Run, jobs: list[Job], source: ModelSource, num_layers: int, page: bool
+) -> list[CellResult]:
     parts, results = task_parts(run), []
     engine: Engine | None = None
     progress = RunProgress(_stages(parts, jobs))
@@ -105,7 +107,7 @@ def _run_parts(run: Run, jobs: list[Job], source: ModelSource, num_layers: int) 
         results += processes.from_first(lambda: _report(part, job, of_task, source.name))  # noqa: B023
     if len(parts) > 1 and results:
         processes.from_first(lambda: report_tasks(run.folder, [part.folder for part in parts], results))
-    if results:
+    if results and page:
         processes.from_first(lambda: write_page(run.folder))
     return results
 
