@@ -109,10 +109,20 @@ class LoadedRun:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
+def text_of(result: CellResult) -> tuple[str, int] | None:
+    """The path of the text whose perplexity was measured, and the length of its windows in tokens, from the
+    cell's config.json; None if unknown, and for other tasks."""
+    if not result.by_length or not result.folder:
+        return None
+    settings = read_config(Path(result.folder)).get("settings") or {}
+    text, length = settings.get("text"), settings.get("max_seq_len")
+    return (text, length) if isinstance(text, str) and isinstance(length, int) else None
+
+
 def load(*folders: Path | str) -> LoadedRun:
     """Read runs: products/<timestamp>, one of its tasks or cells, or the folder of a table. Cells of one task
-    are compared with its first dense cell. Raises UsageError if a folder has no finished cell, or a file is
-    damaged."""
+    (and text) are compared with its first dense cell. Raises UsageError if a folder has no finished cell, or
+    a file is damaged."""
     results = [result for folder in folders for result in _results(Path(folder))]
     unique = {(one.folder or str(i)): one for i, one in enumerate(results)}
     by_task: dict[tuple[str, str], list[CellResult]] = {}
@@ -122,9 +132,15 @@ def load(*folders: Path | str) -> LoadedRun:
     for of_task in by_task.values():
         of_task.sort(key=lambda result: not result.dense)
         labels += distinct_labels(of_task)
-        of_task, more = paired_with_dense(of_task)
+        texts: dict[Any, list[int]] = {}
+        for i, result in enumerate(of_task):
+            texts.setdefault(text_of(result), []).append(i)
+        for places in texts.values():
+            found, more = paired_with_dense([of_task[i] for i in places])
+            for i, result in zip(places, found):
+                of_task[i] = result
+            notes += more
         compared += of_task
-        notes += more
     return LoadedRun(tuple(map(Path, folders)), tuple(compared), tuple(labels), tuple(notes))
 
 

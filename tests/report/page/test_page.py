@@ -57,6 +57,9 @@ def test_what_is_shown_of_each_task(report: Report) -> None:
         ["tradeoff", "kept", "thresholds", "popularity"],
     ]
     assert [len(part["samples"]) for part in parts] == [0, 4, 2]
+    titles = re.findall(r'<h2 class="part-title">.*, (.*)</h2>', report.path.read_text())
+    text = "perplexity of text.txt in windows of 200 tokens"
+    assert titles == [text, "everyday_science", "openai_humaneval"]
 
 
 def test_thresholds_are_means_over_lengths(report: Report) -> None:
@@ -91,6 +94,25 @@ def test_popularity_counts_steps(report: Report) -> None:
                     kept += step[position] > 0
             shares.append(100 * kept / seen)
         assert row["share"] == pytest.approx(sum(shares) / len(shares), abs=0.06)
+
+
+def test_each_text_has_a_part_and_its_own_dense_baseline(here: Path) -> None:
+    for text, length, nll in (("novel.txt", 512, 1.0), ("reports/test.jsonl", 1024, 2.0)):
+        for name, more in (("dense", 0.0), ("Top-k K=8", 0.5)):
+            folder = here / Path(text).stem / name.replace(" ", "")
+            extra = {"by_length": [{"length": length, "tokens": 9, "ppl": 3.0}]}
+            result = CellResult(name, "Tiny", "perplexity", dense=name == "dense", extra=extra)
+            write_json(folder / "results.json", result.to_json())
+            write_json(folder / "config.json", {"settings": {"text": f"data/{text}", "max_seq_len": length}})
+            write_answers(folder, [Answer("window0", text, None, {"nll": nll + more})])
+    run = load(here / "novel", here / "test")
+    assert not run.notes and len(set(run.labels)) == 4
+    assert [one.paired["scores"]["nll"]["value"] for one in run.results if not one.dense] == [0.5, 0.5]
+    titles = re.findall(r'<h2 class="part-title">(.*)</h2>', render(run))
+    assert titles == [
+        "Tiny, perplexity of novel.txt in windows of 512 tokens",
+        "Tiny, perplexity of reports/test.jsonl in windows of 1,024 tokens",
+    ]
 
 
 def test_nothing_that_a_model_writes_becomes_markup(here: Path) -> None:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from toptheta.report import tables
-from toptheta.report.frames import LoadedRun, load
+from toptheta.report.frames import LoadedRun, load, text_of
 from toptheta.report.page.chart import Chart
 from toptheta.report.page.charts import charts
 from toptheta.report.page.samples import samples
@@ -38,7 +38,7 @@ def write_report(folders: Sequence[Path | str], path: Path | str) -> LoadedRun:
 
 
 def render(run: LoadedRun) -> str:
-    """The page's HTML."""
+    """The HTML of the report."""
     parts = [_part(i, part) for i, part in enumerate(_by_task(run))]
     page_data = {part["id"]: part.pop("data") for part in parts}
     environment = Environment(
@@ -61,10 +61,10 @@ def render(run: LoadedRun) -> str:
 
 
 def _by_task(run: LoadedRun) -> list[LoadedRun]:
-    """A part for each model and task."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    """A part for each model and task, and for each text and length of windows."""
+    groups: dict[Any, list[int]] = {}
     for i, result in enumerate(run.results):
-        groups.setdefault((result.model, result.task), []).append(i)
+        groups.setdefault((result.model, result.task, text_of(result)), []).append(i)
     return [
         LoadedRun(run.folders, tuple(run.results[i] for i in places), tuple(run.labels[i] for i in places))
         for places in groups.values()
@@ -78,7 +78,7 @@ def _part(number: int, run: LoadedRun) -> dict[str, Any]:
     first = run.results[0]
     return {
         "id": f"part{number}",
-        "title": ", ".join(filter(None, (first.model, first.task))),
+        "title": _title(first),
         "baseline": next((label for label, one in zip(run.labels, run.results) if one.dense), None),
         "header": [column.header for column in _columns(run.results)],
         "rows": _table(run),
@@ -86,6 +86,17 @@ def _part(number: int, run: LoadedRun) -> dict[str, Any]:
         "questions": len(questions),
         "data": {"charts": [_chart_data(chart) for chart in shown], "samples": questions},
     }
+
+
+def _title(result: CellResult) -> str:
+    """Model and task; for a text also its file and the length of its windows."""
+    title, text = ", ".join(filter(None, (result.model, result.task))), text_of(result)
+    if text is None:
+        return title
+    path, length = Path(text[0]), text[1]
+    # The rows of a data set are in files with names like test.jsonl.
+    name = "/".join(path.parts[-2:]) if path.suffix == ".jsonl" else path.name
+    return f"{title} of {name} in windows of {length:,} tokens"
 
 
 def _columns(results: Sequence[CellResult]) -> list[tables.Column]:
