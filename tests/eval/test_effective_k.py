@@ -77,7 +77,7 @@ def test_generation(folder_model: str, tmp_path: Path, monkeypatch: pytest.Monke
                 exact = np.percentile(raw, percent, method="inverted_cdf")
                 assert row[f"p{percent}"] == pytest.approx(exact, rel=effective.RELATIVE_ERROR)
     text = (run / "summary.md").read_text()
-    assert "farthest layers" in text and "farthest layers" in capsys.readouterr().out
+    assert "layers farthest from K" in text and "layers farthest from K" in capsys.readouterr().out
 
 
 def test_resume_adds_up(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,8 @@ def test_the_picture_has_a_panel_for_each_score(runs: Path) -> None:
     compared = [(row.label, row.comparison) for row in rows if row.comparison]
     figure = comparison_figure(compared, "t")
     left, right = figure.axes
-    assert left.get_xlabel() == "acc, difference (%)" and "log p" in right.get_xlabel()
+    assert left.get_xlabel() == "acc, difference from the baseline\n(percentage points)"
+    assert right.get_xlabel().startswith("log-probability of the correct answer")
     assert [text.get_text() for text in left.get_yticklabels()] == ["Top-k K=8", "dense, bfloat16"]
     points = [c.lines[0].get_xydata()[0].tolist() for c in left.containers]
     assert points == [[pytest.approx(-100 / 6), 0], [pytest.approx(100 / 6), 1]]

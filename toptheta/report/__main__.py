@@ -20,21 +20,24 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     parser = Parser(
         prog="python -m toptheta.report",
-        description="Write a report on runs as one HTML file: tables, plots, answers side by side.",
+        description="Write a report on one or more runs as one HTML file: result tables, plots, and the "
+        "answers of all methods side by side.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="DIR",
-        help="folder of a run (products/<timestamp>), of one of its tasks or cells, or of a table",
+        help="folder of a run (products/<timestamp>), of one of its tasks or cells, or of a table "
+        "(products/tables/<table>)",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="the file (default: report.html in the run's folder; for several runs in products/reports/)",
+        help="file to write (default: report.html in the run's folder; for several runs a file in "
+        "products/reports/)",
     )
-    parser.add_argument("--open", action="store_true", help="show it in a browser")
+    parser.add_argument("--open", action="store_true", help="open the report in a browser")
     try:
         arguments = parser.parse_args()
         if arguments.output:
@@ -43,7 +46,7 @@ def main() -> int:
             path = Path(arguments.runs[0]) / "report.html"
         else:
             path = Path("products") / "reports" / f"{timestamp()}.html"
-        from toptheta.report.page.build import write_report  # here: --help needs no second of imports
+        from toptheta.report.page.build import write_report  # here: it takes seconds
 
         run = write_report(arguments.runs, path)
     except UsageError as error:

@@ -70,8 +70,8 @@ def cells_of(run: str) -> list[Path]:
         tasks = sorted({path.parent.parent.name for path in folder.glob("*/*/results.json")})
         some = f" one of its tasks ({', '.join(tasks)})," if tasks else ""
         raise UsageError(
-            f"{run} has no finished cell: name{some} the folder of a run, products/<timestamp>, or of one "
-            "of its cells."
+            f"{run} has no finished cell: name{some} the folder of a run, products/<timestamp>, or of one of "
+            "its cells."
         )
     return sorted(cells, key=lambda cell: not _result(cell).dense)
 
@@ -157,11 +157,11 @@ def _more(one: Comparison) -> dict[str, str]:
     """Comparisons besides the scores, as text by header."""
     texts = {}
     if one.target_logprob is not None:
-        texts["right answer's log p"] = _with_interval(one.target_logprob, 1.0, 3)
+        texts["log p of the correct answer"] = _with_interval(one.target_logprob, 1.0, 3)
     if one.completions is not None:
         texts["identical completions %"] = score(one.completions.identical)
         if one.completions.first_difference is not None:
-            texts["first other token, median"] = f"{one.completions.first_difference:g}"
+            texts["first different token, median"] = f"{one.completions.first_difference:g}"
     for name, metric in one.text.items():
         uncounted = Metric(metric.value, metric.stderr)
         share = is_share(name)
@@ -170,7 +170,7 @@ def _more(one: Comparison) -> dict[str, str]:
 
 
 def _more_columns() -> list[tuple[str, Column]]:
-    headers = ["right answer's log p", "identical completions %", "first other token, median"]
+    headers = ["log p of the correct answer", "identical completions %", "first different token, median"]
     headers += ["kl", "same_top %", "ln_ppl_ratio"]
 
     def column(header: str) -> Column:

@@ -1,4 +1,4 @@
-"""Typed results, used by scripts, sweeps, tables, plots and notebooks, and the answers that they come from.
+"""Typed results and answers, used by scripts, tables, plots and notebooks.
 
 The JSON keys are those of results.json. Files of earlier versions, which lack some keys, can be read. This
 module does not import torch, because plots import it.
@@ -33,7 +33,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Kept:
-    """What attention kept, as shares of dense attention: elements, and V rows per group."""
+    """Kept elements and kept V rows (per group), as shares of dense attention."""
 
     attn: Share
     vrow: Share
@@ -79,13 +79,13 @@ class CellResult:
     """The result of one cell: one task, method and K.
 
     method: the label that tables show; name: the method's in the registry, None in files of earlier versions;
-    mode: the published project's number of it. k: None where the method has none. dense: nothing is dropped.
-    metrics: by name; kept: by phase, None for a phase that did not occur, or where nothing was counted.
+    mode: its number in the published project. k: None if the method has none. dense: nothing is dropped.
+    metrics: by name; kept: by phase, None for a phase that did not occur, or if nothing was counted.
     kv_bytes: by phase, KV bytes read as a share of those of dense attention, see attention/kv_bytes.py; None
-    as with kept. seconds: of calibration and evaluation. effective_k: what single rows keep, see
-    attention/effective_k.py. computed_dense: None where `when_slower` leaves all calls sparse.
-    extra: what a data set or a table adds (by_length, grid, environment); failed: how many
-    requests did not fit the memory.
+    as with kept. seconds: of calibration and evaluation. effective_k: kept elements of individual rows, see
+    attention/effective_k.py. computed_dense: None if `when_slower` leaves all calls sparse.
+    extra: further keys of a data set or a table (by_length, grid, environment); failed: the number of
+    requests that did not fit in memory.
     """
 
     method: str
@@ -125,12 +125,12 @@ class CellResult:
 
     @property
     def paired(self) -> dict[str, Any]:
-        """How the answers differ from those of the dense cell of the same run, as paired.Comparison has it in
-        JSON; empty where nothing was compared."""
+        """The comparison of the answers with those of the dense cell of the same run, as the JSON of
+        paired.Comparison; empty if nothing was compared."""
         return self.extra.get("paired", {})
 
     def kept_share(self, phase: str, what: str) -> float | None:
-        """Share of 'attn' or 'vrow' kept in a phase; None where it was not counted."""
+        """The kept share of 'attn' or 'vrow' in a phase; None if it was not counted."""
         kept = (self.kept or {}).get(phase)
         return None if kept is None else getattr(kept, what)
 
@@ -152,7 +152,7 @@ class CellResult:
             typed(known.get("effective_k"), list[KeptByRow] | None)  # type: ignore[arg-type]
             known["metrics"] = typed(known.get("metrics", {}), dict[str, dict[str, Any]])
             for metric in known["metrics"].values():
-                if metric.get("stderr") == "N/A":  # the harness's, where there is none
+                if metric.get("stderr") == "N/A":  # written by lm-eval if there is none
                     metric["stderr"] = None
             return typed({"dense": known.get("k") is None} | known | {"extra": rest}, cls)
         except ValueError as error:
@@ -171,12 +171,13 @@ def read_result(path: Path) -> CellResult:
 class Answer:
     """A cell's answer to one question: a line of answers.jsonl.
 
-    key: names the question across runs and methods; hash: of what the model was asked, so that answers to
-    other questions are not compared. answer: the chosen index, or the text; None for a text that was only
-    read. score: by metric. tokens: of 'prompt' and 'reply', as far as known. Likelihood tasks also have
-    loglikelihoods, of each choice (nats), and target, the right one. reply_ids: the tokens of a reply.
-    cluster: what a question shares with others, such as a passage, so that their answers go together.
-    question: its words, for people to read: the end of the prompt where that is long; choices: their texts.
+    key: id of the question in all runs and methods; hash: of the prompt, so that answers to different
+    questions are not compared. answer: the index of the chosen answer, or the generated text; None for a
+    text whose perplexity was measured. score: by metric. tokens: the numbers of tokens of 'prompt' and
+    'reply', as far as known. Likelihood tasks also have loglikelihoods, of each choice (nats), and target,
+    the index of the correct one. reply_ids: the tokens of a reply. cluster: id of the text, such as a
+    passage, that questions share, so that their answers are not independent. question: its readable text,
+    the end of the prompt if that is long; choices: their texts.
     """
 
     key: str
@@ -220,7 +221,7 @@ def read_answers(folder: Path | str) -> list[Answer]:
         if not line.strip():
             continue
         try:
-            # A choice may well have no probability at all, and a likelihood of -Infinity.
+            # A choice may have probability 0, and thus a log-likelihood of -Infinity.
             answer = typed(parse_json(line, finite=False), Answer)
             if answer.key in answers:
                 raise ValueError(f"{answer.key} occurs twice")

@@ -1,6 +1,5 @@
-"""Results as readable tables, all built from columns by one function.
-
-Covers the text only; summary.py prints and writes it.
+"""Results as markdown tables and CSV, all built from columns by one function. summary.py prints and writes
+them.
 """
 
 import csv
@@ -13,10 +12,10 @@ from toptheta.report.results import DECODE, PHASES, PREFILL, CellResult, Metric
 
 WORST_LAYERS = 3
 PHASE_WORDS = {PREFILL: "prefill", DECODE: "decode"}
-PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte", "kl", "nll")  # parts of names of no shares of 1
+PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte", "kl", "nll")  # parts of names of metrics not in %
 PAIRED = ("acc_norm", "acc", "passed")  # the first of these scores is compared in tables
 SCORE_OF = {"pass@1": "passed"}  # a question's score, where it has another name than the metric
-PAIRED_FIELDS = {  # columns of table.csv, and where a comparison with dense has them
+PAIRED_FIELDS = {  # columns of table.csv, and their keys in a comparison with dense
     "minus_dense": "scores.value",
     "minus_dense_stderr": "scores.stderr",
     "lost": "flips.lost",
@@ -159,11 +158,11 @@ def _text_column(name: str, header: str) -> Column:
     def text(result: CellResult) -> str:
         metric = result.metrics.get(name)
         paired = result.paired.get("text", {}).get(name)
-        if paired is not None:  # dense attention of another type is no reference of its own
+        if paired is not None:  # the reference is the dense cell, which may have another type
             metric = Metric(paired["value"], paired["stderr"])
         if metric is None:
             return "-"
-        uncounted = Metric(metric.value, metric.stderr)  # the column of the perplexity has the count
+        uncounted = Metric(metric.value, metric.stderr)  # the perplexity's column shows the count
         return score(uncounted) if is_share(name) else small(uncounted)
 
     return Column(header, text)
@@ -219,7 +218,8 @@ def _seconds_column(name: str) -> Column:
 def effective_k(results: Sequence[CellResult]) -> str:
     """Kept elements of individual rows, against K: a row per cell, phase and K. Layers are ranked by the
     factor by which their 5th or 95th percentile differs from K."""
-    header = ["effective K", "phase", "K", "rows", "mean", "p5", "p95", "farthest layers: mean (p5 to p95)"]
+    header = ["effective K", "phase", "K", "rows", "mean", "p5", "p95"]
+    header.append("layers farthest from K: mean (p5 to p95)")
     rows = []
     for result in results:
         for one in result.effective_k or []:
@@ -234,7 +234,7 @@ def effective_k(results: Sequence[CellResult]) -> str:
             phase = PHASE_WORDS[one["phase"]]
             rows.append([result.method, phase, k, one["rows"], *numbers, ", ".join(layers)])
     if not rows:
-        return "Effective K: no evaluated row was longer than K."
+        return "Effective K: there are no counts, because no evaluated row was longer than K."
     return table(rows, header)
 
 

@@ -104,7 +104,7 @@ def test_hovering_shows_the_cell(page: Any, report: Report) -> None:
         assert float(values["KL to dense"]) == pytest.approx(one.metrics["kl"].value, rel=1e-3)
         share = one.kept_share("generative_decoding", "attn")
         assert share is not None
-        x = float(values["elements kept in decode (% of dense)"])
+        x = float(values["elements kept in decode (% of dense attention)"])
         assert x == pytest.approx(100 * share, abs=6e-4)
     assert len(seen) >= 4
 

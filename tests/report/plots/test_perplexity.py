@@ -31,5 +31,5 @@ def test_perplexity_has_a_line_per_method(tmp_path: Path) -> None:
     draw_perplexity(results, tmp_path / "p.png", "t")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     for others in ([], [CellResult("a")], [*results, perplexity_result("x", False, [1])]):
-        with pytest.raises(UsageError, match="perplexity"):
+        with pytest.raises(UsageError, match="perplexities"):
             perplexity_figure(others, "t")

@@ -35,9 +35,9 @@ def tradeoff_results() -> list[CellResult]:
 def test_tradeoff_joins_the_ks_of_a_method(tmp_path: Path) -> None:
     figure, notes = tradeoff_figure([*tradeoff_results(), result_of("no statistics", 64, 0.5, None)], "t")
     left, right = figure.axes
-    assert left.get_ylabel() == "acc_norm on arc_easy (%)"
-    assert left.get_xlabel() == "kept attention elements in prefill (% of dense)"
-    assert right.get_xlabel() == "kept V rows in prefill (% of dense)"
+    assert left.get_ylabel() == "accuracy (acc_norm) on arc_easy (%)"
+    assert left.get_xlabel() == "kept attention elements in prefill (% of dense attention)"
+    assert right.get_xlabel() == "kept V rows in prefill (% of dense attention)"
     curves = [line.get_xydata().T for line in left.get_lines() if line.get_marker() == "o"]
     np.testing.assert_allclose(curves[0], [[15, 30, 50], [60 - 200 / 32, 60 - 200 / 64, 60 - 200 / 128]])
     assert sorted(text.get_text() for text in left.texts) == [
@@ -49,8 +49,8 @@ def test_tradeoff_joins_the_ks_of_a_method(tmp_path: Path) -> None:
         "K=64",
     ]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["dense", "Top-k", "Top-theta", "Top-theta capk", "± stderr (band, bars)"]
-    assert len(notes) == 1 and notes[0].startswith("no statistics has no kept fractions")
+    assert legend == ["dense", "Top-k", "Top-theta", "Top-theta capk", "± standard error (band, bars)"]
+    assert len(notes) == 1 and notes[0].startswith("no statistics has no counts of kept elements")
     assert draw_tradeoff(tradeoff_results(), tmp_path / "new" / "tradeoff.pdf", "t") == []
     assert (tmp_path / "new" / "tradeoff.pdf").read_bytes().startswith(b"%PDF")
 
@@ -75,7 +75,7 @@ def test_tradeoff_metric_and_phase() -> None:
     ]
     figure, _ = tradeoff_figure(results, "t")
     assert figure.axes[0].get_ylabel() == "pass@1 on arc_easy (%)"
-    assert figure.axes[0].get_xlabel() == "kept attention elements in decode (% of dense)"
+    assert figure.axes[0].get_xlabel() == "kept attention elements in decode (% of dense attention)"
     results[2] = replace(results[2], metrics={"rouge": Metric(12.5)})
     assert tradeoff_figure(results, "t")[0].axes[0].get_ylabel() == "rouge on arc_easy"
 
@@ -84,7 +84,7 @@ def test_tradeoff_refuses_what_it_cannot_draw() -> None:
     dense, *sparse = tradeoff_results()
     for results, words in (
         ([], "no results"),
-        ([dense], "no result has"),
+        ([dense], "no sparse method has"),
         ([dense, replace(sparse[0], task="gsm8k")], "several tasks"),
         ([dense, replace(sparse[0], metrics={"f1": Metric(1.0)})], "no metric in common"),
     ):

@@ -54,7 +54,7 @@ def kept(run: LoadedRun) -> Chart | None:
             ],
         },
     }
-    note = "In % of dense attention. Click a head to show its thresholds below."
+    note = "In % of dense attention, for each layer and head. Click a head to see its thresholds below."
     choices = [cell_choice(run, frame), phase_choice(frame), Choice("what", what)]
     return Chart("kept", "Kept by layer and head", note, spec, frame, choices, ("layer", "head"))
 
@@ -99,18 +99,20 @@ def thresholds(run: LoadedRun) -> Chart | None:
         ],
     }
     note = (
-        "The selected head, and the other heads of its layer in grey. Neighbouring row lengths are averaged."
+        "Elements above the threshold are kept. Coloured: the selected head; grey: the other heads of its "
+        "layer. A row is one query position; its length is the number of keys that it sees. Each point is a "
+        "mean over neighbouring row lengths."
     )
     choices = [cell_choice(run, frame, **facts), number_choice("layer", frame), number_choice("head", frame)]
     return Chart("thresholds", "Thresholds by row length", note, spec, frame, choices)
 
 
 def _effective(x: Spec, mean: Spec, spread: Spec) -> list[Spec]:
-    """Layers of both pictures of effective K: 5 to 95 %, mean, K."""
+    """The layers of both effective K charts: 5th to 95th percentile, mean, K."""
     y = {
         "field": "mean",
         "type": "quantitative",
-        "title": "elements a row keeps",
+        "title": "elements kept per row",
         "scale": {"type": "log", "base": 2},
     }
     tooltip = [{"field": "layer"}, {"field": "words", "title": "row lengths"}, {"field": "rows"}]
@@ -135,7 +137,7 @@ def by_layer(run: LoadedRun) -> Chart | None:
     if not rows:
         return None
     frame = pd.DataFrame(rows)
-    frame["p5"] = frame["p5"].clip(lower=1.0)  # a log scale has no place for less
+    frame["p5"] = frame["p5"].clip(lower=1.0)  # a log scale cannot show less
     x = {"field": "layer", "type": "quantitative", "title": "layer", "scale": {"nice": False, "padding": 8}}
     mean = {"type": "point", "filled": True, "size": 45, "color": COLOURS[0], "opacity": 1}
     spread = {"type": "rule", "strokeWidth": 4, "opacity": 0.35, "color": COLOURS[0]}
@@ -144,7 +146,10 @@ def by_layer(run: LoadedRun) -> Chart | None:
         "transform": [where("cell", "phase")],
         "layer": _effective(x, mean, spread),
     }
-    note = "Elements that a row keeps: mean (point), 5th to 95th percentile (bar); the dashed line is K."
+    note = (
+        "Number of elements that individual rows keep: mean (point) and 5th to 95th percentile (bar). The "
+        "dashed line is K."
+    )
     return Chart(
         "effective_k",
         "Effective K by layer",
@@ -170,7 +175,10 @@ def by_row_length(run: LoadedRun) -> Chart | None:
         "transform": [where("cell", "phase", "layer")],
         "layer": _effective(x, mean, spread),
     }
-    note = "Elements that a row keeps: mean (line), 5th to 95th percentile (band); the dashed line is K."
+    note = (
+        "Number of elements that individual rows keep: mean (line) and 5th to 95th percentile (band). The "
+        "dashed line is K."
+    )
     choices = [cell_choice(run, frame), phase_choice(frame), number_choice("layer", frame)]
     return Chart("effective_k_by_length", "Effective K by row length", note, spec, frame, choices)
 
@@ -199,17 +207,17 @@ def popularity(run: LoadedRun) -> Chart | None:
             "color": {
                 "field": "share",
                 "type": "quantitative",
-                "title": "steps that keep it (%)",
+                "title": "decode steps that keep it (%)",
                 "legend": ACROSS,
                 "scale": {"scheme": "viridis", "domain": [0, 100]},
             },
             "tooltip": [
                 {"field": "layer"},
                 {"field": "first", "title": "from position"},
-                {"field": "share", "title": "steps that keep it (%)", "format": ".1f"},
+                {"field": "share", "title": "decode steps that keep it (%)", "format": ".1f"},
             ],
         },
     }
-    note = "For the first generated text: the share of decode steps in which any head keeps the V row."
+    note = "First generated text: the share of decode steps in which some head keeps the V row of a token."
     choices = [cell_choice(run, frame), Choice("group", options)]
     return Chart("popularity", "Which V rows are kept", note, spec, frame, choices)

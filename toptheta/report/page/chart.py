@@ -1,5 +1,5 @@
-"""A chart of the report: a Vega-Lite specification with its data and the reader's choices; and shared parts
-of charts.
+"""A chart of the report: a Vega-Lite specification with its data and the reader's choices; and parts that
+charts share.
 
 A specification contains placeholders, strings that start with @; each choice gives their values. page.js
 fills in the selected values and passes the result to Vega. Nothing is drawn here.
@@ -28,8 +28,8 @@ COLOURS = (
     "#8c6bb1",
     "#7f7f00",
 )  # Okabe-Ito
-DENSE_COLOUR = "#808080"  # seen on white and on black
-ACROSS = {"orient": "top", "gradientLength": 200, "titleLimit": 300}  # a legend that takes no width
+DENSE_COLOUR = "#808080"  # visible on white and on black
+ACROSS = {"orient": "top", "gradientLength": 200, "titleLimit": 300}  # a legend above the chart
 KINDS = {"attn": "attention elements", "vrow": "V rows"}
 
 

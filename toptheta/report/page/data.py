@@ -24,7 +24,7 @@ ALL_GROUPS = -1
 
 
 def sparse_folders(run: LoadedRun) -> Iterator[tuple[str, Path, CellResult]]:
-    """Label, folder and result of each sparse cell whose files are there."""
+    """Label, folder and result of each sparse cell whose files exist."""
     for label, result in zip(run.labels, run.results):
         if not result.dense and result.folder and Path(result.folder).is_dir():
             yield label, Path(result.folder), result
@@ -56,7 +56,8 @@ def kept_shares(run: LoadedRun) -> pd.DataFrame:
 
 
 def threshold_points(run: LoadedRun) -> pd.DataFrame:
-    """cell, layer, head, n, theta, samples: means over neighbouring row lengths, as few as the page takes."""
+    """cell, layer, head, n, theta, samples: means over neighbouring row lengths, at most
+    about THRESHOLD_POINTS."""
     parts = []
     found = [(label, read_thresholds(folder)) for label, folder, _ in sparse_folders(run)]
     present = [(label, frame) for label, frame in found if frame is not None]

@@ -1,5 +1,5 @@
 "use strict";
-// The page's life: choices, charts (drawn by Vega), the sortable table, answers side by side.
+// The report's interaction: choices, charts (drawn by Vega), sortable tables, answers side by side.
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -22,7 +22,7 @@ let onScreen = null;
 addEventListener("beforeprint", () => { onScreen = root.dataset.theme; setTheme("light"); });
 addEventListener("afterprint", () => onScreen && setTheme(onScreen));
 
-// Tables: by number where a column has any, whatever has none at the end.
+// Tables: sorted by number; cells without a number come last.
 function sortTable(table, column, header) {
   const ascending = header.getAttribute("aria-sort") === "descending";
   for (const other of table.querySelectorAll("thead th")) other.removeAttribute("aria-sort");
@@ -126,7 +126,7 @@ class Part {
     if (about.samples.length) new Samples(document.getElementById(`${id}-samples`), about.samples);
   }
 
-  // What is chosen in one chart is chosen in all that know it; `from` has chosen already.
+  // A choice made in the chart `from` is applied to all other charts that have it.
   follow(name, text, from) {
     for (const chart of this.charts) {
       if (chart === from || chart.choose(name, text)) chart.draw();

@@ -32,14 +32,14 @@ def tradeoff(run: LoadedRun) -> Chart | None:
     x_options, y_options = [], []
     for i, (title, values) in enumerate(costs):
         rows[f"x{i}"] = values
-        x_options.append(Option(title, {"@x": f"x{i}", "@x_title": f"{title} (% of dense)"}))
+        x_options.append(Option(title, {"@x": f"x{i}", "@x_title": f"{title} (% of dense attention)"}))
     for i, (title, values, errors) in enumerate(scores):
         low, high = values - errors, values + errors
         log = bool(
             (low > 0).sum() > 1 and (values >= 0).all() and values.max() > 30 * values[values > 0].min()
         )
         rows[f"y{i}"], rows[f"low{i}"], rows[f"high{i}"] = values, low, high
-        if log:  # nothing that is zero, dense attention for one, has a place
+        if log:  # a logarithmic axis cannot show 0, such as the KL of dense attention
             rows.loc[values <= 0, [f"y{i}", f"low{i}", f"high{i}"]] = np.nan
             rows[f"low{i}"] = np.fmax(rows[f"low{i}"], rows[f"y{i}"] / 10)
         rows[f"error{i}"] = errors
@@ -89,7 +89,8 @@ def tradeoff(run: LoadedRun) -> Chart | None:
     return Chart(
         "tradeoff",
         "Quality against cost",
-        "Error bars are ± one standard error; numbers at points are K. Each line is one method.",
+        "A score, or the difference from dense attention, against what is read or kept. Error bars are ± one "
+        "standard error; the number at a point is its K; a line connects the points of a method.",
         spec,
         rows,
         [Choice("score", y_options), Choice("against", x_options)],
@@ -106,7 +107,7 @@ def _costs(results: Sequence[CellResult]) -> list[tuple[str, np.ndarray]]:
             f"elements kept in {words}": [one.kept_share(phase, "attn") for one in results],
             f"V rows kept in {words}": [one.kept_share(phase, "vrow") for one in results],
         }
-        if phase == PREFILL:  # nearly every V row of a prompt is kept by some row of it
+        if phase == PREFILL:  # nearly every V row of a prompt is kept by one of its rows
             quantities = dict(sorted(quantities.items(), key=lambda one: not one[0].startswith("elements")))
         for title, values in quantities.items():
             array = np.array(values, dtype=float)
@@ -122,7 +123,7 @@ def _scores(results: Sequence[CellResult]) -> list[tuple[str, np.ndarray, np.nda
     for name in sorted(paired, key=lambda name: PAIRED.index(name) if name in PAIRED else len(PAIRED)):
         if name != "nll":
             pairs = [_difference(one, name) for one in results]
-            found.append(series(f"{name}, difference from dense", pairs, is_share(name)))
+            found.append(series(f"{name}, difference from dense attention", pairs, is_share(name)))
     words = {name: title.removesuffix(" %") for name, title in TEXT_METRICS}
     metrics = dict.fromkeys(name for one in results for name in one.metrics)
     for name in sorted(metrics, key=lambda name: (name not in words, list(metrics).index(name))):
@@ -180,11 +181,13 @@ def by_length(run: LoadedRun) -> Chart | None:
     }
     options = [Option("perplexity", {"@y": "ppl", "@y_title": "perplexity"})]
     if base:
-        title = "perplexity above dense (%)"
+        title = "increase of perplexity over dense attention (%)"
         options.insert(0, Option(title, {"@y": "above", "@y_title": title}))
     frame = pd.DataFrame(rows)
-    note = "Each line is one cell."
-    return Chart("by_length", "By context length", note, spec, frame, [Choice("perplexity", options)])
+    note = "Each line is one method with one K."
+    return Chart(
+        "by_length", "Perplexity by context length", note, spec, frame, [Choice("perplexity", options)]
+    )
 
 
 def needles(run: LoadedRun) -> Chart | None:
@@ -198,7 +201,7 @@ def needles(run: LoadedRun) -> Chart | None:
         return None
     frame = pd.DataFrame(rows)
     x = {"field": "length", "type": "ordinal", "title": "context length (tokens)", "axis": {"labelAngle": 0}}
-    y = {"field": "depth", "type": "ordinal", "title": "depth of the needle (%)"}
+    y = {"field": "depth", "type": "ordinal", "title": "position of the needle in the context (%)"}
     colour = {
         "field": "share",
         "type": "quantitative",
@@ -216,5 +219,5 @@ def needles(run: LoadedRun) -> Chart | None:
             {"mark": {"type": "text"}, "encoding": {"text": {"field": "words"}, "color": text_colour}},
         ],
     }
-    note = "A needle is a number hidden in a long text; it counts as found if the reply contains it."
+    note = "A needle is a number hidden in a long text; it is found if the reply contains it."
     return Chart("needles", "Needles found", note, spec, frame, [cell_choice(run, frame)])

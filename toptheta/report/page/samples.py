@@ -1,4 +1,4 @@
-"""Answers of the cells of a task to the same questions, side by side."""
+"""Answers of all cells of a task to the same questions, next to each other."""
 
 from collections.abc import Sequence
 from os.path import commonprefix

@@ -1,1 +1,1 @@
-"""Pictures of what a run left in its products folder. Needs matplotlib and pandas, and never torch."""
+"""Plots of the files in a run's folder. They need matplotlib and pandas, but not torch."""

@@ -1,4 +1,4 @@
-"""Differences from a baseline with their 95% intervals, side by side: a panel for each thing compared."""
+"""Plot of differences from a baseline with their 95% intervals: one panel for each compared quantity."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from toptheta.report.plots.style import GREY, look, new_figure, save_figure, ser
 from toptheta.report.tables import is_share
 from toptheta.util.errors import UsageError
 
-WORDS = {  # of what has a better name than its key
-    "nll": "ln of the ratio of perplexities",
+WORDS = {  # axis labels of quantities, by key
+    "nll": "ln(perplexity / baseline's perplexity)",
     "kl": "KL(dense || method), nats",
-    "target_logprob": "right answer's log p, difference (nats)",
+    "target_logprob": "log-probability of the correct answer,\ndifference from the baseline (nats)",
 }
 
 
 def draw_comparison(compared: Sequence[tuple[str, Comparison]], path: Path | str, title: str) -> None:
-    """Draw the comparisons of cells, by label, with one baseline, and write the figure to `path`. Raises
-    UsageError where nothing has a difference."""
+    """Draw the comparisons of cells (by label) with one baseline, and write the figure to `path`. Raises
+    UsageError if there is no difference to draw."""
     with look():
         figure = comparison_figure(compared, title)
     save_figure(figure, path)
@@ -33,7 +33,7 @@ def comparison_figure(compared: Sequence[tuple[str, Comparison]], title: str) ->
             factor = 100.0 if name not in WORDS and is_share(name) else 1.0
             panels.setdefault(WORDS.get(name) or _words(name), {})[label] = _scaled(one, factor)
     if not panels:
-        raise UsageError("the runs have no score in common: score them, or compare others.")
+        raise UsageError("the runs have no score in common: score them first, or compare other runs.")
     labels = [label for label, _ in compared]
     colours = dict(zip(labels, series_colours(len(labels))))
     figure = new_figure(3.0 + 3.6 * len(panels), 1.6 + 0.36 * len(labels), title)
@@ -57,7 +57,8 @@ def comparison_figure(compared: Sequence[tuple[str, Comparison]], title: str) ->
 
 
 def _differences(comparison: Comparison) -> dict[str, Difference]:
-    """What has an interval: differences of scores and of the right answer's log-probability, and KL."""
+    """The quantities with an interval: differences of scores and of the correct answer's log-probability, and
+    KL."""
     found = dict(comparison.scores)
     if comparison.target_logprob is not None:
         found["target_logprob"] = comparison.target_logprob
@@ -68,7 +69,7 @@ def _differences(comparison: Comparison) -> dict[str, Difference]:
 
 
 def _words(name: str) -> str:
-    return f"{name}, difference" + (" (%)" if is_share(name) else "")
+    return f"{name}, difference from the baseline" + ("\n(percentage points)" if is_share(name) else "")
 
 
 def _scaled(one: Difference, factor: float) -> Difference:

@@ -1,5 +1,5 @@
-"""KL to dense attention against the KV bytes that a decode step reads: one line for each method, a panel for
-each text."""
+"""Plot of KL to dense attention against the KV bytes that a decode step reads: one line per method, one panel
+per text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +25,15 @@ from toptheta.report.plots.style import (
 from toptheta.report.results import DECODE, CellResult, Metric
 from toptheta.util.errors import UsageError
 
-ALL_OF_K = 50.0  # % of dense: what a method reads that needs the score of every key
+ALL_OF_K = 50.0  # % of dense: the part that is K, which a method reads if it needs the score of every key
 COLUMNS = 2  # panels side by side
 TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
 
 
 def draw_divergence(panels: dict[str, Sequence[CellResult]], path: Path | str, title: str) -> None:
     """Draw KL(dense || method), with standard errors, against KV bytes in % of dense. panels: results by
-    name, those of one text each. Dense attention of another type is a horizontal band: what differences mean
-    nothing. Raises UsageError when no result has both numbers."""
+    name, those of one text each. Dense attention in another type is a horizontal band, the size of rounding
+    differences. Raises UsageError if no result has both numbers."""
     with look():
         figure = divergence_figure(panels, title)
     save_figure(figure, path)
@@ -44,7 +44,8 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     panels = {name: found for name, results in panels.items() if (found := _drawable(results))}
     if not panels:
         raise UsageError(
-            "no result has a KL to dense and KV bytes of decode steps: there is nothing to draw."
+            "no result has both a KL to dense attention and the KV bytes of decode steps: there is "
+            "nothing to draw."
         )
     lines = list(dict.fromkeys(r.family for results in panels.values() for r in results if not r.dense))
     columns = min(COLUMNS, len(panels))
@@ -63,8 +64,12 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     _label(figure, columns)
     handles: list[Artist] = [Line2D([], [], label=line, **looks[line]) for line in lines]
     if any(result.dense for results in panels.values() for result in results):
-        handles.append(Patch(color=GREY, alpha=0.35, lw=0, label="dense attention of another type"))
-    handles.append(Line2D([], [], color="black", lw=0.9, ls=":", label="all of K is read"))
+        handles.append(
+            Patch(color=GREY, alpha=0.35, lw=0, label="dense attention in another type (rounding)")
+        )
+    handles.append(
+        Line2D([], [], color="black", lw=0.9, ls=":", label="50 %: all of K, which scoring every key needs")
+    )
     add_legend(figure, handles)
     return figure
 
@@ -74,14 +79,13 @@ def _drawable(results: Sequence[CellResult]) -> list[CellResult]:
 
 
 def _kl(result: CellResult) -> Metric | None:
-    """None where it is 0, as of the dense model that the others are compared with: it has no place in a
-    logarithmic picture."""
+    """None if it is 0, as for the dense reference itself: a logarithmic axis cannot show 0."""
     metric = result.metrics.get("kl")
     return metric if metric is not None and metric.value > 0.0 else None
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Of the i-th line: a colour of its own, and dashed lines once the colours are used up."""
+    """The style of the i-th line: a colour of its own, and dashed lines once all colours are used."""
     again, number = divmod(i, len(COLOURS))
     marker = MARKERS[(i + again) % len(MARKERS)]
     return {"color": COLOURS[number], "ls": ("-", "--", ":")[again % 3], "marker": marker, "ms": 5, "lw": 1.2}
@@ -110,8 +114,8 @@ def _draw_floors(axes: Axes, results: Sequence[CellResult]) -> None:
 def _label(figure: Figure, columns: int) -> None:
     for i, axes in enumerate(figure.axes):
         if i % columns == 0:
-            axes.set_ylabel("KL(dense || method), nats a token")
-        axes.set_xlabel("KV bytes read in a decode step, % of dense")
+            axes.set_ylabel("KL(dense || method), nats per token")
+        axes.set_xlabel("KV bytes that a decode step reads (% of dense attention)")
         low, high = axes.get_xlim()
         ticks = [tick for tick in TICKS if low <= tick <= high]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -1,4 +1,4 @@
-"""Effective K: how many elements single rows keep against the K that thresholds are calibrated for."""
+"""Plots of effective K: how many elements individual rows keep, compared with the K of the calibration."""
 
 from math import ceil
 from typing import Any
@@ -25,15 +25,16 @@ from toptheta.report.plots.style import (
 from toptheta.report.results import PHASES
 
 COLUMNS = 4
-KEPT_LABEL = "elements a row keeps"
+KEPT_LABEL = "elements kept per row"
 
 
 def draw_effective_k(run: Run) -> Drawing:
-    """effective_k: mean and 5 to 95 % of what single rows keep, by row length (some layers) and by layer."""
+    """effective_k: mean, 5th and 95th percentile of the elements that individual rows keep, by row length
+    (some layers) and by layer."""
     drawing = Drawing("effective_k")
     frame = read_effective_k(run.folder)
     if frame is None:
-        missing = missing_files(run, ["effective_k.csv"], "the elements that single rows keep")
+        missing = missing_files(run, ["effective_k.csv"], "the elements that individual rows keep")
         drawing.notes.append(f"{missing} A Top-theta run writes it with --effective_k.")
         return drawing
     present = tuple(int(layer) for layer in sorted(frame["layer"].unique()))
@@ -46,7 +47,9 @@ def draw_effective_k(run: Run) -> Drawing:
         return drawing
     overview = _by_layer(run, wanted)
     if not overview:
-        drawing.notes.append(missing_files(run, ["results.json"], "the layers side by side", some=True))
+        drawing.notes.append(
+            missing_files(run, ["results.json"], "the panel that compares all layers", some=True)
+        )
 
     columns, rows = min(COLUMNS, len(panels)), ceil(len(panels) / COLUMNS)
     bottom = 1 if overview else 0
@@ -75,7 +78,12 @@ def draw_effective_k(run: Run) -> Drawing:
     ]
     handles += [
         Line2D([], [], color="black", lw=1.0, ls="--", label="K"),
-        Patch(color=GREY, alpha=0.3, lw=0, label="line, mark: mean; band, bar: 5 to 95 % of rows, all heads"),
+        Patch(
+            color=GREY,
+            alpha=0.3,
+            lw=0,
+            label="line or marker: mean; band or bar: 5th to 95th percentile of the rows of all heads",
+        ),
     ]
     add_legend(figure, handles)
     drawing.figure = figure
@@ -83,7 +91,7 @@ def draw_effective_k(run: Run) -> Drawing:
 
 
 def _by_layer(run: Run, wanted: tuple[int, ...]) -> list[dict[str, Any]]:
-    """layer, phase, k, mean, p5, p95 over all lengths, as results.json has them."""
+    """layer, phase, k, mean, p5, p95 over all lengths, from results.json."""
     result = read_results(run.folder)
     phases = (result.effective_k if result is not None else None) or []
     return [
@@ -95,13 +103,13 @@ def _by_layer(run: Run, wanted: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def _panel(axes: Axes, frame: pd.DataFrame) -> None:
-    """One layer: what its rows keep, by length."""
+    """The elements that the rows of one layer keep, by row length."""
     for phase in PHASES:
         part = frame[frame["phase"] == phase].sort_values("n_low")
         if part.empty:
             continue
         colour = PHASE_COLOURS[phase]
-        # Steps as wide as the bins; no band where no row was of a length.
+        # Steps as wide as the bins, without a band at lengths that no row had.
         for _, bins in part.groupby((part["n_low"] != part["n_high"].shift() + 1).cumsum()):
             x = np.column_stack([bins["n_low"], bins["n_high"] + 1]).ravel()
             axes.fill_between(x, bins["p5"].repeat(2), bins["p95"].repeat(2), color=colour, alpha=0.2, lw=0)
@@ -113,7 +121,7 @@ def _panel(axes: Axes, frame: pd.DataFrame) -> None:
 
 
 def _overview(axes: Axes, layers: list[dict[str, Any]]) -> None:
-    """All layers side by side, over all lengths."""
+    """All layers next to each other, over all lengths."""
     frame = pd.DataFrame(layers)
     ids = sorted(frame["layer"].unique().tolist())
     phases = [phase for phase in PHASES if (frame["phase"] == phase).any()]
@@ -134,10 +142,10 @@ def _overview(axes: Axes, layers: list[dict[str, Any]]) -> None:
 
 
 def _octaves(axes: Axes, which: str) -> None:
-    """A log scale with plain numbers at powers of two: what is kept is judged as a factor of K."""
+    """A log scale with plain numbers at powers of two, because the ratio of kept elements to K matters."""
     axes.set(**{f"{which}scale": "log"})
     axis, (low, high) = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
-    few = high < 3 * low  # then powers of two alone would leave an axis with one number or none
+    few = high < 3 * low  # powers of two alone would leave the axis with one number or none
     axis.set_major_locator(LogLocator(base=2.0, subs=(1.0, 1.25, 1.5, 1.75) if few else (1.0,), numticks=9))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

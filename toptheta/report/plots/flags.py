@@ -1,4 +1,4 @@
-"""The flags that the plot scripts share. Imports nothing heavy, so that --help answers at once."""
+"""The flags that the plot scripts share. Imports nothing large, so that --help is fast."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ FORMATS = ("png", "pdf", "svg")
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw and where to. None: the user left the choice."""
+    """What to draw, and into which folder. None: the user has not chosen."""
 
     folder: Path
     output: Path
@@ -25,15 +25,15 @@ class Request:
 
 
 class PlotParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence without the usage page; they exit with 2."""
+    """An argument parser that prints errors as one sentence, without the usage, and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the flags.\n")
 
 
 def plot_parser(description: str) -> PlotParser:
-    """A parser with the plot scripts' flags. Values stay text, for `check_request` to judge."""
-    # Without abbreviations, because --layer could mean --layers or --layer-ids.
+    """A parser with the plot scripts' flags. Values stay text; `check_request` checks them."""
+    # No abbreviations, because --layer could mean --layers or --layer-ids.
     parser = PlotParser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("-d", "--dir", "--products_dir_path", required=True, help="folder of the run, products/<timestamp>")
@@ -41,26 +41,27 @@ def plot_parser(description: str) -> PlotParser:
     add(
         "--layer-ids",
         metavar="0,1,15",
-        help="draw only these layers (default: 4 evenly spaced ones where each has its own line, else all)",
+        help="draw only these layers (default: 4 evenly spaced ones in plots with a line per layer, else "
+        "all)",
     )
     add(
         "--head-ids",
         metavar="0,1,2",
-        help="draw only these query heads (default: the first 4 where each has its own line, else all)",
+        help="draw only these query heads (default: the first 4 in plots with a line per head, else all)",
     )
     add(
         "--layers",
         metavar="N",
-        help="layers of the model, for folders without config.json (default: from the files)",
+        help="number of layers of the model, for folders without config.json (default: from the files)",
     )
-    add("--heads", metavar="N", help="query heads per layer, for folders without config.json")
-    add("--format", default="png", metavar="|".join(FORMATS), help="picture format (default: png)")
+    add("--heads", metavar="N", help="number of query heads per layer, for folders without config.json")
+    add("--format", default="png", metavar="|".join(FORMATS), help="image format (default: png)")
     add("--output", metavar="DIR", help="folder for the plots, created if needed (default: the run's folder)")
     return parser
 
 
 def parse_request(description: str) -> Request:
-    """The command line's flags as a Request. Ends the program with 2 and a sentence when a flag is wrong."""
+    """The command line's flags as a Request. For a wrong flag, prints a sentence and exits with 2."""
     parser = plot_parser(description)
     try:
         return check_request(parser.parse_args())
@@ -69,11 +70,11 @@ def parse_request(description: str) -> Request:
 
 
 def check_request(args: argparse.Namespace) -> Request:
-    """The flags as a Request. Raises UsageError for the first that is wrong in itself."""
+    """The flags as a Request. Raises UsageError for the first invalid value."""
     folder = Path(args.dir)
     if not folder.is_dir():
         raise UsageError(
-            f"-d/--dir is {args.dir!r}, which is not a folder: name that of a run, products/<timestamp>."
+            f"-d/--dir is {args.dir!r}, which is not a folder: name a run's folder, products/<timestamp>."
         )
     if args.format not in FORMATS:
         raise UsageError(f"--format is {args.format!r}, but must be one of {', '.join(FORMATS)}.")
@@ -98,7 +99,7 @@ def _ids(flag: str, text: str | None) -> tuple[int, ...] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise UsageError(
-            f"{flag} is {text!r}, but must be numbers from 0 joined by commas: write {flag} 0,1,15."
+            f"{flag} is {text!r}, but must be whole numbers from 0, separated by commas: write {flag} 0,1,15."
         )
     return tuple(sorted({int(part) for part in parts}))
 
@@ -108,6 +109,6 @@ def _count(flag: str, text: str | None) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         raise UsageError(
-            f"{flag} is {text!r}, but must be how many {flag[2:]} the model has: write {flag} 32."
+            f"{flag} is {text!r}, but must be the number of {flag[2:]} of the model: write {flag} 32."
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Lengths of prompts and completions by outcome. The figures of plot_gen_llama.py."""
+"""Plots of the lengths of prompts and completions by outcome: the figures of plot_gen_llama.py."""
 
 import numpy as np
 import pandas as pd
@@ -53,26 +53,26 @@ FIGURES = (draw_lengths, draw_size_by_layer)
 
 
 def _passed(run: Run, drawing: Drawing, count: int) -> pd.Series | None:
-    """Whether each of `count` samples passed; None, and a note, where the outcomes are not known."""
+    """Whether each of `count` samples passed; None, and a note, if the outcomes are not known."""
     outcomes = read_outcomes(run.folder)
     name = "samples.jsonl_results.jsonl"
     if outcomes is None:
-        drawing.notes.append(missing_files(run, [name], "passed and failed"))
+        drawing.notes.append(missing_files(run, [name], "which samples passed"))
         return None
     if len(outcomes) != count:
         drawing.notes.append(
             f"{name} has {len(outcomes)} samples, but prompt_completion_lengths_per_sample.csv in "
             f"{run.folder} has "
-            f"{count}: passed and failed are not drawn."
+            f"{count}: the plot does not show which samples passed."
         )
         return None
     return outcomes["passed"]
 
 
 def histogram(axes: Axes, lengths: pd.Series, passed: pd.Series | None = None) -> None:
-    """A histogram of lengths in whole tokens; failed stacked on passed, where `passed` tells them apart."""
+    """A histogram of lengths in whole tokens; with `passed`, failed samples are stacked on passed ones."""
     low, high = int(lengths.min()), int(lengths.max())
-    # Bins of whole tokens, all equally wide: else some would hold one more length than their neighbours.
+    # Equally wide bins of whole tokens; otherwise some would contain one more length than others.
     width = max(1, -(-(high - low + 1) // MAX_BINS))
     edges = np.arange(low, high + width + 1, width) - 0.5
     if passed is None:
@@ -80,6 +80,6 @@ def histogram(axes: Axes, lengths: pd.Series, passed: pd.Series | None = None) -
     else:
         good, bad = np.histogram(lengths[passed], edges)[0], np.histogram(lengths[~passed], edges)[0]
         axes.bar(edges[:-1], good, width, align="edge", color=PASSED, lw=0)
-        # Hatched, to tell the two apart in print without colour.
+        # Hatched, so that they also differ in print without colour.
         axes.bar(edges[:-1], bad, width, good, align="edge", color=FAILED, lw=0, hatch="////", ec="white")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,5 @@
-"""What attention kept, relative to Top-k (by row length, by layer) and to dense attention (by layer)."""
+"""Plots of kept elements and V rows, relative to Top-k (by row length, by layer) and to dense attention (by
+layer)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,17 +31,18 @@ from toptheta.report.results import PHASES
 from toptheta.util.files import find_file
 
 MAX_BINS = 40  # of row lengths
-SIZE_LABEL = "kept / what Top-k keeps"
+SIZE_LABEL = "kept elements / elements that Top-k keeps"
 NO_DATA = "#d0d0d0"
 KINDS = {"attn": "attention elements", "vrow": "V rows"}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def draw_size_by_length(run: Run) -> Drawing:
-    """size: kept elements relative to Top-k by row length and phase, lines for some layers, a map of all."""
+    """size: kept elements relative to Top-k by row length and phase, as lines for some layers and as a heat
+    map of all."""
     drawing = Drawing("size")
     lines = run.layer_ids or spread([i for i in run.layers if find_file(run.folder, f"layer{i}.txt")])
-    sums, frames = [], {}  # whole frames only of the layers with a line: those of a large model would not fit
+    sums, frames = [], {}  # frames only of layers with a line: all would not fit in memory
     for layer, frame in _sizes(run, drawing):
         sums.append(
             frame.groupby(["phase", "n"], observed=True)["ratio"].agg(["sum", "count"]).assign(layer=layer)
@@ -64,7 +66,7 @@ def draw_size_by_length(run: Run) -> Drawing:
     all_axes = figure.subplots(
         rows, len(phases), squeeze=False, sharex=True, sharey="row", height_ratios=(3.0, map_height)[:rows]
     )
-    bands = len(lines) <= 6  # more cover each other
+    bands = len(lines) <= 6  # more would cover each other
     for axes, phase in zip(all_axes[0], phases):
         for layer, colour in zip(lines, series_colours(len(lines))):
             frame = frames[layer]
@@ -75,9 +77,14 @@ def draw_size_by_length(run: Run) -> Drawing:
     all_axes[0, 0].set_ylabel(f"{SIZE_LABEL}\n({run.head_words})")
     extra: list[Artist] = [
         Line2D([], [], color="black", lw=1.0, ls="--", label="Top-k"),
-        Patch(color=GREY, alpha=0.25, lw=0, label="line: median, band: 10 to 90 % of heads and rows")
+        Patch(
+            color=GREY,
+            alpha=0.25,
+            lw=0,
+            label="line: median; band: 10th to 90th percentile over heads and rows",
+        )
         if bands
-        else Line2D([], [], color=GREY, lw=1.4, label="median of heads and rows"),
+        else Line2D([], [], color=GREY, lw=1.4, label="median over heads and rows"),
     ]
     if rows == 2:
         extra += _map(figure, all_axes[1], table, phases, layers, edges)
@@ -138,7 +145,11 @@ def draw_size_by_layer(run: Run) -> Drawing:
         Line2D([], [], color="black", lw=1.0, ls="--", label="Top-k"),
         Line2D([], [], color="black", lw=1.4, label="median"),
         Line2D([], [], ls="", marker="o", ms=3.5, mfc="white", mec="black", label="mean"),
-        Patch(facecolor=GREY, alpha=0.45, label="box: middle half, whiskers: 5 to 95 %"),
+        Patch(
+            facecolor=GREY,
+            alpha=0.45,
+            label="box: middle half of heads and rows; whiskers: 5th to 95th percentile",
+        ),
     ]
     add_legend(figure, handles)
     drawing.figure = figure
@@ -146,7 +157,7 @@ def draw_size_by_layer(run: Run) -> Drawing:
 
 
 def draw_kept(run: Run) -> Drawing:
-    """kept_attn: attention elements and V rows kept, in % of dense attention's, by layer and phase."""
+    """kept_attn: kept attention elements and V rows, in % of dense attention, by layer and phase."""
     drawing = Drawing("kept_attn")
     tables = {}
     for kind in KINDS:
@@ -170,7 +181,7 @@ def draw_kept(run: Run) -> Drawing:
             axes.plot(x, part["mean"], color=colour, marker=PHASE_MARKERS[phase], ms=4, lw=1.4)
         what = KINDS[kind]
         axes.set_title(f"{what}, {'all groups' if kind == 'vrow' else run.head_words}")
-        axes.set_ylabel(f"kept {what}\n(% of dense)")
+        axes.set_ylabel(f"kept {what}\n(% of dense attention)")
         axes.set_ylim(0.0, None if table["high"].max() < 60 else 104.0)
     layer_axis(all_axes[-1], layers)
     handles: list[Artist] = [
@@ -179,7 +190,12 @@ def draw_kept(run: Run) -> Drawing:
         if any((table["phase"] == p).any() for table in tables.values())
     ]
     handles.append(
-        Patch(color=GREY, alpha=0.25, lw=0, label="from the least to the most keeping head (or group)")
+        Patch(
+            color=GREY,
+            alpha=0.25,
+            lw=0,
+            label="band: from the head (or group) that keeps least to the one that keeps most",
+        )
     )
     add_legend(figure, handles)
     drawing.figure = figure
@@ -187,7 +203,8 @@ def draw_kept(run: Run) -> Drawing:
 
 
 def _sizes(run: Run, drawing: Drawing) -> Iterator[tuple[int, pd.DataFrame]]:
-    """Layer after layer: its number, its sizes for the chosen heads. Notes at the end what was missing."""
+    """For one layer after the other its index and the sizes of the chosen heads; then a note on missing
+    files."""
     missing, some = [], False
     for layer in run.layers or (0,):
         frame = read_sizes(run.folder, layer)
@@ -199,11 +216,12 @@ def _sizes(run: Run, drawing: Drawing) -> Iterator[tuple[int, pd.DataFrame]]:
             some = True
             yield layer, frame
     if missing:
-        drawing.notes.append(missing_files(run, missing, "the sizes relative to Top-k", some))
+        drawing.notes.append(missing_files(run, missing, "the kept elements relative to Top-k", some))
 
 
 def _kept_table(run: Run, drawing: Drawing, kind: str) -> pd.DataFrame | None:
-    """layer, phase, mean, low, high (%), over all rows: of all heads or groups, and of the extreme ones."""
+    """layer, phase, mean, low, high (%) over all rows: of all heads (or groups) together, and of those that
+    keep least and most."""
     unit = "head" if kind == "attn" else "group"
     records = []
     for phase in PHASES:
@@ -229,7 +247,8 @@ def _kept_table(run: Run, drawing: Drawing, kind: str) -> pd.DataFrame | None:
 
 
 def _line(axes: Axes, frame: pd.DataFrame, edges: np.ndarray, colour: Any, band: bool) -> None:
-    """The median, and as a band 10 to 90 %, of the ratios in every bin of row lengths."""
+    """The median of the ratios in each bin of row lengths, with a band from the 10th to the 90th
+    percentile."""
     if frame.empty:
         return
     bins = np.digitize(frame["n"], edges)
@@ -241,7 +260,7 @@ def _line(axes: Axes, frame: pd.DataFrame, edges: np.ndarray, colour: Any, band:
 
 
 def _bins(table: pd.DataFrame) -> int:
-    """How many bins of row lengths: few where few lengths occur, so that not most bins are empty."""
+    """The number of bins of row lengths: few if few lengths occur, so that most bins are not empty."""
     lengths = table["n"]
     distinct = int(table.groupby("phase")["n"].nunique().min())
     return min(MAX_BINS, int(lengths.max() - lengths.min()) + 1, max(8, distinct // 3))
@@ -255,7 +274,8 @@ def _map(
     layers: tuple[int, ...],
     edges: np.ndarray,
 ) -> list[Patch]:
-    """A map of mean ratios, layers by bins of lengths; white is Top-k. Returns legend entries."""
+    """A heat map of mean ratios, layers by bins of lengths; white is as many as Top-k. Returns legend
+    entries."""
     grids = {}
     for phase in phases:
         part = table[table["phase"] == phase]
@@ -265,13 +285,13 @@ def _map(
         np.add.at(counts, at, part["count"])
         grids[phase] = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     values = np.concatenate([grid[grid > 0] for grid in grids.values()])
-    # Symmetric about 1 on a log scale; one wild row length must not wash out all others.
+    # Symmetric about 1 on a log scale; a single extreme row length must not determine the range.
     spread_of_logs = np.quantile(np.abs(np.log(values)), 0.99) if values.size else 0.0
     most = float(np.clip(np.exp(spread_of_logs), 1.25, 8.0))
     norm = LogNorm(1.0 / most, most)
     cmap = mpl.colormaps["PuOr_r"].with_extremes(bad=NO_DATA)
     for axes, phase in zip(all_axes, phases):
-        grid = np.where(grids[phase] == 0.0, 1e-6, grids[phase])  # a log scale would take 0 for no data
+        grid = np.where(grids[phase] == 0.0, 1e-6, grids[phase])  # a log scale would show 0 as no data
         mesh = axes.pcolormesh(
             edges, np.arange(len(layers) + 1) - 0.5, grid, norm=norm, cmap=cmap, rasterized=True
         )
@@ -280,7 +300,9 @@ def _map(
         axes.set_ylabel("layer" if phase == phases[0] else "")
     coarse, fine = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5)
     ticks = [tick for tick in (coarse if most > 2.5 else fine) if 0.999 / most <= tick <= 1.001 * most]
-    bar = figure.colorbar(mesh, ax=list(all_axes), extend="both", aspect=15, pad=0.01, label="mean ratio")
+    bar = figure.colorbar(
+        mesh, ax=list(all_axes), extend="both", aspect=15, pad=0.01, label="mean of kept / Top-k's"
+    )
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -289,7 +311,7 @@ def _map(
 
 
 def layer_axis(axes: Axes, layers: Sequence[int], which: str = "x") -> None:
-    """Layers at equal steps, whichever are drawn, with as many numbers as there is room for."""
+    """An axis of the drawn layers at equal distances, with as many numbers as fit."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     if len(layers) <= 12:
         axis.set_major_locator(FixedLocator(range(len(layers))))

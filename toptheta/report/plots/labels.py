@@ -1,4 +1,4 @@
-"""Labels of points, placed so that it covers as little as possible and belongs visibly to its own point."""
+"""Labels of points, each placed near its own point such that it covers as little as possible."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MARKER = 4.5  # points, half a marker
 
 @dataclass(frozen=True)
 class Label:
-    """A text and its point, in data units."""
+    """A text and the coordinates of its point, in data units."""
 
     x: float
     y: float
@@ -26,7 +26,7 @@ class Label:
 
 
 def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Write every label next to its point. Call it last: layout, limits and lines must be final."""
+    """Write each label next to its point. Call it last, when layout, limits and lines are final."""
     if not labels:
         return
     figure.draw_without_rendering()
@@ -73,7 +73,8 @@ def _cost(
     placed: Sequence[tuple[np.ndarray, np.ndarray]],
     marker: float,
 ) -> float:
-    """How bad a place is: what it covers, whom it seems to belong to, whether it leaves the axes."""
+    """The cost of a position: what the label covers, whether it is nearer to another point, and whether it
+    leaves the axes."""
     cost = 3.0 * (np.abs(obstacles - centre) < half + 1).all(axis=1).sum() if len(obstacles) else 0.0
     cost += 60.0 * (np.abs(points - centre) < half + marker).all(axis=1).sum()
     cost += 200.0 * sum(
@@ -98,7 +99,7 @@ def _along_lines(axes: Axes) -> np.ndarray:
     for line in axes.get_lines():
         corners = line.get_transform().transform(line.get_xydata())
         steps.append(corners)
-        if line.get_linestyle() != "None":  # the caps of error bars are lines of markers only
+        if line.get_linestyle() != "None":  # the caps of error bars are lines with markers only
             paths.append(corners)
     for corners in paths:
         for start, end in pairwise(corners):

@@ -1,4 +1,4 @@
-"""The picture of a needle-in-a-haystack grid: how many needles were found at each length and depth."""
+"""Heat map of needles: how many numbers hidden in a long text were found, by context length and depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def needle_figure(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [str(depth) for depth in depths])
     axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("depth of the needle (%)")
+    axes.set_ylabel("position of the needle in the context (%)")
     for row in rows:
         if row["count"]:
             x, y = lengths.index(row["length"]), depths.index(row["depth"])

@@ -1,4 +1,4 @@
-"""Figures inside a notebook: the same ones that the scripts write to files."""
+"""Figures in a notebook, the same as those that the scripts write to files."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from toptheta.report.plots.report import Drawing, Run, open_run
 from toptheta.report.plots.style import look
 from toptheta.util.errors import UsageError
 
-DPI = 80  # as wide as a notebook's column, and small enough to be kept with it
+DPI = 80  # as wide as a notebook's column, and small enough to be stored in the notebook
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG that a notebook shows as the value of a cell."""
+    """A PNG image that a notebook shows as the value of a cell."""
 
     png: bytes
 
@@ -44,9 +44,9 @@ def open_folder(
 
 
 def show(draw: Callable[..., Figure | Drawing | tuple[Figure, list[str]]], *args: Any, **kw: Any) -> Picture:
-    """Call `draw` with the rest and return its figure as a picture; print what the figure lacks.
+    """Call `draw` with the other arguments, return its figure as an image, and print what the figure lacks.
 
-    Raises UsageError when there is nothing to draw.
+    Raises UsageError if there is nothing to draw.
     """
     with look():
         drawn = draw(*args, **kw)

@@ -1,4 +1,4 @@
-"""Perplexity by context length: a line for each method, and next to it how far each is above dense."""
+"""Plot of perplexity by context length, a line for each method, and of the increase over dense attention."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from toptheta.report.plots.style import MARKERS, add_legend, look, new_figure, s
 from toptheta.report.results import CellResult
 from toptheta.util.errors import UsageError
 
-SPREAD = 0.12  # of a step between two lengths: keeps the error bars of methods apart
+SPREAD = 0.12  # horizontal distance between methods, so that their error bars do not overlap
 
 
 def draw_perplexity(results: Sequence[CellResult], path: Path | str, title: str) -> None:
@@ -22,11 +22,13 @@ def draw_perplexity(results: Sequence[CellResult], path: Path | str, title: str)
 
 
 def perplexity_figure(results: Sequence[CellResult], title: str) -> Figure:
-    """The figure that `draw_perplexity` writes, for a notebook to show. Raises UsageError when a result has
-    no perplexity by length, or they have different lengths."""
+    """The figure that `draw_perplexity` writes, for a notebook to show. Raises UsageError if a result has no
+    perplexity by length, or their lengths differ."""
     bounds = [[row["length"] for row in result.by_length] for result in results]
     if not bounds or not bounds[0] or any(other != bounds[0] for other in bounds):
-        raise UsageError("the results have no perplexity by the same context lengths: draw those of one run.")
+        raise UsageError(
+            "the results have no perplexities for the same context lengths: draw the results of one run."
+        )
     dense = [result for result in results if result.dense]
     sparse = [result for result in results if not result.dense]
     compared = bool(dense and sparse)
@@ -63,7 +65,7 @@ def perplexity_figure(results: Sequence[CellResult], title: str) -> Figure:
         panel.set_xticks(range(len(ranges)), ranges)
         panel.set_xlabel("context length (tokens before the predicted one)")
     if compared:
-        panels[1].set_ylabel("perplexity above dense's, %")
-    axes.set_ylabel("perplexity" + (" ± stderr" if stderr else ""))
+        panels[1].set_ylabel("increase of perplexity over dense attention (%)")
+    axes.set_ylabel("perplexity" + (" ± standard error" if stderr else ""))
     add_legend(figure, handles)
     return figure

@@ -1,4 +1,4 @@
-"""Which V rows one generation keeps: a map of token positions by decode steps."""
+"""Heat map of the V rows that the decode steps of one generated text keep, by token position."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from toptheta.report.plots.style import COLOURS, new_figure
 from toptheta.report.results import PHASES
 from toptheta.util.errors import UsageError
 
-NOT_YET = "#d0d0d0"  # tokens that a step does not see: they come later
+NOT_YET = "#d0d0d0"  # tokens that a step does not see, because they are generated later
 NONE_KEPT = "#ffffff"
 
 
@@ -23,8 +23,8 @@ def popularity_figure(
 ) -> Figure:
     """How many heads of a group keep each V row at each decode step, and the share of steps that keep it.
 
-    generation: which text of the run, 0 the first. Raises UsageError when the file is missing, or has no such
-    group or generation.
+    generation: index of the generated text in the run. Raises UsageError if the file is missing, or has no
+    such group or generation.
     """
     folder = Path(folder)
     decode = PHASES[1]
@@ -35,7 +35,7 @@ def popularity_figure(
     if group not in groups:
         raise UsageError(f"{name} in {folder} has no group {group}: choose from {_names(groups)}.")
     texts = split_generations(groups[group])
-    # A text of a batch is interrupted at each step by its neighbours.
+    # In a batch, the steps of its texts alternate.
     if len(texts) > 2 and np.median([len(text) for text in texts]) <= 2:
         raise UsageError(
             f"{name} in {folder} mixes the steps of several texts: generate with --batch_size 1."
@@ -48,7 +48,8 @@ def popularity_figure(
 
 
 def split_generations(steps: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Decode steps of a group in file order, as texts: each step of a text sees one token more."""
+    """The decode steps of a group, in file order, divided into texts: each step of a text sees one token more
+    than the one before."""
     texts: list[list[np.ndarray]] = []
     for step in steps:
         if texts and len(step) == len(texts[-1][-1]) + 1:
@@ -67,19 +68,19 @@ def _figure(
         grid[i, : len(step)] = step
     config = read_config(folder)
     heads, groups = config.get("num_heads"), config.get("num_kv_heads")
-    # Without the config the most heads that ever kept a row stand for the size of the group.
+    # Without the config, the largest number of heads that kept a row is taken as the size of the group.
     size = heads // groups if heads and groups else int(np.nanmax(grid))
     if title is None:
         words = [str(config[key]) for key in ("model", "method") if key in config]
         title = ", ".join(words) or folder.resolve().name
-    title = f"{title}: layer {layer}, group {group}, text {generation}"
+    title = f"{title}: V rows kept in layer {layer}, group {group}, generated text {generation}"
     figure = new_figure(9.5, 6.2, title)
     top, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, 3.2))
 
     share = 100.0 * (grid > 0).sum(axis=0) / (~np.isnan(grid)).sum(axis=0)
     top.stairs(share, np.arange(width + 1) - 0.5, fill=True, color=COLOURS[0], alpha=0.6, lw=0)
     top.set_ylim(0.0, 104.0)
-    top.set_ylabel("steps that keep\nthe V row (%)")
+    top.set_ylabel("decode steps that\nkeep the V row (%)")
     shades = [NONE_KEPT, *colormaps["viridis_r"](np.linspace(0.25, 1.0, size))]
     cmap = ListedColormap(shades).with_extremes(bad=NOT_YET)
     norm = BoundaryNorm(np.arange(size + 2) - 0.5, size + 1)
@@ -92,7 +93,7 @@ def _figure(
         extent=(-0.5, width - 0.5, len(steps) + 0.5, 0.5),
     )
     axes.grid(False)
-    axes.set_xlabel("token position (V row)")
+    axes.set_xlabel("position of the token (V row)")
     axes.set_ylabel("decode step")
     for each in (top, axes):
         each.axvline(prompt - 0.5, color="black", lw=1.0, ls="--")

@@ -1,9 +1,9 @@
-"""Readers of a products folder: pandas DataFrames from the files of a run (formats: DESIGN section 5).
+"""Readers of a run's folder: pandas DataFrames from its files (formats: docs/scripts.md).
 
-Files may be plain or gzipped, of this program or of the published project. A reader returns None when its
-file is missing or empty, and raises UsageError with file and line number when a line is damaged. Tables are
-parsed in bulk, because a run of a large model leaves millions of lines; only the search for a damaged line
-goes line by line.
+Files may be plain or gzipped, of this program or of the published project. A reader returns None if its file
+is missing or empty, and raises UsageError with file and line number if a line is damaged. Tables are parsed
+in bulk, because a run of a large model writes millions of lines; only the search for a damaged line is done
+line by line.
 """
 
 import re
@@ -35,7 +35,7 @@ _COMPLETIONS = LineFormat({"prompt": "int64", "completion": "int64"}, rf"{INT} {
 def read_thresholds(folder: Path) -> pd.DataFrame | None:
     """th.txt: layer, head, n (row length, tokens), theta (score or weight), samples (calibration rows), k."""
     frame = _read(folder, "th.txt", THRESHOLDS)
-    # The published project appends to th.txt when it copies one; the last line of a row length counts.
+    # The published project appends to th.txt when it copies one; the last line of a row length is valid.
     if frame is None:
         return None
     return frame.drop_duplicates(["layer", "head", "n"], keep="last", ignore_index=True)
@@ -91,8 +91,8 @@ def read_effective_k(folder: Path) -> pd.DataFrame | None:
 
 
 def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np.ndarray]] | None:
-    """layer{i}_kept_vrow_popularities_{phase}.txt: by group its lines in file order, each with how many (row,
-    head) pairs keep each V row, `[n]`."""
+    """layer{i}_kept_vrow_popularities_{phase}.txt: by group its lines in file order, each with the number of
+    (row, head) pairs that keep each V row, `[n]`."""
     path = find_file(folder, f"layer{layer}_kept_vrow_popularities_{phase}.txt")
     if path is None:
         return None
@@ -112,12 +112,12 @@ def read_popularities(folder: Path, layer: int, phase: str) -> dict[int, list[np
 
 
 def read_sequence_lengths(folder: Path) -> pd.DataFrame | None:
-    """sequence_lengths_per_example.csv: n (tokens), one row for an evaluated sequence."""
+    """sequence_lengths_per_example.csv: n (tokens), a row for each evaluated sequence."""
     return _read(folder, "sequence_lengths_per_example.csv", _LENGTHS)
 
 
 def read_completion_lengths(folder: Path) -> pd.DataFrame | None:
-    """prompt_completion_lengths_per_sample.csv: prompt, completion, total (tokens), one row for a sample."""
+    """prompt_completion_lengths_per_sample.csv: prompt, completion, total (tokens), a row for each sample."""
     frame = _read(folder, "prompt_completion_lengths_per_sample.csv", _COMPLETIONS)
     return None if frame is None else frame.assign(total=frame["prompt"] + frame["completion"])
 
@@ -128,7 +128,7 @@ class _Outcome(TypedDict):
 
 
 class Outcome(_Outcome, total=False):
-    """What is read of a sample's outcome, which has the sample beside."""
+    """The keys of a sample's outcome that are read; the file has the sample's keys in addition."""
 
     result: str
 
@@ -156,7 +156,7 @@ class _Settings(TypedDict, total=False):
 
 
 class Config(TypedDict, total=False):
-    """What is read of config.json."""
+    """The keys of config.json that are read."""
 
     num_layers: Count
     num_heads: Count
@@ -184,8 +184,8 @@ def read_results(folder: Path) -> CellResult | None:
 
 
 def read_results_by_task(path: Path | str) -> dict[str, list[CellResult]]:
-    """By task the results in a table's results.json or a run's summary.json. Raises UsageError when the file
-    is missing or holds none."""
+    """The results in a table's results.json or a run's summary.json, by task. Raises UsageError if the file
+    is missing or contains no results."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is missing: finish the run, or name another file.")
@@ -196,7 +196,7 @@ def read_results_by_task(path: Path | str) -> dict[str, list[CellResult]]:
         raise UsageError(f"{path}: {error}") from None
     if not results:
         raise UsageError(
-            f"{path} must hold a list of results: name a table's results.json or a summary.json."
+            f"{path} contains no list of results: name a table's results.json or a run's summary.json."
         )
     tasks: dict[str, list[CellResult]] = {}
     for result in results:
@@ -205,7 +205,7 @@ def read_results_by_task(path: Path | str) -> dict[str, list[CellResult]]:
 
 
 def named_layers(folder: Path) -> list[int]:
-    """The layers that file names of the folder name, ascending."""
+    """The layers whose index occurs in file names of the folder, ascending."""
     found = (
         re.match(r"layer(\d{1,6})(?:_kept_\w+)?\.(?:txt|csv)(?:\.gz)?$", path.name)
         for path in folder.iterdir()
@@ -225,7 +225,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     value = _json(path)
     if not isinstance(value, dict):
         raise UsageError(
-            f"{path}, line 1: it must hold a JSON object {{...}}: correct it, or remove the file."
+            f"{path}, line 1: the file must contain a JSON object {{...}}: correct it, or remove the file."
         )
     return value
 

@@ -1,4 +1,4 @@
-"""From flags to pictures on disk: what the run is, what can be drawn of it, what is said about the rest."""
+"""From flags to image files: finds out what a run contains, draws it, and reports what is missing."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from toptheta.util.errors import UsageError
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and what is to be drawn of it.
+    """A run's folder, and the layers and heads to draw.
 
     layer_ids, head_ids: None means all. num_layers: 0 if unknown. placement: None if unknown.
     """
@@ -37,12 +37,12 @@ class Run:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers to look for files of."""
+        """The layers whose files are read."""
         return self.layer_ids if self.layer_ids is not None else tuple(range(self.num_layers))
 
     @property
     def head_words(self) -> str:
-        """Which heads are pooled, in words."""
+        """The heads that are combined, in words."""
         if self.head_ids is None:
             return "all heads"
         if len(self.head_ids) > 6:
@@ -52,7 +52,8 @@ class Run:
 
 @dataclass
 class Drawing:
-    """A figure (None: its inputs are missing), its file's stem, and sentences on what it lacks."""
+    """A figure (None: its inputs are missing), the name of its file without suffix, and sentences on what it
+    lacks."""
 
     name: str
     figure: Figure | None = None
@@ -62,9 +63,9 @@ class Drawing:
 def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], inputs: str) -> int:
     """Draw each of `figures` that the folder has files for, and return the exit code.
 
-    inputs: the names of these files, for the user. 0: something was drawn, and what lacks a
-    file is said on stderr, a sentence each. 2: a flag is wrong, nothing can be drawn, or a file is damaged
-    (the other figures are drawn all the same).
+    inputs: the names of these files, for the user. 0: at least one figure was drawn; missing files are
+    reported on stderr. 2: a flag is wrong, nothing can be drawn, or a file is damaged (the other figures are
+    then drawn all the same).
     """
     try:
         run = open_run(request)
@@ -92,7 +93,11 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}: allow access, or choose another folder.", file=sys.stderr)
+        print(
+            f"{error.filename} is not accessible ({error.strerror}): change its permissions, or choose "
+            "another folder.",
+            file=sys.stderr,
+        )
         return 2
     for note in notes:
         print(note, file=sys.stderr)
@@ -100,9 +105,10 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
 
 
 def open_run(request: Request) -> Run:
-    """Find out the model's size (from config.json, else flags, else files), and check the selection by it.
+    """Determine the model's size (from config.json, else flags, else files), and check the chosen layers and
+    heads against it.
 
-    Raises UsageError when flags and folder disagree, or a layer or head is out of range.
+    Raises UsageError if flags and folder contradict each other, or a layer or head does not exist.
     """
     config = read_config(request.folder)
     num_layers = _size(config, "num_layers", request.layers, "--layers", request.folder)
@@ -127,18 +133,18 @@ def open_run(request: Request) -> Run:
 
 
 def spread(ids: Sequence[int], count: int = 4) -> tuple[int, ...]:
-    """At most `count` of `ids`, evenly spread, the first and the last among them."""
+    """At most `count` of `ids`, evenly spaced, with the first and the last."""
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int))
     return tuple(ids[i] for i in chosen)
 
 
 def missing_files(run: Run, names: Sequence[str], what: str, some: bool = False) -> str:
-    """The sentence that says that files are missing, and so `what` is not drawn; some: there were others."""
+    """A sentence on missing files, without which `what` is not drawn; some: other such files exist."""
     shown, verb = (
         (names[0], "is") if len(names) == 1 else (f"{names[0]} to {names[-1]} ({len(names)} files)", "are")
     )
-    effect = "drawn without" if some else "not drawn"
-    return f"{shown} {verb} missing or empty in {run.folder}: {what} are {effect}."
+    effect = f"the plot is without {what}" if some else f"there is no plot of {what}"
+    return f"{shown} {verb} missing or empty in {run.folder}: {effect}."
 
 
 def _size(config: dict, key: str, flag_value: int | None, flag: str, folder: Path) -> int | None:
@@ -163,7 +169,7 @@ def _check_ids(flag: str, ids: tuple[int, ...] | None, word: str, count: int | N
 
 
 def _sizes_in_files(folder: Path) -> tuple[int | None, int | None]:
-    """(layers, heads) by the highest ids in the folder; None where nothing does."""
+    """The numbers of layers and heads, from the highest ids in the folder; None if unknown."""
     layers = named_layers(folder)
     num_layers = max(layers) + 1 if layers else 0
     thresholds = read_thresholds(folder)

@@ -1,4 +1,4 @@
-"""Histograms of single calibration samples, with the threshold that was made of them."""
+"""Histograms of individual calibration samples, with the threshold derived from them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from toptheta.report.plots.style import COLOURS, GREY, add_legend, new_figure
 from toptheta.util.errors import UsageError
 
 BINS = 40
-SPREAD = 3.0  # quartile distances beyond the quartiles that the bins reach
+SPREAD = 3.0  # the bins extend this many interquartile ranges beyond the quartiles
 
 
 def samples_figure(
@@ -27,15 +27,17 @@ def samples_figure(
     """Histograms of the calibration samples: a row per (layer, head), a column per range of lengths.
 
     A sample is the (K+1)-th largest score (or weight) of one attention row. heads: pairs (layer, head);
-    lengths: pairs (shortest, longest) of row lengths in tokens, both included. The line is the mean over
-    samples of the thresholds in th.txt, the band reaches from the least to the greatest of them. Raises
-    UsageError when a file is missing, or what is asked for has no samples.
+    lengths: pairs (shortest, longest) of row lengths in tokens, both included. The line is the mean of
+    the thresholds in th.txt over these rows, the band their range. Raises UsageError if a file is missing, or
+    a head or a range of lengths has no samples.
     """
     folder = Path(folder)
     samples = read_calibration_samples(folder)
     thresholds = read_thresholds(folder)
     if thresholds is None:
-        raise UsageError(f"th.txt is missing or empty in {folder}: the thresholds cannot be drawn.")
+        raise UsageError(
+            f"th.txt is missing or empty in {folder}: calibrate the run, or name another folder."
+        )
     config = read_config(folder)
     if title is None:
         words = [str(config[key]) for key in ("model", "method") if key in config]
@@ -66,8 +68,8 @@ def samples_figure(
                 )
             chosen.append((values[inside, head], theta.reindex(n[inside]).dropna().to_numpy()))
         together = np.concatenate([part for part, _ in chosen])
-        # The same bins in a row of panels; wild samples, which fall into the outermost, must not squeeze all
-        # others into one.
+        # The same bins in a row of panels; extreme samples are counted in the outermost bins, so that they do
+        # not determine the range.
         low, quarter, three_quarters, high = np.quantile(together, (0.0, 0.25, 0.75, 1.0))
         most = SPREAD * (three_quarters - quarter)
         first, last = max(low, quarter - most), min(high, three_quarters + most)
@@ -88,7 +90,7 @@ def samples_figure(
     handles = [
         Patch(color=GREY, alpha=0.55, lw=0, label="calibration samples"),
         Line2D([], [], color=COLOURS[1], lw=1.8, label="threshold θ, mean over these rows"),
-        Patch(color=COLOURS[1], alpha=0.2, lw=0, label="least to greatest θ of these row lengths"),
+        Patch(color=COLOURS[1], alpha=0.2, lw=0, label="range of θ over these row lengths"),
     ]
     add_legend(figure, handles)
     return figure

@@ -1,7 +1,7 @@
-"""How the figures look: colours that colour-blind readers tell apart (Okabe-Ito, PuOr, viridis), sizes,
+"""Style of the figures: colours that colour-blind readers can distinguish (Okabe-Ito, PuOr, viridis), sizes,
 titles, saving.
 
-Figures are made without pyplot, so that nothing global changes and no window system is asked for.
+Figures are created without pyplot, which would change global state and look for a window system.
 """
 
 import textwrap
@@ -50,32 +50,33 @@ _RC: dict[Any, Any] = {
 
 
 def new_figure(width: float, height: float, title: str, **options: Any) -> Figure:
-    """An empty figure of width x height inches with its title, to be filled within `look()`."""
+    """An empty figure of width x height inches with a title, to be drawn on within `look()`."""
     figure = Figure(figsize=(width, height), layout="constrained", **options)
-    # A title is the user's text: a dollar sign in it starts no formula.
+    # A title is the user's text, in which a dollar sign does not start a formula.
     figure.suptitle(textwrap.fill(title, max(20, int(width * 11))), parse_math=False)
     return figure
 
 
 def look() -> Any:
-    """A context in which figures get this project's look."""
+    """A context in which figures have this project's style."""
     return mpl.rc_context(_RC)
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Write the figure, whole or not at all, in the format of its suffix. Raises UsageError if it cannot."""
+    """Write the figure atomically, in the format of the path's suffix. Raises UsageError if that fails."""
     path = Path(path)
     try:
         with atomic_path(path) as temporary, look():
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     except OSError as error:
         raise UsageError(
-            f"cannot write {path} ({error.strerror}): name a folder to write to with --output."
+            f"{path} cannot be written ({error.strerror}): name another folder with --output."
         ) from None
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below all axes, in as many columns as fit the figure's width; text as it is, no formulas."""
+    """A legend below all axes, in as many columns as fit the figure's width; its text contains no
+    formulas."""
     for rows in range(1, len(handles) + 1):
         columns = ceil(len(handles) / rows)
         legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
@@ -87,7 +88,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def series_colours(count: int) -> list[Any]:
-    """`count` colours: distinct ones as far as they go, shades from dark to light beyond."""
+    """`count` colours: distinct ones if there are enough, else shades from dark to light."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     return list(mpl.colormaps["viridis"](np.linspace(0.0, 0.92, count)))
@@ -96,7 +97,7 @@ def series_colours(count: int) -> list[Any]:
 def series_key(
     figure: Figure, axes: Iterable[Axes], word: str, ids: Sequence[int], extra: Sequence[Artist] = ()
 ) -> None:
-    """Say outside the axes which colour is which `word`: a legend, or a colour bar for many ids."""
+    """A legend, or for many ids a colour bar, of the colour of each `word` (layer, head)."""
     colours = series_colours(len(ids))
     handles: list[Artist] = list(extra)
     if len(ids) <= len(COLOURS):

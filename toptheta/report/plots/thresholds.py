@@ -1,4 +1,4 @@
-"""Thresholds by row length, and the lengths that were evaluated. The figures of plot_th_llama.py."""
+"""Plots of thresholds by row length and of evaluated lengths: the figures of plot_th_llama.py."""
 
 from math import ceil, isqrt
 from typing import Any
@@ -27,7 +27,8 @@ WINDOW = 15  # row lengths in a running mean
 
 
 def draw_thresholds(run: Run) -> Drawing:
-    """th: theta against row length, a panel per layer, a line per head; below it the calibration samples."""
+    """th: threshold against row length, a panel per layer, a line per head; below it the number of
+    samples."""
     drawing = Drawing("th")
     frame = read_thresholds(run.folder)
     if frame is None:
@@ -46,7 +47,7 @@ def draw_thresholds(run: Run) -> Drawing:
         if lacking:
             names = f"{word}{'s' if len(lacking) > 1 else ''} {', '.join(map(str, lacking))}"
             drawing.notes.append(
-                f"th.txt in {run.folder} has no thresholds of {names}: the figure goes without."
+                f"th.txt in {run.folder} has no thresholds of {names}: the plot does not show them."
             )
     if layers:
         drawing.figure = _figure(run, frame, layers, heads, meaning)
@@ -54,7 +55,7 @@ def draw_thresholds(run: Run) -> Drawing:
 
 
 def draw_sequence_lengths(run: Run) -> Drawing:
-    """sequence_lengths: a histogram of the evaluated sequences' lengths."""
+    """sequence_lengths: a histogram of the lengths of evaluated sequences."""
     drawing = Drawing("sequence_lengths")
     frame = read_sequence_lengths(run.folder)
     if frame is None:
@@ -65,8 +66,8 @@ def draw_sequence_lengths(run: Run) -> Drawing:
     drawing.figure = new_figure(6.0, 3.4, run.title)
     axes = drawing.figure.add_subplot()
     histogram(axes, lengths)
-    axes.set_ylabel(f"sequences (of {len(lengths)})")
-    axes.set_xlabel(f"sequence length (tokens), mean {lengths.mean():.1f}")
+    axes.set_ylabel(f"number of sequences (of {len(lengths)})")
+    axes.set_xlabel(f"length of an evaluated sequence (tokens); mean {lengths.mean():.1f}")
     return drawing
 
 
@@ -108,12 +109,18 @@ def _figure(run: Run, frame: pd.DataFrame, layers: list[int], heads: tuple[int, 
         axes.set_visible(axes.has_data())
     figure.align_ylabels(grid[:, 0])
     extra: list[Artist] = [
-        Patch(color=GREY, alpha=0.6, lw=0, label="calibration samples of a length, mean over heads")
+        Patch(color=GREY, alpha=0.6, lw=0, label="number of calibration samples, mean over heads")
     ]
     if smooth:
         extra.insert(
             0,
-            Line2D([], [], color=GREY, lw=0.7, label=f"thin: each length; thick: mean over {WINDOW} lengths"),
+            Line2D(
+                [],
+                [],
+                color=GREY,
+                lw=0.7,
+                label=f"thin line: each row length; thick line: mean over {WINDOW} row lengths",
+            ),
         )
     series_key(figure, grid.ravel(), "head", heads, extra)
     return figure
@@ -129,7 +136,7 @@ def _line(axes: Axes, line: pd.DataFrame, colour: object, smooth: bool) -> None:
 
 
 def _theta_meaning(run: Run, frame: pd.DataFrame) -> str:
-    """What theta is compared with: the config says it, else a negative theta gives scores away."""
+    """What theta is compared with: from the config; without one, a negative theta must be a score."""
     if run.placement == "pre-softmax" or frame["theta"].min() < 0:
         return "score"
     return "softmax weight" if run.placement == "post-softmax" else ""

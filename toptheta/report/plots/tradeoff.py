@@ -1,4 +1,4 @@
-"""Accuracy against what attention kept: the picture that compares methods at the end of a series of runs."""
+"""Plot of accuracy against kept elements and V rows, which compares the methods of a run or a table."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -26,6 +26,7 @@ from toptheta.util.errors import UsageError
 
 MIN_SPAN = 10.0  # of a panel, in % of dense
 METRICS = ("acc_norm", "acc", "pass@1")  # the first that all results have is drawn
+WORDS = {"acc_norm": "accuracy (acc_norm)", "acc": "accuracy (acc)", "ppl": "perplexity"}
 PANELS = (("attn", "kept attention elements"), ("vrow", "kept V rows"))
 
 
@@ -35,9 +36,9 @@ def draw_tradeoff(
     """Draw accuracy against kept attention elements and kept V rows (% of dense), and write it to `path`.
 
     results: of one task. Dense ones become a horizontal line with a band of one stderr; of a sparse method
-    the points of several K are joined. phase: whose kept fractions; None: decode if every sparse result has
-    it, else prefill. Returns a sentence for each result that has no place. Raises UsageError when there is
-    nothing to draw, or the results have several tasks or no metric in common.
+    the points of several K are joined. phase: the one whose kept shares are drawn; None: decode if every
+    sparse result has it, else prefill. Returns a sentence for each result that is not drawn. Raises
+    UsageError if there is nothing to draw, or the results have several tasks or no metric in common.
     """
     with look():
         figure, notes = tradeoff_figure(results, title, phase)
@@ -48,11 +49,11 @@ def draw_tradeoff(
 def tradeoff_figure(
     results: Sequence[CellResult], title: str, phase: str | None = None
 ) -> tuple[Figure, list[str]]:
-    """The figure that `draw_tradeoff` writes, for a notebook to show, and its sentences."""
+    """The figure that `draw_tradeoff` writes, for a notebook to show, and the sentences that it returns."""
     tasks = sorted({result.task for result in results})
     if len(tasks) > 1:
         raise UsageError(
-            f"results of several tasks ({', '.join(tasks)}) share no axis: draw one figure for each."
+            f"the results are of several tasks ({', '.join(tasks)}): draw one figure for each task."
         )
     metric = _metric(results)
     scale = _scale(results, metric)
@@ -63,14 +64,14 @@ def tradeoff_figure(
         phase = DECODE if decode else PREFILL
     placed = [result for result in sparse if result.kept_share(phase, "attn") is not None]
     notes = [
-        f"{result.method} has no kept fractions for {PHASE_NAMES[phase]}: it is left out of the "
-        "figure; collect statistics in its run."
+        f"{result.method} has no counts of kept elements in {PHASE_NAMES[phase]} and is not drawn: run it "
+        "without --no_statistics."
         for result in sparse
         if not any(result is r for r in placed)
     ]
     if not placed:
         raise UsageError(
-            f"no result has what a sparse method kept in {PHASE_NAMES[phase]}: run one without "
+            f"no sparse method has counts of kept elements in {PHASE_NAMES[phase]}: run one without "
             "--no_statistics."
         )
 
@@ -105,19 +106,19 @@ def tradeoff_figure(
             axes.axhline(value, color="black", lw=1.1, ls=style, zorder=1)
         handles.insert(index, Line2D([], [], color="black", lw=1.1, ls=style, label=result.method))
     if any(_stderr(result, metric) > 0.0 for result in (*placed, *dense)):
-        handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="± stderr (band, bars)"))
+        handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="± standard error (band, bars)"))
     for (kind, words), axes in zip(PANELS, all_axes):
-        axes.set_xlabel(f"{words} in {PHASE_NAMES[phase]} (% of dense)")
+        axes.set_xlabel(f"{words} in {PHASE_NAMES[phase]} (% of dense attention)")
         low, high = axes.dataLim.intervalx
         if kind == "vrow" and high - low < MIN_SPAN and labels["attn"]:
-            labels[kind] = []  # points on top of each other, labelled at the same heights in the other panel
-        # Room for labels; and a span below which differences would look larger than they are.
+            labels[kind] = []  # the points overlap, and are labelled at the same heights in the other panel
+        # Space for labels, and a minimum span, so that small differences do not look large.
         room = max(0.12 * (high - low), (MIN_SPAN - (high - low)) / 2)
         if np.isfinite(room):
             axes.set_xlim(max(low - room, 0.0), min(high + room, 101.0))
     task = f" on {tasks[0]}" if tasks[0] else ""
     unit = " (%)" if scale == 100.0 else ""
-    all_axes[0].set_ylabel(f"{metric}{task}{unit}", parse_math=False)
+    all_axes[0].set_ylabel(f"{WORDS.get(metric, metric)}{task}{unit}", parse_math=False)
     add_legend(figure, handles)
     for (kind, _), axes in zip(PANELS, all_axes):
         place_labels(figure, axes, labels[kind])
@@ -135,13 +136,13 @@ def _metric(results: Sequence[CellResult]) -> str:
 
 
 def _stderr(result: CellResult, metric: str) -> float:
-    """The standard error; 0, which draws no bar, where there is none."""
+    """The standard error; 0, which draws no bar, if there is none."""
     stderr = result.metrics[metric].stderr
     return stderr if stderr is not None and isfinite(stderr) else 0.0
 
 
 def _scale(results: Sequence[CellResult], metric: str) -> float:
-    """100 for a share of right answers, which reads better in %, else 1."""
+    """100 for a share of correct answers, which is shown in %, else 1."""
     is_share = metric.startswith(("acc", "pass@", "exact_match"))
     return 100.0 if is_share and all(0.0 <= r.metrics[metric].value <= 1.0 for r in results) else 1.0
 
