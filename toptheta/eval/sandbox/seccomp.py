@@ -1,11 +1,11 @@
-"""Takes from a program the system calls that reach past its namespaces, by a filter in the kernel."""
+"""A system call filter (seccomp) that denies a program the calls that its namespaces do not restrict."""
 
 import ctypes
 import errno
 import os
 import struct
 
-# By machine: the kernel's name of its calls, and their numbers.
+# By machine: the kernel's number of its architecture, and the numbers of system calls.
 MACHINES = {
     "x86_64": (
         0xC000003E,
@@ -44,12 +44,13 @@ MACHINES = {
         },
     ),
 }
-IO_URING_SETUP, CLONE3, MEMFD_SECRET = 425, 435, 447  # the same everywhere
-# Internet, which a network namespace holds, and netlink, which names its interfaces. Unix sockets would reach
-# whoever listens in a file system that can be read, vsock the host of a virtual machine.
+IO_URING_SETUP, CLONE3, MEMFD_SECRET = 425, 435, 447  # the same on all machines
+# Allowed: internet sockets, which the network namespace restricts, and netlink, which lists its interfaces.
+# UNIX sockets would reach any process that listens in a readable file system, vsock the host of a virtual
+# machine.
 FAMILIES = (2, 10, 16)
 NEW_NAMESPACES = 0x7E020000  # flags of clone
-# They keep memory that is no process's, so that nobody could count it.
+# They create memory that belongs to no process, which the supervisor cannot count.
 OUTSIDE = ("memfd_create", "shmget", "msgget", "vmsplice", "bpf")
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
@@ -58,11 +59,11 @@ NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; th
 
 
 def deny_calls() -> None:
-    """Filter this process's system calls and those of all its children. Needs no_new_privs. Raises OSError
-    where the kernel or the machine does not know how."""
+    """Filter the system calls of this process and all its children. Needs no_new_privs. Raises OSError if the
+    kernel or the machine does not support it."""
     name = os.uname().machine
     if name not in MACHINES:
-        raise OSError(errno.ENOSYS, f"no filter of system calls is known for {name}")
+        raise OSError(errno.ENOSYS, f"there is no system call filter for machines of type {name}")
     code = b"".join(struct.pack("=HBBI", *one) for one in _filter(*MACHINES[name]))
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))  # struct sock_fprog
@@ -72,7 +73,7 @@ def deny_calls() -> None:
 
 
 def _filter(machine: int, calls: dict[str, int]) -> list[tuple[int, int, int, int]]:
-    """Instructions: operation, how many to skip if true, if false, operand."""
+    """The filter's instructions: operation, number of instructions to skip if true, if false, operand."""
 
     def no(error: int) -> tuple[int, int, int, int]:
         return (RETURN, 0, 0, ERRNO | error)
@@ -83,9 +84,9 @@ def _filter(machine: int, calls: dict[str, int]) -> list[tuple[int, int, int, in
     found += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, 0x40000000), no(errno.ENOSYS)]  # x32's
     for name in ("add_key", "request_key", "keyctl", "unshare", "setns", *OUTSIDE):
         found += [(EQUAL, 0, 1, calls[name]), no(errno.EPERM)]
-    for number in (IO_URING_SETUP, MEMFD_SECRET):  # the first would make sockets without `socket`
+    for number in (IO_URING_SETUP, MEMFD_SECRET):  # io_uring creates sockets without `socket`
         found += [(EQUAL, 0, 1, number), no(errno.EPERM)]
-    found += [(EQUAL, 0, 1, CLONE3), no(errno.ENOSYS)]  # libraries fall back to clone, whose flags are seen
+    found += [(EQUAL, 0, 1, CLONE3), no(errno.ENOSYS)]  # libraries then use clone, whose flags are checked
     found += [(EQUAL, 0, 4, calls["clone"]), argument, (ANY_BIT, 0, 1, NEW_NAMESPACES), no(errno.EPERM), yes]
     found += [(EQUAL, 0, 4, calls["prlimit64"]), argument, (EQUAL, 1, 0, 0), no(errno.EPERM), yes]  # others'
     skips = range(len(FAMILIES), 0, -1)
