@@ -1,8 +1,7 @@
-"""How much attention keeps: elements per head and V rows per group, collected on the device (DESIGN section
-5).
+"""Counts of kept elements per head and kept V rows per group, collected on the device.
 
-Covers counting during calls and handing the counts over in bulk after a request. Writing them is
-eval/cell.py's job.
+Covers counting during calls, and moving the counts to the CPU after a request, all at once. eval/cell.py
+writes them to files.
 """
 
 from dataclasses import dataclass, replace
@@ -24,13 +23,13 @@ PREFILL, DECODE = "prefill", "generative_decoding"
 class LayerRecord:
     """Counts of one layer for one prefill (summed over its rows) or one decode step; B sequences.
 
-    attn: `[B, H]` kept elements; vrow: `[B, H_kv]` V rows kept by any row; full: `[B]` elements dense
-    attention would use; topk: `[B]` elements Top-k would keep; n: `[B]` length of the last row, 0 if a
-    sequence had no real row. popularity: `[B, H_kv, N]` how many (row, head) pairs keep each V row, or None.
-    histogram: of the rows of a prefill longer than K, see effective_k.py, or None; a decode step is a
-    single row, which attn and n describe already. kv_read: `[B, H_kv]` bytes that were read of the cache,
-    kv_dense: `[B]` those that dense attention would read for each KV head; of a prefill, summed over its
-    calls.
+    attn: `[B, H]` kept elements; vrow: `[B, H_kv]` V rows that at least one row keeps; full: `[B]` elements
+    that dense attention would use; topk: `[B]` elements that Top-k would keep; n: `[B]` length of the last
+    row, 0 if a sequence had only padding. popularity: `[B, H_kv, N]` the number of (row, head) pairs that
+    keep each V row, or None. histogram: of the rows of a prefill that are longer than K, see effective_k.py,
+    or None; a decode step is a single row, which attn and n describe. kv_read: `[B, H_kv]` bytes read from
+    the cache, kv_dense: `[B]` bytes that dense attention would read for each KV head; both summed over the
+    calls of a prefill.
     """
 
     attn: np.ndarray
@@ -46,7 +45,8 @@ class LayerRecord:
 
 @dataclass
 class _Open:
-    """A prefill under way: it may come in several calls (chunks, or answers behind a shared prompt)."""
+    """An unfinished prefill, which may consist of several calls (chunks, or answers after a shared
+    prompt)."""
 
     attn: Tensor
     vrow: Tensor
@@ -55,13 +55,13 @@ class _Open:
     n: Tensor
     kv_read: Tensor
     kv_dense: Tensor
-    key_real: Tensor | None = None  # of the last call: which keys are not padding
+    key_real: Tensor | None = None  # which keys are not padding, from the last call
 
 
 @dataclass(frozen=True)
 class _StepFacts:
-    """What the packed numbers of a decode step mean. k: the layer's K, 0: none; price: None, bytes are not
-    counted."""
+    """What is needed to read the packed counts of a decode step. k: the layer's K, 0: none; price: None if
+    bytes are not counted."""
 
     num_heads: int
     num_kv_heads: int
@@ -69,8 +69,8 @@ class _StepFacts:
     price: Price | None
 
     def records(self, packed: Tensor) -> list[LayerRecord]:
-        """One for each step. packed: `[S, B, H + H_kv (+ H_kv) + 1]` int64: kept elements, kept V rows, where
-        they are counted K rows read, visible keys."""
+        """A record for each step. packed: `[S, B, H + H_kv (+ H_kv) + 1]` int64: kept elements, kept V rows,
+        K rows read (if counted), visible keys."""
         heads, groups = self.num_heads, self.num_kv_heads
         flat = packed.flatten(0, 1)
         attn, vrow, n = flat[:, :heads], flat[:, heads : heads + groups], flat[:, -1]
@@ -88,8 +88,8 @@ class _StepFacts:
 
 @dataclass
 class PrefixCounts:
-    """What was counted of the rows of one sequence that several prompts begin with, for
-    `Recorder.begin_behind`, by layer. one_call: they came in one call, and so would have the whole prompt."""
+    """Counts, by layer, of the rows of a prefix that several prompts share, for `Recorder.begin_behind`.
+    one_call: the prefix was computed in one call, as each whole prompt would have been."""
 
     opened: dict[int, _Open]
     histograms: dict[int, Tensor]
@@ -97,8 +97,8 @@ class PrefixCounts:
 
 
 def count_steps(steps: list[LayerRecord], k: int, live: np.ndarray | None = None) -> np.ndarray:
-    """The histogram (effective_k.py) of a layer's decode steps, rows longer than its K. live: `[steps, B]`
-    those that count; None: all."""
+    """The histogram (effective_k.py) of a layer's decode steps whose rows are longer than K. live: `[steps,
+    B]` bool, the rows that count; None: all."""
     n = np.stack([record.n for record in steps])
     used = n > k if live is None else live & (n > k)
     kept = torch.from_numpy(np.stack([record.attn for record in steps])).transpose(1, 2)
@@ -108,17 +108,18 @@ def count_steps(steps: list[LayerRecord], k: int, live: np.ndarray | None = None
 
 
 class Recorder:
-    """Collects counts while a model runs. One request is one prefill and its decode steps; `drain` ends it.
+    """Collects counts while a model runs. A request is a prefill and its decode steps; `drain` ends it.
 
-    Nothing here reads a value back from the device before `drain`. effective_k: also count the single rows of
-    sparse layers; those of a prompt that several answers share count once, as computed.
+    No value is copied from the device before `drain`. keep_popularity: also count how often each V row is
+    kept. effective_k: also count individual rows of sparse layers; the rows of a prompt that several answers
+    share count once, as they are computed once.
     """
 
     def __init__(self, keep_popularity: bool = False, effective_k: bool = False):
         self.keep_popularity, self.effective_k = keep_popularity, effective_k
         self._histograms: dict[int, Tensor] = {}
         self._open: dict[int, _Open] = {}
-        self._prefixes: dict[int, Tensor] = {}  # `[1, H_kv, P]`, of prefixes that the next call goes on from
+        self._prefixes: dict[int, Tensor] = {}  # `[1, H_kv, P]`, of prefixes that the next call continues
         self._steps: dict[int, list[tuple[_StepFacts, Tensor]]] = {}
         self._step_popularity: dict[int, list[Tensor]] = {}
         self._going: tuple[Tensor, int] | None = None  # see go_on
@@ -132,9 +133,9 @@ class Recorder:
         shape: tuple[int, int, int, int],
         kv: KVBytes | None = None,
     ) -> None:
-        """Add one attention call of `layer` on a prompt, or on a part of it. shape: (B, H, H_kv, N). counts
-        None: dense, everything visible is kept. k: the layer's K, 0 if it is left dense or its method has
-        none. kv: what it reads, None: not counted."""
+        """Add an attention call of `layer` on a prompt, or on a part of it. shape: (B, H, H_kv, N). counts:
+        None if the call is dense and keeps all visible keys. k: the layer's K, 0 if it is left dense or its
+        method has none. kv: bytes read, None if not counted."""
         batch, num_heads, num_kv_heads, kv_len = shape
         n = self._lengths(rows, batch)
         key_real = self._key_real(rows, counts)
@@ -143,18 +144,18 @@ class Recorder:
         longest = n.amax(dim=-1)
         if counts is None:
             attn = full[:, None].expand(batch, num_heads)
-            # Only which V rows are used matters below.
+            # Below, only which V rows are used matters, not how often.
             vrow = rows.seen(kv_len)[:, None].expand(batch, num_kv_heads, -1)
         else:
             attn, vrow = counts.attn, counts.vrow
-        if rows.offset:  # from here on by position, for a sliding cache has forgotten what was before
+        if rows.offset:  # index by position: a sliding cache no longer holds earlier keys
             vrow, kv_len = torch.nn.functional.pad(vrow, (rows.offset, 0)), kv_len + rows.offset
         if kv is None:
             kv = KVBytes(full.new_zeros(batch, num_kv_heads), torch.zeros_like(full))
         if self.effective_k and counts is not None:
             if layer not in self._histograms:
                 self._histograms[layer] = empty_histogram(n.device)
-            # Of a single row attn says it already.
+            # For a single row, attn is its count.
             kept = counts.attn[..., None] if counts.row is None else counts.row
             count_rows(self._histograms[layer], kept, n, n > k)
         before = self._open.get(layer)
@@ -189,11 +190,12 @@ class Recorder:
         price: Price | None = None,
         keys_read: Tensor | None = None,
     ) -> None:
-        """Add the rows of a call as decode steps. Parameters as of `add`; price: None, bytes are not counted;
-        keys_read: `[B, H_kv]` K rows that were read with the int8 copy of K, None where it was not used.
+        """Add the rows of a call as decode steps. Parameters as in `add`; price: None if bytes are not
+        counted; keys_read: `[B, H_kv]` K rows that were read in addition to the int8 copy of K, None without
+        a copy.
 
-        A step launches as little as it can: what follows from its counts is computed in `drain`, for all
-        steps at once. Popularity is the call's: fits one step.
+        To launch few kernels per step, everything that follows from the counts is computed in `drain`, for
+        all steps at once. Popularity is counted per call, so it is correct for calls of one step only.
         """
         batch, num_heads, num_kv_heads, kv_len = shape
         n = self._lengths(rows, batch)
@@ -223,13 +225,13 @@ class Recorder:
         return n.expand(batch, -1)
 
     def _key_real(self, rows: Rows, counts: Counts | None) -> Tensor | None:
-        """Which keys are not padding, for popularities: what is dense is not counted key by key, and a
-        sliding cache does not pad."""
+        """Which keys are not padding, for popularities; None if not needed: dense calls are not counted by
+        key, and a sliding cache has no padding."""
         counted = self.keep_popularity and counts is not None and not rows.offset
         return rows.key_real if counted else None
 
     def _of_all(self, counts: Tensor) -> Tensor:
-        """`[B, ...]`, 0 for sequences that are finished, of counts of those that are not."""
+        """Counts `[B, ...]` of all sequences, from those of the unfinished ones; 0 for finished sequences."""
         if self._going is None:
             return counts
         going, batch = self._going
@@ -238,38 +240,38 @@ class Recorder:
         return whole
 
     def repeat(self, index: Tensor) -> None:
-        """Reorder or repeat the sequences of the open prefill, as the cache is: `[new B]` indices of
-        sequences."""
+        """Reorder or repeat the sequences of the unfinished prefill like those of the cache. index: `[new
+        B]` indices of sequences."""
         for layer, o in self._open.items():
             at = index.to(o.attn.device)
             parts = (o.attn, o.vrow, o.full, o.topk, o.n, o.kv_read, o.kv_dense, o.key_real)
             self._open[layer] = _Open(*(None if part is None else part[at] for part in parts))  # type: ignore[arg-type]
 
     def go_on(self, going: Tensor, batch: int) -> None:
-        """The decode steps from here on are those of the sequences `going`, `[rest]` numbers, of the `batch`
-        that the request began with; for the others they count nothing."""
+        """From now on, decode steps are of the sequences `going` only, `[rest]` indices into the `batch`
+        sequences of the request; for the others, 0 is counted."""
         self._going = (going, batch)
 
     def take_prefix(self, one_call: bool) -> PrefixCounts:
-        """End a prefill, of one sequence, that other prompts begin with, and hand over its counts."""
+        """End the prefill of a shared prefix (one sequence), and return its counts."""
         counts = PrefixCounts(self._open, self._histograms, one_call)
         self._open, self._histograms = {}, {}
         return counts
 
     def begin_behind(self, prefix: PrefixCounts, batch: int) -> None:
-        """Begin prefills of `batch` sequences whose first rows are those of `prefix`: they count as if they
-        were computed anew."""
+        """Begin prefills of `batch` sequences that start with the rows of `prefix`, which count as if they
+        had been computed for each sequence."""
         self._histograms = {layer: histogram * batch for layer, histogram in prefix.histograms.items()}
         for layer, o in prefix.opened.items():
-            if prefix.one_call:  # what the whole prompt reads, in one call, is known at its end
+            if prefix.one_call:  # the bytes that the whole prompt reads in one call are known at its end
                 self._prefixes[layer] = o.vrow
                 o = replace(o, kv_read=torch.zeros_like(o.kv_read), kv_dense=torch.zeros_like(o.kv_dense))
             self._open[layer] = o
         self.repeat(torch.zeros(batch, dtype=torch.int64))
 
     def prefix_of(self, layer: int) -> Tensor | None:
-        """`[1, H_kv, P]`, how often each V row was kept by the rows of a prefix that is to be counted as a
-        part of the layer's next call, of which this asks."""
+        """`[1, H_kv, P]`, how often the rows of a prefix kept each V row, if the prefix counts as a part of
+        the layer's next call, else None. Call it once, in that call."""
         return self._prefixes.pop(layer, None)
 
     def drain(self) -> tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]]:
@@ -305,7 +307,8 @@ class Recorder:
 
 
 def _without_padding(vrow: Tensor, key_real: Tensor | None) -> Tensor:
-    """`[B, H_kv, N]` by key, with the keys that are not padding, `[B, N]`, in front; None: there is none."""
+    """`[B, H_kv, N]`, with the counts of keys that are not padding (`key_real`, `[B, N]`) first; key_real:
+    None if there is no padding."""
     if key_real is None:
         return vrow
     order = (~key_real).int().argsort(dim=1, stable=True)
