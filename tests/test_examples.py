@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from transformers.cli.transformers import app
 
 from tests.helpers.paths import ROOT
-from topk_llama import set_params, update_model
+from topk_llama import restore_model, set_params, update_model
 from toptheta.models.loading import find_model, load_model, load_tokenizer
 
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -50,6 +51,32 @@ def test_pipeline(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     runpy.run_path(example("pipeline.py", tmp_path), run_name="__main__")
     shown = capsys.readouterr().out.strip()
     assert shown == reply(folder_model, sparse=True).strip() != reply(folder_model, sparse=False).strip()
+
+
+def test_ten_lines(folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    program = (ROOT / "examples" / "ten_lines.py").read_text()
+    (tmp_path / "ten_lines.py").write_text(program.replace("K=64", f"K={K}").replace("=64)", f"={STEPS})"))
+    monkeypatch.setattr(sys, "argv", ["ten_lines.py", folder_model])
+    names = runpy.run_path(str(tmp_path / "ten_lines.py"), run_name="__main__")
+    prefill, decode, text = capsys.readouterr().out.split("\n", 2)
+    for line, phase in ((prefill, "prefill"), (decode, "decode")):
+        kept = re.fullmatch(rf"{phase}: (.+) % of the attention elements kept", line)
+        assert kept is not None and 0 < float(kept[1]) < 50
+    prompt, model = names["prompts"][0], restore_model(names["model"])
+    length, dense = prompt["input_ids"].shape[1], model.generate(**prompt, max_new_tokens=STEPS)
+    texts = [
+        names["tokenizer"].decode(ids[0, length:], skip_special_tokens=True) for ids in (names["out"], dense)
+    ]
+    assert text.strip() == texts[0].strip() != texts[1].strip()
+
+
+def test_ten_lines_are_those_of_the_readme() -> None:
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert snippet is not None
+    lines = snippet[1].strip().split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("set_params"))
+    program = (ROOT / "examples" / "ten_lines.py").read_text().split("\n")
+    assert len(lines[start:]) == 6 and [line for line in program if line in lines[start:]] == lines[start:]
 
 
 @pytest.fixture
