@@ -88,6 +88,10 @@ def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, requ
     assert (folder / "everyday_science.png").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert len(results) == 5 and all("folder" not in result for result in results)
+    picture = (folder / "everyday_science.png").read_bytes()
+    (folder / "everyday_science.png").unlink()
+    assert run_sweep(options(tables, redraw=True), PARSERS, ROOT) == 0
+    assert (folder / "everyday_science.png").read_bytes() == picture
 
     capsys.readouterr()
     assert run_sweep(options(tables, dry_run=True), PARSERS, ROOT) == 0

@@ -31,7 +31,7 @@ from toptheta.eval.table_cells import (
     read_tables,
 )
 from toptheta.report.results import CellResult, read_result
-from toptheta.report.summary import report_sweep
+from toptheta.report.summary import redraw_sweep, report_sweep
 from toptheta.report.tables import SweepRow
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
@@ -62,6 +62,10 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
             print(f"{name:32} {entry['title']}")
         return 0
     table = choose(options.table, tables["tables"], "--table")
+    folder = Path(options.output_dir) / "tables" / options.table
+    if options.redraw:
+        redraw_sweep(folder, table["title"])
+        return 0
     if options.data_dir and not Path(options.data_dir).is_dir():
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
     cells = plan(table, tables, options, parsers)
@@ -76,7 +80,6 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
             print(shlex.join(["python", *command]))
         return 0
     failed = 0
-    folder = Path(options.output_dir) / "tables" / options.table
     if commands and not options.table_only:
         if options.slurm:
             gpus, hours = table.get("gpus", 1), options.slurm_hours

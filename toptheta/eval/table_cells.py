@@ -29,6 +29,7 @@ class SweepOptions:
     table: str | None = option(None, "the table to run; without it, list the tables", metavar="NAME")
     dry_run: bool = option(False, "only print the commands that are left to run")
     table_only: bool = option(False, "run nothing: build the table from the finished cells")
+    redraw: bool = option(False, "run nothing: draw the plots of a table again from its results.json")
     only: str | None = option(
         None, "only cells whose name (task, method, K=64) contains one of these", metavar="TEXT[,TEXT]"
     )

@@ -78,20 +78,37 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
     text = tables.sweep_markdown(title, table_name, rows)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", tables.sweep_csv(rows))
-    written, results = [folder / "table.md", folder / "table.csv"], list[CellResult]()
-    texts: dict[str, Sequence[CellResult]] = {}
-    for task in dict.fromkeys(row.task for row in rows):
-        of_task = [row.result for row in rows if row.task == task and row.result is not None]
-        named = [replace(result, folder=None) for result in of_task]
-        results += named
-        if any(_is_compared(result) for result in named):
-            texts[task] = named
-        elif any(not result.dense and result.kept for result in named):
+    # Several texts of a table are distinguished by the table's name of the task.
+    results = [replace(row.result, task=row.task, folder=None) for row in rows if row.result is not None]
+    write_json(folder / "results.json", [result.to_json() for result in results])
+    pictures = _draw_table(folder, title, results)
+    print(text)
+    say(f"Written: {', '.join(map(str, [folder / 'table.md', folder / 'table.csv', *pictures]))}")
+
+
+def redraw_sweep(folder: Path, title: str) -> None:
+    """Draw the plots of a sweep again from the results.json in `folder`. Raises UsageError if that file is
+    missing or damaged."""
+    from toptheta.report.plots.read import read_results_by_task
+
+    results = read_results_by_task(folder / "results.json")
+    pictures = _draw_table(folder, title, [one for of_task in results.values() for one in of_task])
+    say(f"Written: {', '.join(map(str, pictures))}")
+
+
+def _draw_table(folder: Path, title: str, results: Sequence[CellResult]) -> list[Path]:
+    """Write the plots of a table's results, and return their paths."""
+    written, texts = list[Path](), dict[str, Sequence[CellResult]]()
+    for task in dict.fromkeys(result.task for result in results):
+        of_task = [result for result in results if result.task == task]
+        if any(_is_compared(result) for result in of_task):
+            texts[task] = of_task
+        elif any(not result.dense and result.kept for result in of_task):
             from toptheta.report.plots.tradeoff import draw_tradeoff
 
             picture = folder / f"{task}.png"
             try:
-                for left_out in draw_tradeoff(named, picture, f"{title}: {task}"):
+                for left_out in draw_tradeoff(of_task, picture, f"{title}: {task}"):
                     say(left_out)
                 written.append(picture)
             except UsageError as error:
@@ -101,9 +118,7 @@ def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[table
 
         draw_divergence(texts, folder / "kl.png", title)
         written.append(folder / "kl.png")
-    write_json(folder / "results.json", [result.to_json() for result in results])
-    print(text)
-    say(f"Written: {', '.join(map(str, written))}")
+    return written
 
 
 def _is_compared(result: CellResult) -> bool:
