@@ -279,7 +279,7 @@ def test_every_table_of_the_project_is_sound(tmp_path: Path) -> None:
             (tmp_path / text).touch()
         data_dir = str(tmp_path) if texts else None
         cells = cells_of(table, content, SweepOptions(table=name, data_dir=data_dir), PARSERS)
-        assert len({cell.key for cell in cells}) == len(cells) >= 4
+        assert len({(cell.task, cell.key) for cell in cells}) == len(cells) >= 4
 
 
 def test_slurm(tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

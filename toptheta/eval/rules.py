@@ -80,7 +80,7 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
             raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
     defaults = type(settings)()
     shaping = ("calib_to", "calib_layers", "calib_interp", "calib_smooth")
-    prompts = ("calib_task", "calib_text", "calib_dump_samples")
+    prompts = ("calib_task", "calib_text", "calib_seq_len", "calib_dump_samples")
     for name in (name for name in (*shaping, *prompts) if hasattr(settings, name)):
         value = getattr(settings, name)
         if value == getattr(defaults, name):
@@ -166,3 +166,13 @@ def _check_perplexity(settings: GenSettings) -> None:
         raise UsageError("--vrow_popularity counts V rows in prompts only: add --decode_from 0.")
     if settings.calib_text and settings.calib_task:
         raise UsageError("--calib_text and --calib_task both name the calibration text: give one of them.")
+    if settings.calib_seq_len and settings.calib_task:
+        raise UsageError(
+            f"--calib_seq_len {settings.calib_seq_len} shortens windows of a text, but --calib_task "
+            f"{settings.calib_task} has prompts of its own: leave one out."
+        )
+    if settings.calib_seq_len and settings.calib_seq_len > settings.max_seq_len:
+        raise UsageError(
+            f"--calib_seq_len {settings.calib_seq_len} is more than the windows' {settings.max_seq_len} "
+            "tokens: lower it, or raise --max_seq_len."
+        )

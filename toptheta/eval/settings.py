@@ -344,6 +344,14 @@ class GenSettings(Settings):
         group=LONG,
         serves=(PERPLEXITY,),
     )
+    calib_seq_len: int | None = option(
+        None,
+        "perplexity: calibrate on the first N tokens of each window only (default: all)",
+        metavar="N",
+        group=LONG,
+        rule=at_least(2),
+        serves=(PERPLEXITY,),
+    )
     reference_dtype: str = option(
         "auto",
         "perplexity: type of the dense model that methods are compared with (auto: --dtype); a type other "

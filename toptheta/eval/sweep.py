@@ -89,7 +89,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
         found = scan(Path(options.output_dir), {cell.script for cell in cells})
     rows = [SweepRow(cell.task, cell.method, cell.k, found.results.get(cell.key)) for cell in cells]
     if any(row.result is not None for row in rows):
-        report_sweep(folder, table["title"], options.table, rows)
+        report_sweep(folder, table["title"], options.table, rows, table.get("at_vrows", []))
     else:
         say("No cell is finished yet, so there is no table.")
     if failed:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -9,7 +10,15 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from toptheta.eval.cli import Parser, parse_settings
-from toptheta.eval.settings import CellOptions, GenSettings, QASettings, Settings, cell_k, resolve_device
+from toptheta.eval.settings import (
+    BUNDLED_TASK,
+    CellOptions,
+    GenSettings,
+    QASettings,
+    Settings,
+    cell_k,
+    resolve_device,
+)
 from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import AttentionParams, MethodOptions
 from toptheta.util.errors import UsageError
@@ -19,7 +28,9 @@ from toptheta.util.schema import Count, read_json
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
 SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
-TEXT_FLAGS = {"text", "calib_text"}  # files of a table: their names are relative to --data_dir
+TEXT_FLAGS = {"text", "calib_text"}  # files of a table: in --data_dir, or of Python's library
+STDLIB = "stdlib:"  # before the name of a source file of Python's standard library
+CALIBRATING = {"calib_task", "calib_text", "calib_seq_len"}  # passed for calibrated methods only
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class SweepCell:
 
 class Part(TypedDict, total=False):
     """Cells of a table: each task with each method and K, or with those of a group. name: of its tasks, in
-    the table. Keys of a group's row override those of the part."""
+    the table; label: of the row, after its method. Keys of a group's row override those of the
+    part."""
 
     script: str
     tasks: list[str]
@@ -78,6 +90,7 @@ class Part(TypedDict, total=False):
     flags: dict[str, Any]
     group: str
     name: str
+    label: str
 
 
 class _Table(TypedDict):
@@ -86,10 +99,11 @@ class _Table(TypedDict):
 
 
 class Table(_Table, total=False):
-    """gpus: how many each run takes."""
+    """gpus: how many each run takes; at_vrows: shares of V rows at which the methods' KL are compared."""
 
     flags: dict[str, Any]
     gpus: Count
+    at_vrows: list[float]
 
 
 class _Tables(TypedDict):
@@ -154,25 +168,39 @@ def plan(
                 flags[TASK_FLAG[script]] = task
                 if options.samples is not None:
                     flags[SAMPLES_FLAG[script]] = options.samples
-                for file in TEXT_FLAGS & flags.keys():
-                    flags[file] = str(Path(options.data_dir or ".") / str(flags[file]))
-                if options.data_dir and (script == "test_llama.py" or task.startswith("longbench")):
+                for file in {name for name in TEXT_FLAGS & flags.keys() if flags[name] is not None}:
+                    flags[file] = str(_text_file(str(flags[file]), options.data_dir))
+                rows = script == "test_llama.py" or task.startswith("longbench")  # that the task reads
+                if options.data_dir and (rows or flags.get("calib_task", BUNDLED_TASK) != BUNDLED_TASK):
                     flags["data_dir"] = options.data_dir
                 ks = ",".join(map(str, part["k"]))
-                arguments, settings = _settings(script, flags, ks, parsers)
+                calibrating = CALIBRATING if rows else CALIBRATING | {"data_dir"}
+                arguments, settings = _settings(script, flags, ks, parsers, calibrating)
                 for cell in settings.cells():
                     key = answer_key(settings, cell)
                     shown = part.get("name", task)
-                    cells.append(SweepCell(shown, name, cell_k(cell), script, tuple(arguments), key))
+                    row = f"{name}: {part['label']}" if "label" in part else name
+                    cells.append(SweepCell(shown, row, cell_k(cell), script, tuple(arguments), key))
     return cells
 
 
+def _text_file(name: str, data_dir: str | None) -> Path:
+    """A text of a table: in `data_dir`, or a source file of Python's standard library."""
+    if name.startswith(STDLIB):
+        return Path(sysconfig.get_path("stdlib")) / name.removeprefix(STDLIB)
+    return Path(data_dir or ".") / name
+
+
 def _settings(
-    script: str, flags: dict[str, Any], ks: str, parsers: dict[str, Callable[[], Parser]]
+    script: str,
+    flags: dict[str, Any],
+    ks: str,
+    parsers: dict[str, Callable[[], Parser]],
+    calibrating: set[str],
 ) -> tuple[list[str], Settings]:
     """Arguments of a script, except --k, and the resulting settings. Raises UsageError.
 
-    calib_task and calib_text are passed for calibrated methods only; the scripts refuse them for others.
+    calibrating: flags that are passed for calibrated methods only; the scripts refuse them for others.
     """
 
     def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
@@ -180,9 +208,8 @@ def _settings(
         namespace = parsers[script]().parse_args([*arguments, "--k", ks])
         return arguments, resolve_device(parse_settings(KINDS[script], namespace))
 
-    calibrating = ("calib_task", "calib_text")
     arguments, settings = read({name: value for name, value in flags.items() if name not in calibrating})
-    if flags.keys() & set(calibrating) and any(cell.needs_calibration for cell in settings.cells()):
+    if flags.keys() & calibrating and any(cell.needs_calibration for cell in settings.cells()):
         return read(flags)
     return arguments, settings
 

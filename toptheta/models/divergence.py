@@ -30,10 +30,11 @@ COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of
 @dataclass(frozen=True)
 class DenseReading:
     """The results of dense attention on a text. cache: K and V of its first tokens, None if there are none;
-    hidden: `[B, T, E]`, the last layer's output for the others."""
+    hidden: `[B, T, E]`, the last layer's output for the others; seconds: that it took."""
 
     cache: DynamicCache | None
     hidden: Tensor
+    seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:

@@ -71,11 +71,18 @@ def write_page(folder: Path) -> None:
     print(f"Report: {folder / REPORT}")
 
 
-def report_sweep(folder: Path, title: str, table_name: str, rows: Sequence[tables.SweepRow]) -> None:
+def report_sweep(
+    folder: Path,
+    title: str,
+    table_name: str,
+    rows: Sequence[tables.SweepRow],
+    at_vrows: Sequence[float] = (),
+) -> None:
     """Write table.md, table.csv, results.json and plots of a sweep into `folder`, and print the table: kl.png
-    for texts that are compared with dense attention, <task>.png for each other task."""
+    for texts that are compared with dense attention, <task>.png for each other task. at_vrows: see
+    `tables.sweep_markdown`."""
     rows = _compared(rows)
-    text = tables.sweep_markdown(title, table_name, rows)
+    text = tables.sweep_markdown(title, table_name, rows, at_vrows)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", tables.sweep_csv(rows))
     # Several texts of a table are distinguished by the table's name of the task.

@@ -6,7 +6,10 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import exp, isnan, log
 from typing import Any
+
+import numpy as np
 
 from toptheta.report.results import DECODE, PHASES, PREFILL, CellResult, Metric
 
@@ -248,11 +251,20 @@ class SweepRow:
     result: CellResult | None
 
 
-def sweep_markdown(title: str, table_name: str, rows: Sequence[SweepRow]) -> str:
-    """table.md of a sweep: the hardware and versions, and a table for each task."""
+def sweep_markdown(
+    title: str, table_name: str, rows: Sequence[SweepRow], at_vrows: Sequence[float] = ()
+) -> str:
+    """table.md of a sweep: the hardware and versions, and a table for each task; with `at_vrows`, also one of
+    KL where methods keep these shares of V rows."""
     text = f"# {title}\n\n`python reproduce.py --table {table_name}`{_machines(rows)}\n"
     for task in dict.fromkeys(row.task for row in rows):
-        text += f"\n## {task}\n\n{_task_table([row for row in rows if row.task == task])}\n"
+        of_task = [row for row in rows if row.task == task]
+        text += f"\n## {task}\n\n{_task_table(of_task)}\n"
+        if at_vrows:
+            text += (
+                "\nKL to dense where methods keep the same share of V rows in decode, interpolated between "
+            )
+            text += f"two K (-: not between them):\n\n{at_equal_vrows(of_task, at_vrows)}\n"
     return text
 
 
@@ -272,6 +284,7 @@ def _machines(rows: Sequence[SweepRow]) -> str:
 def _task_table(rows: Sequence[SweepRow]) -> str:
     results = [row.result for row in rows if row.result is not None]
     columns = metric_columns(results) + paired_columns(results) + kept_columns(results, ",")
+    columns += calibration_columns(results)
     columns.append(Column("minutes", lambda result: f"{sum(result.seconds.values()) / 60:.1f}"))
     lines = []
     for row in rows:
@@ -281,6 +294,42 @@ def _task_table(rows: Sequence[SweepRow]) -> str:
             cells = [column.text(row.result) for column in columns]
         lines.append([row.method, "-" if row.k is None else str(row.k), *cells])
     return table(lines, ["method", "K", *(column.header for column in columns)])
+
+
+def calibration_columns(results: Sequence[CellResult]) -> list[Column]:
+    """For cells with effective K: what rows keep relative to K, and the cost of the calibration."""
+    if not any(result.effective_k for result in results):
+        return []
+
+    def kept(result: CellResult) -> str:
+        if not result.effective_k:
+            return "-"
+        last = result.effective_k[-1]  # decode, where there was any
+        mean, low, high = (last[name] / last["k"] for name in ("mean", "p5", "p95"))
+        return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+    def cost(result: CellResult) -> str:
+        forward = result.extra.get("dense_window_s")
+        return f"{result.seconds['calibration'] / forward:.1f}" if forward and result.effective_k else "-"
+
+    return [Column("kept / K: mean (p5 to p95)", kept), Column("calibration, dense forwards", cost)]
+
+
+def at_equal_vrows(rows: Sequence[SweepRow], shares: Sequence[float]) -> str:
+    """KL to dense of each method where it keeps these shares of V rows in decode: ln KL is linear in the ln
+    of the share between two K."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        kl = row.result.metrics.get("kl") if row.result is not None and row.k is not None else None
+        kept = row.result.kept_share(DECODE, "vrow") if row.result is not None else None
+        if kl is not None and kl.value > 0.0 and kept:
+            points.setdefault(row.method, []).append((log(kept), log(kl.value)))
+    lines = []
+    for method, found in points.items():
+        ends = np.array(sorted(found))
+        at = [exp(x) for x in np.interp(np.log(shares), ends[:, 0], ends[:, 1], np.nan, np.nan)]
+        lines.append([method, *("-" if isnan(x) else f"{x:.4f}" for x in at)])
+    return table(lines, ["method", *(f"{100.0 * share:g} % of V rows" for share in shares)])
 
 
 def sweep_csv(rows: Sequence[SweepRow]) -> str:

@@ -13,6 +13,8 @@ others are decode steps after it. Predictions are compared with those of dense a
 import csv
 import io
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -61,7 +63,9 @@ class PerplexityJob(ItemJob):
         if settings.calib_text:  # the windows that it stands in for are not evaluated either
             others = self._windows(settings.calib_text, "--calib_text", 1)
             first = others[: calibration_count(settings, usual, len(others))]
-        self.calibration = [self._item(f"calibration{i}", window) for i, window in enumerate(first)]
+        self.calibration = [
+            self._item(f"calibration{i}", window, settings.calib_seq_len) for i, window in enumerate(first)
+        ]
         self.items = [self._item(f"window{i}", window) for i, window in enumerate(rest[: settings.num_tasks])]
         given = settings.decode_from
         self.decode_from = settings.max_seq_len // 2 if given is None else given
@@ -90,8 +94,8 @@ class PerplexityJob(ItemJob):
             self.judge = update_model(judge)
         return engine
 
-    def _item(self, key: str, window: list[int]) -> Item:
-        return Item(key, self.start + window)
+    def _item(self, key: str, window: list[int], length: int | None = None) -> Item:
+        return Item(key, (self.start + window)[:length])
 
     def run(self, model: Any, batch: list[Item]) -> list[dict[str, Any]]:
         ids = torch.tensor([item.ids for item in batch], device=model_device(model))
@@ -108,6 +112,7 @@ class PerplexityJob(ItemJob):
                 "dense_nll": float(dense_nll.sum()),
                 "kl": kl.tolist(),
                 "same_top": int(same_top.sum()),
+                "dense_s": dense.seconds / len(batch),
             }
             for item, nll, dense_nll, kl, same_top in zip(
                 batch,
@@ -123,11 +128,12 @@ class PerplexityJob(ItemJob):
         allows."""
         key = tuple(item.key for item in batch)
         if key not in self._readings:
+            start = time.monotonic()
             found = divergence.read_dense(judge, ids, self.decode_from, self.settings.prefill_chunk)
+            finite = bool(found.hidden.isfinite().all())
+            found = replace(found, seconds=time.monotonic() - start)
             full = found.nbytes + sum(one.nbytes for one in self._readings.values()) > READINGS_BYTES
-            if (
-                full or not self._several_cells or not found.hidden.isfinite().all()
-            ):  # that is for `checked` to see again
+            if full or not self._several_cells or not finite:  # that is for `checked` to see again
                 return found
             self._readings[key] = found
         return self._readings[key]
@@ -140,7 +146,7 @@ class PerplexityJob(ItemJob):
     def outcome(self, answers: list[dict[str, Any]]) -> Outcome:
         """With perplexity by length, also as perplexity.csv: length (upper bound of the bucket), tokens, nll
         (mean, nats per token), ppl. The scores of a window are means of its tokens: nll, and kl, same_top and
-        ln_ppl_ratio against dense."""
+        ln_ppl_ratio against dense. dense_window_s: seconds of dense attention for a window."""
         rows = [self._bucket(answers, i) for i in range(len(self.bounds))]
         text = io.StringIO()
         columns = ["length", "tokens", "nll", "ppl"]
@@ -159,7 +165,11 @@ class PerplexityJob(ItemJob):
             for item, score in zip(self.items, scores)
         ]
         files = {"perplexity.csv": text.getvalue(), "perplexity.json": json.dumps(rows, indent=1) + "\n"}
-        return Outcome(metrics, kept, {"by_length": rows}, files)
+        extra = {
+            "by_length": rows,
+            "dense_window_s": float(np.mean([a.get("dense_s", 0.0) for a in answers])),
+        }
+        return Outcome(metrics, kept, extra, files)
 
     def _hash(self, item: Item) -> str:
         """The hash of the window and of its counted part."""
