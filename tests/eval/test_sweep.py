@@ -1,6 +1,8 @@
 """Sweeps: what is planned, skipped, resumed and run, and the table that comes out, with real runs."""
 
+import argparse
 import csv
+import inspect
 import json
 import os
 import subprocess
@@ -213,6 +215,43 @@ def test_texts_of_a_table(tables: Path, tmp_path: Path) -> None:
     for cell in cells:
         assert str(tmp_path / "novel.txt") in cell.arguments and "--data_dir" not in cell.arguments
     assert [str(tmp_path / "news.txt") in cell.arguments for cell in cells] == [False, True]
+
+
+def test_studies_of_calibration(tables: Path, tmp_path: Path) -> None:
+    """Rows of one method have labels; texts may be files of Python's library; --data_dir goes to cells that
+    calibrate on a task's rows, and to no other."""
+    (tmp_path / "novel.txt").write_text("words")
+    content = json.loads(tables.read_text())
+    row = {"methods": ["dense", "Top-theta"], "k": [8]}
+    content["groups"] = {
+        "texts": [
+            row | {"label": "code", "flags": {"calib_text": "stdlib:argparse.py"}},
+            {"methods": ["Top-theta"], "k": [8], "label": "short", "flags": {"calib_seq_len": 128}},
+            {
+                "methods": ["Top-theta"],
+                "k": [8],
+                "label": "questions",
+                "flags": {"calib_text": None, "calib_task": "arc_easy"},
+            },
+        ]
+    }
+    part = {"script": "gen_llama.py", "tasks": ["perplexity"], "group": "texts"}
+    flags = {"text": "novel.txt", "calib_text": "stdlib:inspect.py"}
+    table = content["tables"]["tiny"] = {"parts": [part | {"flags": flags}]}
+    cells = cells_of(table, content, options(tables, data_dir=str(tmp_path)), PARSERS)
+    assert [cell.method for cell in cells] == [
+        "dense: code",
+        "Top-theta: code",
+        "Top-theta: short",
+        "Top-theta: questions",
+    ]
+    dense, code, short, questions = (cell.arguments for cell in cells)
+    assert argparse.__file__ in code and inspect.__file__ in short and "128" in short
+    assert not {"--calib_text", "--data_dir"} & set(dense) and "--data_dir" not in code
+    assert "--calib_text" not in questions and questions[questions.index("--data_dir") + 1] == str(tmp_path)
+    table["parts"][0]["flags"]["calib_text"] = "stdlib:no_such_module.py"
+    with pytest.raises(UsageError, match="--calib_text .*no_such_module.py: there is no such file"):
+        cells_of(table, content, options(tables, data_dir=str(tmp_path)), PARSERS)
 
 
 def test_methods_by_name(tables: Path) -> None:

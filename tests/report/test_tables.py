@@ -8,7 +8,7 @@ import numpy as np
 from tests.helpers.effective_k import histogram_of
 from tests.helpers.paths import ROOT
 from toptheta.attention import effective_k as effective
-from toptheta.models.recorder import PREFILL
+from toptheta.models.recorder import DECODE, PREFILL
 from toptheta.report import tables as report
 from toptheta.report.results import CellResult, Kept, Metric
 
@@ -38,6 +38,42 @@ def test_the_committed_table_of_a_sweep_comes_out_the_same() -> None:
     assert report.sweep_markdown(title, "smollm2", rows) == (folder / "table.md").read_text()
     text = (folder / "table.csv").read_text()
     assert sorted(report.sweep_csv(rows).splitlines()) == sorted(text.splitlines())
+
+
+def test_methods_at_equal_v_rows() -> None:
+    """On lines in the logarithms: KL = 1e-4 / share, and 0.05 / share, from K of any order."""
+
+    def row(method: str, k: int | None, vrow: float, kl: float) -> report.SweepRow:
+        kept = {"prefill": None, "generative_decoding": Kept(vrow / 2, vrow)}
+        result = CellResult(method, k=k, metrics={"kl": Metric(kl)}, kept=kept, dense=k is None)
+        return report.SweepRow("novel", method, k, result)
+
+    rows = [
+        row("dense", None, 1.0, 0.0),
+        row("near", 64, 0.2, 5e-4),
+        row("near", 16, 0.05, 2e-3),
+        row("near", 32, 0.1, 1e-3),
+        row("far", 16, 0.05, 1.0),
+        row("far", 32, 0.1, 0.5),
+        report.SweepRow("novel", "missing", 16, None),
+    ]
+    header, _, near, far = report.at_equal_vrows(rows, (0.08, 0.16)).splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["method", "8 % of V rows", "16 % of V rows"]
+    assert [cell.strip() for cell in near.split("|")[1:-1]] == ["near", "0.0013", "0.0006"]
+    assert [cell.strip() for cell in far.split("|")[1:-1]] == ["far", "0.6250", "-"]
+
+
+def test_columns_of_a_calibration() -> None:
+    """What rows keep relative to K, and the time of the calibration in dense windows."""
+    histograms = {0: histogram_of(np.arange(16, 48), np.full(32, 1000))}
+    counted = effective.overall(histograms, DECODE, (32,))
+    theta = CellResult(
+        "Top-theta", k=32, effective_k=counted, seconds={"calibration": 9.0}, extra={"dense_window_s": 2.0}
+    )
+    columns = report.calibration_columns([CellResult("dense", dense=True), theta])
+    assert [column.text(theta) for column in columns] == ["0.98 (0.53 to 1.44)", "4.5"]
+    assert [column.text(CellResult("dense", dense=True)) for column in columns] == ["-", "-"]
+    assert report.calibration_columns([CellResult("dense", dense=True)]) == []
 
 
 def test_columns_are_what_results_hold() -> None:

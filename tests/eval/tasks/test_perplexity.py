@@ -121,6 +121,31 @@ def test_another_text_and_another_type(
     assert thresholds[0] != thresholds[1]
 
 
+def test_shorter_calibration_windows(folder_model: str, here_with_text: Path) -> None:
+    """With --calib_seq_len, rows beyond it have no sample; the same windows are evaluated. The time of dense
+    attention is that of a window."""
+    from toptheta.eval.runner import evaluate
+
+    shared = {
+        "dataset": "perplexity",
+        "text": "text.txt",
+        "num_tasks": 2,
+        "mode": (0,),
+        "calib_sample_frac": 1.0,
+    }
+    (whole,) = evaluate(gen_settings(folder_model, **shared))
+    (short,) = evaluate(check_settings(gen_settings(folder_model, **shared, calib_seq_len=50)))
+    lengths = []
+    for one in (whole, short):
+        lines = (Path(str(one.folder)) / "th.txt").read_text().splitlines()
+        lengths.append(max(int(line.split(":")[1].split()[0]) for line in lines))
+    assert lengths == [200, 50]
+    assert [a.hash for a in read_answers(str(whole.folder))] == [
+        a.hash for a in read_answers(str(short.folder))
+    ]
+    assert 0.0 < whole.extra["dense_window_s"] < whole.seconds["evaluation"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -131,6 +156,12 @@ def test_another_text_and_another_type(
             "--calib_text text.txt has no effect without calibration",
         ),
         ({"calib_text": "text.txt", "calib_task": "arc_easy"}, "give one of them"),
+        ({"calib_seq_len": 64, "calib_task": "arc_easy"}, "--calib_seq_len 64 shortens windows of a text"),
+        ({"calib_seq_len": 201}, "--calib_seq_len 201 is more than the windows' 200 tokens"),
+        (
+            {"calib_seq_len": 64, "mode": (3,), "vmc": False, "sdc": "none"},
+            "--calib_seq_len 64 has no effect without calibration",
+        ),
         ({"mode": (3,), "method": ("h2o",), "decode_from": 0}, "h2o leaves prompts dense"),
         ({"vrow_popularity": True}, "add --decode_from 0"),
         ({"reference_dtype": "float8"}, "--reference_dtype is 'float8': choose one of"),
