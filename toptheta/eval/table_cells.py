@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from toptheta.eval.cli import Parser, parse_settings
 from toptheta.eval.settings import (
     BUNDLED_TASK,
+    NEEDLE,
     CellOptions,
     GenSettings,
     QASettings,
@@ -27,7 +28,7 @@ from toptheta.util.schema import Count, read_json
 
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
 TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
-SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks"}
+SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks", NEEDLE: "needle_repeats"}
 TEXT_FLAGS = {"text", "calib_text"}  # files of a table: in --data_dir, or of Python's library
 STDLIB = "stdlib:"  # before the name of a source file of Python's standard library
 CALIBRATING = {"calib_task", "calib_text", "calib_seq_len"}  # passed for calibrated methods only
@@ -45,7 +46,9 @@ class SweepOptions:
         None, "only cells whose name (task, method, K=64) contains one of these", metavar="TEXT[,TEXT]"
     )
     samples: str | None = option(
-        None, "questions or HumanEval tasks per cell, instead of the table's number", metavar="N"
+        None,
+        "questions, programs, windows, or needles at each point, instead of the table's number",
+        metavar="N",
     )
     data_dir: str | None = option(None, "local data: see test_llama.py --help task", metavar="DIR")
     jobs: int = option(
@@ -167,7 +170,7 @@ def plan(
                 flags = table.get("flags", {}) | part.get("flags", {}) | method
                 flags[TASK_FLAG[script]] = task
                 if options.samples is not None:
-                    flags[SAMPLES_FLAG[script]] = options.samples
+                    flags[SAMPLES_FLAG.get(task, SAMPLES_FLAG[script])] = options.samples
                 for file in {name for name in TEXT_FLAGS & flags.keys() if flags[name] is not None}:
                     flags[file] = str(_text_file(str(flags[file]), options.data_dir))
                 rows = script == "test_llama.py" or task.startswith("longbench")  # that the task reads
