@@ -47,8 +47,8 @@ def slow_factor(v: torch.Tensor, w_o: torch.Tensor, mean: torch.Tensor, scale: f
 
 
 @pytest.mark.parametrize("kind", ["prefill", "chunk", "left padding", "padded decode", "any mask"])
-@pytest.mark.parametrize("floor", [1, 4])
-def test_against_loops(kind: str, floor: int, monkeypatch) -> None:
+@pytest.mark.parametrize(("floor", "cap"), [(1, 0), (4, 0), (1, 9), (4, 9)])
+def test_against_loops(kind: str, floor: int, cap: int, monkeypatch) -> None:
     torch.manual_seed(0)
     rows, batch, q_len, kv_len = case(kind)
     q, k, v = inputs(batch, (4, 2, 16), q_len, kv_len)
@@ -56,7 +56,7 @@ def test_against_loops(kind: str, floor: int, monkeypatch) -> None:
     values = ValueNorms(w_o.transpose(1, 2) @ w_o, mean, scale)
     theta = torch.full((4, 14), 0.02)
     theta[:, :13] = float("-inf")
-    spec = LayerSpec(TopTheta(value_aware=True, floor=floor), "post-softmax", 12)
+    spec = LayerSpec(TopTheta(value_aware=True, floor=floor, cap=cap), "post-softmax", 12)
     asked = call(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True)
     asked.values, asked.state = values, State()
     monkeypatch.setattr("toptheta.attention.reference.BLOCK_ELEMENTS", {"cpu": 20_000})  # several blocks
@@ -78,7 +78,7 @@ def test_against_loops(kind: str, floor: int, monkeypatch) -> None:
                         * slow_factor(v[b, group, key], w_o[head], mean[group], float(scale[head]))
                         for weight, key in zip(weights, keys)
                     ]
-                    kept = max(floor, sum(x > 0.02 for x in compared))
+                    kept = min(cap or len(keys), max(floor, sum(x > 0.02 for x in compared)))
                 assert counts.row[b, head, i] == (kept if real else 0), (b, i, head)
 
 
@@ -179,8 +179,9 @@ def test_needs_a_budget(tiny_model: LlamaForCausalLM) -> None:
         set_params(tiny_model, **(AWARE | {"calib_to": "k"}), calibrate=True)
 
 
-def test_a_floor() -> None:
-    """Of a row that nothing passes, its largest are kept; of one that more pass, what passes."""
+def test_a_floor_and_a_cap() -> None:
+    """Of a row that nothing passes, its largest are kept; of one that more pass, what passes, or the largest
+    of that."""
     weights = torch.tensor([[[[0.05, 0.3, 0.2, 0.1, 0.35], [0.1, 0.6, 0.1, 0.1, 0.1]]]])
     block = Block(
         x=weights,
@@ -195,6 +196,14 @@ def test_a_floor() -> None:
         for row, expected in zip(keep[0, 0], kept):
             found = row.nonzero()[:, 0].tolist()
             assert found == expected if expected else (len(found) == floor and 1 in found)
+    for cap, expected in ((3, [1, 2, 4]), (2, [1, 4]), (1, [4])):
+        keep = TopTheta(cap=cap).keep(block, RowTables(theta=torch.full((1, 1, 2, 1), 0.15)))
+        assert keep[0, 0, 0].nonzero()[:, 0].tolist() == expected and keep[0, 0, 1].sum() == 1
     assert TopTheta(floor=2).kernel_spec() is None and TopTheta(floor=2).label(8) == "Top-theta floor=2 K=8"
+    assert TopTheta(cap=2).kernel_spec() is None and TopTheta(cap=2).label(8) == "Top-theta cap=2 K=8"
     with pytest.raises(UsageError, match="--method top_theta:floor is 0: give a whole number of at least 1"):
         parse_method("top_theta:floor=0", "--method")
+    for cap in (-1, 3):
+        words = f"--method top_theta:cap is {cap}, less than the 4 keys that rows keep: raise it"
+        with pytest.raises(UsageError, match=words):
+            parse_method(f"top_theta:floor=4,cap={cap}", "--method")

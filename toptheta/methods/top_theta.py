@@ -30,12 +30,14 @@ class TopTheta(Method):
     The other options are ours, not the paper's. value_aware: compare the weight times the relative norm of
     the key's projected value (`ValueNorms`), of which one number per key and head is stored in addition to
     the cache. floor: the number of largest keys that a row keeps at least; a threshold alone guarantees one.
+    cap: the number of largest keys that a row keeps at most; 0: no limit.
     key_copy: none, int8 or int4; decode steps read K only for keys that a quantized copy of K does not rule
     out, see key_copy.py."""
 
     capk: bool = False
     value_aware: bool = False
     floor: int = 1
+    cap: int = 0
     key_copy: str = "none"
 
     name = "top_theta"
@@ -98,6 +100,8 @@ class TopTheta(Method):
         keep = keep_above(x, tables.theta, row_max)
         if self.floor > 1:
             keep |= keep_largest(x, self.floor)
+        if self.cap:
+            keep &= keep_largest(x, self.cap)
         return keep_recent(keep, block.budget) if self.capk else keep
 
     def _factor(self, block: Block) -> Tensor:
@@ -109,7 +113,7 @@ class TopTheta(Method):
         return block.factor
 
     def kernel_spec(self) -> KernelSpec | None:
-        if self.floor > 1:
+        if self.floor > 1 or self.cap:
             return None
         return KernelSpec(
             Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware, key_bits=self.key_bits
@@ -118,6 +122,11 @@ class TopTheta(Method):
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.floor < 1:
             raise UsageError(f"{flag('floor')} is {self.floor}: give a whole number of at least 1.")
+        if self.cap and self.cap < self.floor:
+            raise UsageError(
+                f"{flag('cap')} is {self.cap}, less than the {self.floor} keys that rows keep: raise it, or "
+                "give 0 for no limit."
+            )
         if self.key_copy not in ("none", *BITS):
             raise UsageError(f"{flag('key_copy')} is {self.key_copy!r}: choose none, {' or '.join(BITS)}.")
 
