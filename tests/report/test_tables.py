@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,9 @@ from tests.helpers.paths import ROOT
 from toptheta.attention import effective_k as effective
 from toptheta.models.recorder import DECODE, PREFILL
 from toptheta.report import tables as report
+from toptheta.report.frames import load
 from toptheta.report.results import CellResult, Kept, Metric
+from toptheta.report.summary import report_sweep
 
 
 def test_the_summary_names_the_farthest_layers() -> None:
@@ -61,6 +64,45 @@ def test_methods_at_equal_v_rows() -> None:
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["method", "8 % of V rows", "16 % of V rows"]
     assert [cell.strip() for cell in near.split("|")[1:-1]] == ["near", "0.0013", "0.0006"]
     assert [cell.strip() for cell in far.split("|")[1:-1]] == ["far", "0.6250", "-"]
+
+
+def test_needles_by_length_and_by_depth() -> None:
+    points = [(512, 0, 2, 2), (512, 50, 1, 2), (1024, 0, 0, 2), (1024, 50, 1, 2)]
+    grid = [dict(zip(("length", "depth", "found", "count"), point)) for point in points]
+    result = CellResult("dense", metrics={"found": Metric(0.5, 0.2, 8)}, extra={"grid": grid})
+    columns = report.metric_columns([result])
+    assert [(column.header, column.text(result)) for column in columns] == [
+        ("found %", "50.0 ± 20.0 (n=8)"),
+        ("at 512 tokens %", "75"),
+        ("at 1,024 tokens %", "25"),
+        ("at depth 0 %", "50"),
+        ("at depth 50 %", "50"),
+    ]
+    assert columns[1].text(CellResult("lost")) == "-"
+
+
+def test_sections_of_a_sweep_are_tasks_of_their_own(tmp_path: Path) -> None:
+    """Two texts of one data set: each is compared with its own dense cell, and read again as a task."""
+
+    def row(task: str, method: str, k: int | None, ppl: float) -> report.SweepRow:
+        metrics = {"ppl": Metric(ppl), "kl": Metric(0.1 * (k is not None))}
+        environment = dict.fromkeys(
+            ("device_name", "device", "threads", "torch", "transformers", "lm_eval"), 1
+        )
+        seconds, extra = {"calibration": 0.0, "evaluation": 1.0}, {"environment": environment}
+        made = {"metrics": metrics, "seconds": seconds, "extra": extra, "dense": k is None}
+        return report.SweepRow(task, method, k, CellResult("?", task="perplexity", k=k, **made))
+
+    rows = [
+        row(text, *cell) for text in ("novel", "code") for cell in (("dense", None, 9.0), ("Top-k", 8, 9.5))
+    ]
+    report_sweep(tmp_path, "Texts", "texts", rows, [0.1])
+    assert (tmp_path / "table.md").read_text().count("same share of V rows") == 2
+    by_task = load(tmp_path).by_task
+    assert {task: [one.method for one in results] for task, results in by_task.items()} == {
+        "novel": ["dense", "Top-k K=8"],
+        "code": ["dense", "Top-k K=8"],
+    }
 
 
 def test_columns_of_a_calibration() -> None:

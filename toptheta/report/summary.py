@@ -134,7 +134,7 @@ def _is_compared(result: CellResult) -> bool:
 
 
 def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
-    """The rows, with results renamed as in the table, and those of each task compared with its first dense
+    """The rows, with results named as in the table, and those of each task compared with its first dense
     result. Dense attention in another type shows the size of rounding differences."""
     found = list(rows)
     for task in dict.fromkeys(row.task for row in rows):
@@ -148,6 +148,8 @@ def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
 
 
 def _named(row: tables.SweepRow) -> CellResult:
-    """A row's result, renamed as in the table."""
+    """A row's result, with the names that the table has for its method and task: several tasks may read
+    texts."""
     assert row.result is not None
-    return replace(row.result, method=row.method if row.k is None else f"{row.method} K={row.k}")
+    method = row.method if row.k is None else f"{row.method} K={row.k}"
+    return replace(row.result, task=row.task, method=method)

@@ -139,7 +139,8 @@ def share(result: CellResult, phase: str, what: str) -> str:
 
 
 def metric_columns(results: Sequence[CellResult]) -> list[Column]:
-    """A column for each metric of the results; for perplexity by context length, one for each length."""
+    """A column for each metric of the results; for perplexity by context length, one for each length; for
+    needles also the share found, in %, at each length and at each depth."""
     lengths = [row["length"] for result in results[:1] for row in result.by_length]
     if lengths and all([row["length"] for row in result.by_length] == lengths for result in results):
         several = len(lengths) > 1
@@ -150,7 +151,20 @@ def metric_columns(results: Sequence[CellResult]) -> list[Column]:
             )
         )
         return columns + [_text_column(*one) for one in TEXT_METRICS if _have(results, one[0])]
-    return [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
+    columns = [_metric_column(name) for name in dict.fromkeys(name for r in results for name in r.metrics)]
+    for name, words in (("length", "at {:,} tokens %"), ("depth", "at depth {:g} %")):  # of needles
+        at = sorted({point[name] for result in results for point in result.grid})
+        columns += [_found_column(words.format(value), name, value) for value in at]
+    return columns
+
+
+def _found_column(header: str, name: str, value: float) -> Column:
+    def text(result: CellResult) -> str:
+        here = [point for point in result.grid if point[name] == value]
+        count = sum(point["count"] for point in here)
+        return f"{100.0 * sum(point['found'] for point in here) / count:.0f}" if count else "-"
+
+    return Column(header, text)
 
 
 def _have(results: Sequence[CellResult], name: str) -> bool:
