@@ -179,6 +179,45 @@ def test_needs_a_budget(tiny_model: LlamaForCausalLM) -> None:
         set_params(tiny_model, **(AWARE | {"calib_to": "k"}), calibrate=True)
 
 
+@pytest.mark.parametrize("kind", ["prefill", "left padding", "padded decode", "any mask"])
+def test_running_weights_against_loops(kind: str) -> None:
+    """A key's weight among the keys up to itself: a sum of exps that grows from the left."""
+    torch.manual_seed(0)
+    rows, batch, q_len, kv_len = case(kind)
+    q, k, v = inputs(batch, (4, 2, 16), q_len, kv_len)
+    theta = torch.full((4, 14), 0.02)
+    theta[:, :13] = float("-inf")
+    kept = {}
+    for running in (False, True):
+        spec = LayerSpec(TopTheta(running=running), "post-softmax", 12)
+        _, counts = sparse_attention(call(q, k, v, rows, spec, SCALE, theta, count=True, count_rows=True))
+        kept[running] = counts.row
+    seen = rows.visible(0, q_len, kv_len)
+    end = rows.end(q_len, kv_len)
+    seen = torch.ones(1, 1, q_len, end, dtype=torch.bool) if seen is None else seen
+    for b in range(batch):
+        for i in range(0, q_len, 7):
+            keys = seen[b if seen.shape[0] > 1 else 0, 0, i].nonzero()[:, 0].tolist()
+            if rows.real is not None and not rows.real[b if rows.real.shape[0] > 1 else 0, i]:
+                continue
+            for head in range(4):
+                found, total = 0, 0.0
+                for key in keys:
+                    exp = float((k[b, head // 2, key].double() @ q[b, head, i].double() * SCALE).exp())
+                    total += exp
+                    found += exp / total > 0.02
+                assert kept[True][b, head, i] == (found if len(keys) > 12 else len(keys)), (b, i, head)
+    assert (kept[True] >= kept[False]).all() and (kept[True] > kept[False]).any()
+
+
+def test_running_weights_are_refused_for_scores_and_copies(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    with pytest.raises(UsageError, match="running=True compares weights: add placement post-softmax"):
+        set_params(tiny_model, method="top_theta:running", K=6, calibrate=True)
+    with pytest.raises(UsageError, match="running cannot be combined with .*key_copy: leave one out"):
+        parse_method("top_theta:running,key_copy=int4", "--method")
+
+
 def test_a_floor_and_a_cap() -> None:
     """Of a row that nothing passes, its largest are kept; of one that more pass, what passes, or the largest
     of that."""

@@ -169,6 +169,7 @@ class Method:
     has_state: `keep` reads and changes `block.state`.
     needs_values: reads `block.values`, which are calibrated with the thresholds.
     key_bits: bits of the quantized copy of K that it reads in decode steps (key_copy.py); 0: none.
+    needs_weights: it compares weights only, so that the placement has to be post-softmax.
     samples_sdc: it drops the same from prompts as in decode, so that SDC can be calibrated on prompts.
     decode_only: prompts are dense, so that it differs from dense attention in generated tokens only.
     by_row: what a decode step keeps does not depend on earlier steps; otherwise several steps in one call are
@@ -191,6 +192,7 @@ class Method:
     has_state: ClassVar[bool] = False
     needs_values: ClassVar[bool] = False
     key_bits: ClassVar[int] = 0
+    needs_weights: ClassVar[bool] = False
     samples_sdc: ClassVar[bool] = True
     reads_all_keys: ClassVar[bool] = True
     stores: ClassVar[str] = "nothing"

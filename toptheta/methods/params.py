@@ -309,6 +309,10 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
     compensation.check(method, params.placement, params.sdc, params.vmc, flag)
     if method.needs_thresholds:
         check_aim(params, flag)
+    if method.needs_weights and params.placement != "post-softmax":
+        raise UsageError(
+            f"{method.spec} compares weights: add {flag('placement')} post-softmax, not {params.placement}."
+        )
     if params.calib_tac and not method.needs_thresholds:
         raise UsageError(
             f"{flag('calib_tac')} applies to calibrated thresholds only: use it with {flag('mode')} 0."

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from toptheta.methods.base import (
     NEG_INF,
+    TINY,
     Block,
     KernelSpec,
     Method,
@@ -30,7 +31,9 @@ class TopTheta(Method):
     The other options are ours, not the paper's. value_aware: compare the weight times the relative norm of
     the key's projected value (`ValueNorms`), of which one number per key and head is stored in addition to
     the cache. floor: the number of largest keys that a row keeps at least; a threshold alone guarantees one.
-    cap: the number of largest keys that a row keeps at most; 0: no limit.
+    cap: the number of largest keys that a row keeps at most; 0: no limit. running: compare the weight that a
+    key has among the keys up to itself, which one pass over the keys can compute (a score against the running
+    log-sum-exp); it is never less than the key's weight in the row, so that more keys are kept.
     key_copy: none, int8 or int4; decode steps read K only for keys that a quantized copy of K does not rule
     out, see key_copy.py."""
 
@@ -38,6 +41,7 @@ class TopTheta(Method):
     value_aware: bool = False
     floor: int = 1
     cap: int = 0
+    running: bool = False
     key_copy: str = "none"
 
     name = "top_theta"
@@ -58,6 +62,10 @@ class TopTheta(Method):
     @property
     def key_bits(self) -> int:  # type: ignore[override]
         return BITS.get(self.key_copy, 0)
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        return self.running
 
     def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         read = n * (4 * kept.shape[-1] if self.value_aware else 0)
@@ -91,6 +99,8 @@ class TopTheta(Method):
     def keep(self, block: Block, tables: RowTables) -> Tensor:
         assert tables.theta is not None
         x, row_max = block.x, block.row_max
+        if self.running:
+            x = torch.where(block.visible, x / block.weights.cumsum(dim=-1).clamp_min(TINY), NEG_INF)
         if self.value_aware:  # -inf times 0 is not a number
             x = torch.where(block.visible, x * self._factor(block)[:, :, None], NEG_INF)
         if block.read is not None:
@@ -113,7 +123,7 @@ class TopTheta(Method):
         return block.factor
 
     def kernel_spec(self) -> KernelSpec | None:
-        if self.floor > 1 or self.cap:
+        if self.floor > 1 or self.cap or self.running:
             return None
         return KernelSpec(
             Selection.THRESHOLD, capk=self.capk, weighed=self.value_aware, key_bits=self.key_bits
@@ -129,6 +139,8 @@ class TopTheta(Method):
             )
         if self.key_copy not in ("none", *BITS):
             raise UsageError(f"{flag('key_copy')} is {self.key_copy!r}: choose none, {' or '.join(BITS)}.")
+        if self.running and self.key_copy != "none":
+            raise UsageError(f"{flag('running')} cannot be combined with {flag('key_copy')}: leave one out.")
 
     def while_calibrating(self, tac: bool) -> Method:
         return TopK() if tac else super().while_calibrating(tac)
