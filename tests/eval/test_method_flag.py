@@ -72,7 +72,7 @@ def test_cells_take_every_option_of_sparse_attention(tmp_path: Path) -> None:
     [
         ("--method top_k --mode 3", "--method and --mode both name the method: give one of them."),
         ("--method topk", r"--method is 'topk': choose one of .*\(did you mean top_k"),
-        ("--method top_theta:cap", "--method top_theta has no option 'cap': its options are capk"),
+        ("--method top_theta:caps", "--method top_theta has no option 'caps': its options are capk"),
         ("--method top_theta:capk=maybe", "--method top_theta:capk is 'maybe': give true or false"),
         ("--method top_k,dense --calib_tac", "--calib_tac applies to thresholds"),
         ("--method dense --vmc", "--vmc has no effect on dense attention"),

@@ -42,7 +42,7 @@ def test_lists_and_options() -> None:
     [
         ("topk", r"method is 'topk': choose one of .*\(did you mean top_k"),
         ("top_k:sinks=3", "method top_k has no option 'sinks': it has none"),
-        ("top_theta:cap=1", "method top_theta has no option 'cap': its options are capk"),
+        ("top_theta:caps=1", "method top_theta has no option 'caps': its options are capk"),
         ("top_theta:capk=maybe", "method top_theta:capk is 'maybe': give true or false"),
     ],
 )
