@@ -148,6 +148,11 @@ class AttentionCall:
         )
 
     @property
+    def grows_when_compiled(self) -> bool:
+        """Whether the call has a copy of K that would grow in a compiled model."""
+        return bool(self.key_bits and torch.compiler.is_compiling() and not (self.state and self.state.room))
+
+    @property
     def needs_gradient(self) -> bool:
         tensors = (self.q, self.k, self.v) if self.sinks is None else (self.q, self.k, self.v, self.sinks)
         return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

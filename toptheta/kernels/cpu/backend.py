@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -159,8 +160,6 @@ def _warn_once(reason: str) -> None:
 
 def unsupported(call: AttentionCall) -> str | None:
     """Why the kernel cannot compute this call, or None if it can. Builds nothing."""
-    if torch.compiler.is_compiling():
-        return "the kernel cannot be traced by torch.compile"
     q, k, v = call.q, call.k, call.v
     if not (q.device.type == k.device.type == v.device.type == "cpu"):
         return "the tensors are not on the CPU"
@@ -177,12 +176,19 @@ def unsupported(call: AttentionCall) -> str | None:
         return "the kernel reads a copy of K for one decode step at a time"
     if call.key_bits == 4 and head_dim % 32:
         return f"head_dim is {head_dim}, and the kernel reads 4-bit copies of K in multiples of 32"
+    if call.grows_when_compiled:
+        return "torch.compile cannot trace a copy of K that grows with the cache: use a static cache"
     return None
 
 
 def ready(call: AttentionCall) -> str | None:
     """Build and load the library at first use, whatever the call; returns None, or why that failed. Warns
     once if it failed."""
+    return _ready()
+
+
+@torch.compiler.assume_constant_result  # a library cannot be loaded while a model is traced
+def _ready() -> str | None:
     library = load()
     if isinstance(library, str):
         _warn_once(library)
@@ -193,20 +199,90 @@ def ready(call: AttentionCall) -> str | None:
 def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of attention/reference.py, computed by the kernel. The output is a view of a `[B, Q,
     H, D]` tensor."""
-    assert call.kernel is not None
-    prepared = _Prepared(call, call.kernel)
-    out, counts, args = prepared.output(), None, prepared.args
-    if call.count:
-        counts = Counts.zeros(call)
-        args.attn, args.vrow = counts.attn.data_ptr(), counts.vrow.data_ptr()
-        if counts.row is not None:
-            args.row = counts.row.data_ptr()
+    spec = call.kernel
+    assert spec is not None
+    arguments: tuple[Any, ...] = (
+        *_inputs(call, spec), call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc,
+        spec.sdc_scale, spec.vmc, spec.capk, spec.weighed, spec.key_bits, call.count, call.count_rows,
+    )  # fmt: skip
+    attend = _operator if torch.compiler.is_compiling() else _attend  # the operator costs microseconds
+    out, attn, vrow, row, keys = attend(*arguments)
+    if not call.count:
+        return out.transpose(1, 2), None
+    counts = Counts(attn, vrow, row=row if call.count_rows else None)
+    if call.key_bits:
+        counts.keys = keys if call.rows.real is None else keys * call.rows.real[:, None]
+    return out.transpose(1, 2), counts
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: Tensor,
+    mask: Tensor | None,
+    real: Tensor | None,
+    key_real: Tensor | None,
+    theta: Tensor | None,
+    table: Tensor | None,
+    factor: Tensor | None,
+    codes: Tensor | None,
+    steps: Tensor | None,
+    key_mean: Tensor | None,
+    v_sum: Tensor | None,
+    first: int,
+    scale: float,
+    selection: int,
+    placement: str,
+    k_keep: int,
+    sdc: str,
+    sdc_scale: float,
+    vmc: bool,
+    capk: bool,
+    weighed: bool,
+    key_bits: int,
+    count: bool,
+    count_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output `[B, Q, H, D]`, and attn, vrow, row and keys of `Counts`, empty where they are not counted.
+    The tensors and `first` are those of `_inputs`, the rest is a `KernelSpec`."""
+    spec = KernelSpec(
+        Selection(selection), placement, k_keep, sdc, sdc_scale, vmc, capk, weighed, key_bits
+    )  # fmt: skip
+    tensors = (q, k, v, n, mask, real, key_real, theta, table, factor, codes, steps, key_mean, v_sum)
+    prepared = _Prepared(spec, scale, *tensors, first)
+    out, args = prepared.output(), prepared.args
+    (batch, num_heads, q_len, _), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
+    attn = torch.zeros((batch, num_heads) if count else 0, dtype=torch.int64)
+    vrow = torch.zeros((batch, num_kv_heads, kv_len) if count else 0, dtype=torch.int32)
+    row = torch.zeros((batch, num_heads, q_len) if count_rows else 0, dtype=torch.int32)
+    if count:
+        args.attn, args.vrow = attn.data_ptr(), vrow.data_ptr()
+    if count_rows:
+        args.row = row.data_ptr()
     prepared.run()
-    if counts is not None and prepared.read is not None:
-        counts.keys = prepared.read.sum(dim=-1, dtype=torch.int32)[..., None]
-        if call.rows.real is not None:
-            counts.keys = counts.keys * call.rows.real[:, None]
-    return out.to(call.q.dtype), counts
+    keys = torch.zeros(0, dtype=torch.int32)
+    if count and prepared.read is not None:
+        keys = prepared.read.sum(dim=-1, dtype=torch.int32)[..., None]
+    return out.to(q.dtype).transpose(1, 2), attn, vrow, row, keys
+
+
+_operator = torch.library.custom_op("toptheta::cpu_attend", mutates_args=())(_attend)
+
+
+@_operator.register_fake
+def _(
+    q, k, v, n, mask, real, key_real, theta, table, factor, codes, steps, key_mean, v_sum, first, scale,
+    selection, placement, k_keep, sdc, sdc_scale, vmc, capk, weighed, key_bits, count, count_rows,
+):  # fmt: skip
+    (batch, num_heads, q_len, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
+    return (
+        q.new_empty(batch, q_len, num_heads, head_dim),
+        q.new_empty((batch, num_heads) if count else 0, dtype=torch.int64),
+        q.new_empty((batch, num_kv_heads, kv_len) if count else 0, dtype=torch.int32),
+        q.new_empty((batch, num_heads, q_len) if count_rows else 0, dtype=torch.int32),
+        q.new_empty((batch, num_kv_heads, 1) if count and key_bits else 0, dtype=torch.int32),
+    )
 
 
 def calibrate(call: AttentionCall, calibration: LayerCalibration) -> Tensor:
@@ -256,7 +332,7 @@ def sample(
     assert spec is not None
     if spec.sparse and spec.placement != placement:
         raise ValueError(f"the output is {spec.placement}, but the samples are {placement}")
-    prepared = _Prepared(call, spec)
+    prepared = _Prepared(spec, call.scale, *_inputs(call, spec))
     args, shape = prepared.args, (len(ks), *call.q.shape[:3])
     args.post_softmax = placement == "post-softmax"
     out = prepared.output() if output else None
@@ -276,41 +352,76 @@ def sample(
     return Samples(values, missing_sums, None if out is None else out.to(call.q.dtype))
 
 
+def _inputs(call: AttentionCall, spec: KernelSpec) -> tuple[Any, ...]:
+    """The tensors of a call that computes `spec`, and `first`, in the order of `_attend`."""
+    call.check_shapes()
+    rows, (q_len, kv_len) = call.rows, (call.q.shape[2], call.k.shape[2])
+    first = rows.first
+    if first is None:  # without a mask: plain causal, aligned at the first key
+        first = -1 if rows.mask is not None else 0 if q_len > 1 else kv_len - 1
+    v_sum = None
+    if spec.vmc and call.v_sum is not None and q_len == 1:
+        v_sum = call.v_sum
+    elif spec.vmc and first < 0:  # the mask is arbitrary, so the sums are a matrix product
+        v_sum = mean_of_visible(call.v, rows) * rows.n[:, None, :, None]
+    factor = call.value_factors() if spec.sparse and spec.weighed else None
+    copy = call.key_codes() if spec.key_bits and call.key_bits else None
+    copied = (None, None, None) if copy is None else (copy.codes, copy.steps, copy.mean)
+    tables = (call.theta, call.sdc_table)
+    return (
+        call.q, call.k, call.v, rows.n, rows.mask, rows.real, rows.key_real, *tables, factor, *copied, v_sum,
+        first,
+    )  # fmt: skip
+
+
 class _Prepared:
     """A Call of the library, and the tensors that its pointers refer to."""
 
-    def __init__(self, call: AttentionCall, spec: KernelSpec):
-        call.check_shapes()
-        rows, theta, table = call.rows, call.theta, call.sdc_table
-        batch, num_heads, q_len, head_dim = call.q.shape
-        num_kv_heads, kv_len = call.k.shape[1], call.k.shape[2]
+    def __init__(
+        self,
+        spec: KernelSpec,
+        scale: float,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        n: Tensor,
+        mask: Tensor | None,
+        real: Tensor | None,
+        key_real: Tensor | None,
+        theta: Tensor | None,
+        table: Tensor | None,
+        factor: Tensor | None,
+        codes: Tensor | None,
+        steps: Tensor | None,
+        key_mean: Tensor | None,
+        v_sum: Tensor | None,
+        first: int,
+    ):
+        (batch, num_heads, q_len, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
         self.kept: list[Tensor] = []
-        q, k, v = (self.keep(x if x.stride(3) == 1 else x.contiguous()) for x in (call.q, call.k, call.v))
         self.q = q
-        first = rows.first
-        if first is None:  # without a mask: plain causal, aligned at the first key
-            first = -1 if rows.mask is not None else 0 if q_len > 1 else kv_len - 1
+        q, k, v = (self.keep(x if x.stride(3) == 1 else x.contiguous()) for x in (q, k, v))
         self.args = args = Call(
             batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, torch.get_num_threads(),
             DTYPES.index(q.dtype), q.data_ptr(), k.data_ptr(), v.data_ptr(),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         )  # fmt: skip
-        args.first, args.scale = first, call.scale
+        args.first, args.scale = first, scale
         args.mode, args.k_keep = (spec.selection, spec.k) if spec.sparse else (Selection.ALL, 0)
         args.post_softmax = spec.placement == "post-softmax"
         args.sdc, args.sdc_scale = SDC_METHODS.index(spec.sdc), spec.sdc_scale
         args.capk, args.vmc = spec.capk, spec.vmc
-        n = self.keep(rows.n.contiguous())
+        n = self.keep(n.contiguous())
         args.n, args.n_batch = n.data_ptr(), self.batch_stride(n)
-        if rows.mask is not None:
-            mask = self.keep(rows.mask if rows.mask.stride(3) == 1 else rows.mask.contiguous())
+        if mask is not None:
+            mask = self.keep(mask if mask.stride(3) == 1 else mask.contiguous())
             args.mask, args.mask_batch, args.mask_row = (
                 mask.data_ptr(),
                 self.batch_stride(mask),
                 mask.stride(2),
             )
-        if rows.real is not None:
-            real = self.keep(rows.real.contiguous())
+        if real is not None:
+            real = self.keep(real.contiguous())
             args.real, args.real_batch = real.data_ptr(), self.batch_stride(real)
         if theta is not None:
             theta = self.keep(theta.float().contiguous())
@@ -318,27 +429,24 @@ class _Prepared:
         if table is not None:
             table = self.keep(table.float().contiguous())
             args.table, args.table_len = table.data_ptr(), table.shape[1]
-        if spec.sparse and spec.weighed:
-            factor = self.keep(call.value_factors())
+        if factor is not None:
+            factor = self.keep(factor)
             args.factor, args.factor_batch = factor.data_ptr(), self.batch_stride(factor)
             args.factor_head = factor.stride(1)
         self.read: Tensor | None = None  # `[B, H_kv, N]` uint8, 1 where K is read, of a call with a copy of K
-        if spec.key_bits and call.key_bits:
-            copy, self.read = call.key_codes(), torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.uint8)
-            codes, steps, mean = (self.keep(x) for x in (copy.codes, copy.steps, copy.mean.contiguous()))
-            args.codes, args.steps, args.key_mean = codes.data_ptr(), steps.data_ptr(), mean.data_ptr()
-            args.read, args.code_bits = self.read.data_ptr(), copy.bits
+        if codes is not None:
+            assert steps is not None and key_mean is not None
+            codes, steps, key_mean = (self.keep(x) for x in (codes, steps, key_mean.contiguous()))
+            self.read = torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.uint8)
+            args.codes, args.steps, args.key_mean = codes.data_ptr(), steps.data_ptr(), key_mean.data_ptr()
+            args.read, args.code_bits = self.read.data_ptr(), spec.key_bits
             args.codes_batch, args.codes_head = codes.stride()[:2]
             args.steps_batch, args.steps_head = steps.stride()[:2]
-        if spec.vmc:
-            if call.v_sum is not None and q_len == 1:
-                args.v_sum = self.keep(call.v_sum.contiguous()).data_ptr()
-            elif first < 0:  # the mask is arbitrary, so the sums are a matrix product
-                sums = mean_of_visible(v, rows) * rows.n[:, None, :, None]
-                args.v_sum = self.keep(sums.contiguous()).data_ptr()
-            elif rows.key_real is not None:
-                key_real = self.keep(rows.key_real.contiguous())
-                args.key_real, args.key_real_batch = key_real.data_ptr(), self.batch_stride(key_real)
+        if v_sum is not None:
+            args.v_sum = self.keep(v_sum.contiguous()).data_ptr()
+        elif spec.vmc and key_real is not None:
+            key_real = self.keep(key_real.contiguous())
+            args.key_real, args.key_real_batch = key_real.data_ptr(), self.batch_stride(key_real)
 
     def keep(self, tensor: Tensor) -> Tensor:
         self.kept.append(tensor)

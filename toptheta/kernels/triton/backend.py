@@ -61,7 +61,7 @@ def unsupported(call: AttentionCall) -> str | None:
         return "the kernels have no capk"
     if call.key_bits and call.q.shape[2] > 1:
         return "the kernels read a copy of K for one decode step at a time"
-    if call.key_bits and torch.compiler.is_compiling() and (call.state is None or not call.state.room):
+    if call.grows_when_compiled:
         return "torch.compile cannot trace a copy of K that grows with the cache: use a static cache"
     if spec.sparse and spec.selection == Selection.LARGEST and call.q.shape[2] > 1:
         return "Top-k of many rows has no kernel"
