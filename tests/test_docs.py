@@ -73,6 +73,8 @@ def run_command(words: list[str], folder_model: str, monkeypatch: pytest.MonkeyP
         small = {name: value for name, value in SMALL.items() if name in known}
         if settings.calib_load_path:
             del small["calib_samples"]
+        if "text" in known and settings.text:
+            small["max_seq_len"] = 200
         evaluate(replace(settings, llama=folder_model, **small))
     elif words[1] == "compare.py":
         from toptheta.report.compare import compare_runs
@@ -109,6 +111,7 @@ def test_a_page_runs(page: Path, tiny: str, here: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(base, "REGISTRY", dict(base.registered()))  # an example's method does not stay
     names: dict[str, Any] = {"__name__": page.stem}
+    Path("my_text.txt").write_text("The hills were green, and the town below slept. " * 200)
     for block in blocks(page, "bash|python"):
         language, _, text = block.partition("\n")
         if language == "python":
