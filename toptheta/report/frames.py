@@ -130,7 +130,8 @@ def load(*folders: Path | str) -> LoadedRun:
         by_task.setdefault((result.model, result.task), []).append(result)
     compared, labels, notes = [], [], list[str]()
     for of_task in by_task.values():
-        of_task.sort(key=lambda result: not result.dense)
+        families = list(dict.fromkeys(result.family for result in of_task))
+        of_task.sort(key=lambda one: (not one.dense, families.index(one.family), one.k or 0))  # noqa: B023
         labels += distinct_labels(of_task)
         texts: dict[Any, list[int]] = {}
         for i, result in enumerate(of_task):

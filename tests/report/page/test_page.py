@@ -60,6 +60,12 @@ def test_what_is_shown_of_each_task(report: Report) -> None:
     titles = re.findall(r'<h2 class="part-title">.*, (.*)</h2>', report.path.read_text())
     text = "perplexity of text.txt in windows of 200 tokens"
     assert titles == [text, "everyday_science", "openai_humaneval"]
+    html = report.path.read_text()
+    assert f"<h1>tiny-llama: {' · '.join(titles)}</h1>" in html
+    assert re.findall(r'<a href="#part\d">(.*?)</a>', html) == titles
+    assert html.count("Differences are paired with dense") == 2  # not for the text
+    labels = [label for label, one in zip(report.run.labels, report.run.results) if one.task == "perplexity"]
+    assert [label.split("K=")[-1] for label in labels] == ["dense", "8", "16", "8", "16"]
 
 
 def test_thresholds_are_means_over_lengths(report: Report) -> None:

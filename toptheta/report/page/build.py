@@ -48,8 +48,9 @@ def render(run: LoadedRun) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        title=" · ".join(dict.fromkeys(part["title"] for part in parts)),
+        title=_page_title(run, parts),
         parts=parts,
+        several_models=len({result.model for result in run.results}) > 1,
         runs=[_about(folder) for folder in run.folders],
         notes=run.notes,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -58,6 +59,15 @@ def render(run: LoadedRun) -> str:
         script=Markup((HERE / "page.js").read_text()),
         vega=Markup(_vega()),
     )
+
+
+def _page_title(run: LoadedRun, parts: Sequence[dict[str, Any]]) -> str:
+    """The titles of all parts; the model only once if it is the same in all of them."""
+    models = {result.model for result in run.results}
+    if len(models) > 1:
+        return " · ".join(dict.fromkeys(part["title"] for part in parts))
+    names = " · ".join(dict.fromkeys(part["task"] for part in parts))
+    return ": ".join(filter(None, (*models, names)))
 
 
 def _by_task(run: LoadedRun) -> list[LoadedRun]:
@@ -78,8 +88,10 @@ def _part(number: int, run: LoadedRun) -> dict[str, Any]:
     first = run.results[0]
     return {
         "id": f"part{number}",
-        "title": _title(first),
+        "title": ", ".join(filter(None, (first.model, _task(first)))),
+        "task": _task(first),
         "baseline": next((label for label, one in zip(run.labels, run.results) if one.dense), None),
+        "compared": bool(tables.paired_columns(run.results)),
         "header": [column.header for column in _columns(run.results)],
         "rows": _table(run),
         "charts": [{"name": chart.name, "title": chart.title, "note": chart.note} for chart in shown],
@@ -88,15 +100,15 @@ def _part(number: int, run: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _title(result: CellResult) -> str:
-    """Model and task; for a text also its file and the length of its windows."""
-    title, text = ", ".join(filter(None, (result.model, result.task))), text_of(result)
+def _task(result: CellResult) -> str:
+    """The task in words; for a text with its file and the length of its windows."""
+    text = text_of(result)
     if text is None:
-        return title
+        return result.task
     path, length = Path(text[0]), text[1]
     # The rows of a data set are in files with names like test.jsonl.
     name = "/".join(path.parts[-2:]) if path.suffix == ".jsonl" else path.name
-    return f"{title} of {name} in windows of {length:,} tokens"
+    return f"{result.task} of {name} in windows of {length:,} tokens"
 
 
 def _columns(results: Sequence[CellResult]) -> list[tables.Column]:
