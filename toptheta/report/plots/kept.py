@@ -31,7 +31,7 @@ from toptheta.report.results import PHASES
 from toptheta.util.files import find_file
 
 MAX_BINS = 40  # of row lengths
-SIZE_LABEL = "kept elements / elements that Top-k keeps"
+SIZE_LABEL = "elements kept / kept by Top-k"
 NO_DATA = "#d0d0d0"
 KINDS = {"attn": "attention elements", "vrow": "V rows"}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -301,7 +301,7 @@ def _map(
     coarse, fine = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), (0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5)
     ticks = [tick for tick in (coarse if most > 2.5 else fine) if 0.999 / most <= tick <= 1.001 * most]
     bar = figure.colorbar(
-        mesh, ax=list(all_axes), extend="both", aspect=15, pad=0.01, label="mean of kept / Top-k's"
+        mesh, ax=list(all_axes), extend="both", aspect=15, pad=0.01, label="mean of kept / kept by Top-k"
     )
     bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
     bar.ax.yaxis.set_minor_locator(NullLocator())
