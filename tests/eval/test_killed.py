@@ -137,7 +137,8 @@ def contents(folder: Path) -> dict[str, Any]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_times(one) for name, one in value.items() if name != "seconds"}
+        times = ("seconds", "dense_window_s")
+        return {name: without_times(one) for name, one in value.items() if name not in times}
     return [without_times(one) for one in value] if isinstance(value, list) else value
 
 
