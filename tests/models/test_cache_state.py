@@ -32,14 +32,14 @@ class DropsForGood(Method):
             state.tensors = {"given": block.x.new_zeros(batch, end), "dropped": block.x.new_zeros(batch, end)}
         state.grow(end)
         if block.x.shape[2] == 1:
-            dropped = state.tensors["dropped"]
+            dropped = state.tensors["dropped"][:, :end]
             alive = block.visible[:, 0, 0] & (dropped == 0)
             own = torch.arange(end) == block.n[:, :1] - 1
-            given = state.tensors["given"].masked_fill(~alive | own, float("inf"))
+            given = state.tensors["given"][:, :end].masked_fill(~alive | own, float("inf"))
             least = given.argmin(dim=-1, keepdim=True)
             too_many = (alive.sum(dim=-1, keepdim=True) > K + 1).to(dropped.dtype)
             dropped.scatter_add_(-1, least, too_many)
-        return block.visible & (state.tensors["dropped"] == 0)[:, None, None]
+        return block.visible & (state.tensors["dropped"][:, :end] == 0)[:, None, None]
 
     def after(self, block: Block, weights: Tensor) -> None:
         block.state.tensors["given"][:, : weights.shape[-1]] += weights.sum(dim=(1, 2))
