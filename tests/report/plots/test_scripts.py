@@ -119,7 +119,7 @@ def test_damage_ends_with_2_and_the_rest_is_drawn(tmp_path: Path) -> None:
         (["--layers", "9" * 5000], ["--layers is"]),
         (["--format", "bmp"], ["--format is 'bmp'", "png, pdf, svg"]),
         (["--output", "FILE"], ["--output is", "which is a file"]),
-        (["--output", "FILE/sub"], ["cannot write", "--output"]),
+        (["--output", "FILE/sub"], ["cannot be written", "--output"]),
         (["--colour", "red"], ["--colour", "--help"]),
     ],
 )
