@@ -290,6 +290,18 @@ def test_chunks(tmp_path: Path, fuzz: Callable, monkeypatch: pytest.MonkeyPatch)
     fuzz(path.read_bytes(), check)
 
 
+def test_what_more_inputs_found(tmp_path: Path) -> None:
+    """A run without any K, and a chunk that is an archive of nothing."""
+    settings = GenSettings(mode=(0, 1)).to_json() | {"k": []}
+    (tmp_path / "run.json").write_text(json.dumps({"script": "gen_llama.py", "settings": settings}))
+    with pytest.raises(UsageError, match="--k and --mode need at least one value each"):
+        settings_from_json(GenSettings, check_resume(str(tmp_path), "gen_llama.py"))
+    chunk = tmp_path / "partial" / "00000.zip"
+    chunk.parent.mkdir()
+    zipfile.ZipFile(chunk, "w").close()
+    assert Cell(tmp_path).answers == {} and not chunk.exists()
+
+
 @pytest.mark.parametrize("task", ["arc_easy", "other"])
 def test_rows(task: str, fuzz: Callable) -> None:
     rows = [

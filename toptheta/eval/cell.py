@@ -62,7 +62,7 @@ class Cell:
         finished = (self.path / "results.json").is_file()
         if finished:
             shutil.rmtree(self._partial, ignore_errors=True)  # it was killed before it came to this
-        partial.remove_damaged(self._partial)
+        partial.remove_damaged(self._partial, ANSWERS)
         for chunk in partial.chunks(self._partial):
             self._take_chunk(chunk)
         return finished, self.answers, self.seconds, self.kept, self.calls

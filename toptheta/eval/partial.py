@@ -55,11 +55,12 @@ def read(chunk: Path, name: str) -> bytes:
         return opened.read(name) if name in opened.NameToInfo else b""
 
 
-def remove_damaged(partial: Path) -> None:
-    """Remove incomplete or damaged chunks from `partial`, with a message."""
+def remove_damaged(partial: Path, needed: str) -> None:
+    """Remove incomplete or damaged chunks from `partial`, with a message. needed: the name of a file that
+    every chunk has."""
     for path in partial.glob("*"):
         try:
-            if path.suffix == ".zip" and zipfile.ZipFile(path).testzip() is None:
+            if path.suffix == ".zip" and needed in names(path) and zipfile.ZipFile(path).testzip() is None:
                 continue
         except DAMAGES:
             pass

@@ -42,6 +42,8 @@ def _check_methods(settings: Settings) -> None:
     defaults = type(settings)()
     if settings.method and settings.mode != defaults.mode:
         raise UsageError("--method and --mode both name the method: give one of them.")
+    if not settings.k or not (settings.mode or settings.method):
+        raise UsageError("--k and --mode need at least one value each: nothing would be run.")
     if min(settings.k) < 1:
         raise UsageError(
             f"--k {min(settings.k)} keeps nothing: give whole numbers of at least 1 (dense is --mode 3)."
