@@ -31,7 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from toptheta.kernels.triton.chips import KNOWN
 from toptheta.methods.key_copy import FIRST, LAST
 
-MODEL = {"q", "k", "v", "out"}  # pointers to the model's type; the others are in POINTERS
+MODEL = {
+    "q",
+    "k",
+    "v",
+    "out",
+    "new_k",
+    "new_v",
+    "keys",
+    "values",
+}  # pointers to the model's type; the others are in POINTERS
 POINTERS = {
     "mask": "*u1", "key_real": "*u1", "real_rows": "*u1", "n": "*i64", "theta": "*fp32", "table": "*fp32",
     "v_sum": "*fp32", "v_mean": "*fp32", "scores": "*fp32", "keep": "*i8", "part_max": "*fp32",
@@ -40,7 +49,7 @@ POINTERS = {
     "first_at": "*i64", "first": "*i64", "sums": "*fp32", "attn": "*i64", "vrow": "*i32",
     "always": "*u1", "key_steps": "*bf16", "copy_max": "*fp32", "copy_sum": "*fp32",
     "codes": "*i8", "steps": "*fp32", "slacks": "*fp32", "k_mean": "*fp32",
-    "span": "*i32", "listed": "*i32",
+    "span": "*i32", "listed": "*i32", "end": "*i64", "finished": "*i32", "total": "*fp64",
 }  # fmt: skip
 TOOLS = Path("backends/nvidia/bin")
 SHORTEST_LOOP = 50  # instructions: shorter loops do not go over tiles
@@ -74,8 +83,10 @@ def kernels(
 ) -> Kernels:
     """For each kernel: the function, its constants and its compile options, as toptheta/kernels sets them for
     the chip. every: all their options."""
+    from toptheta.kernels.int8_keys import LARGEST_CODE, TINY
     from toptheta.kernels.triton import decode as triton_decode
     from toptheta.kernels.triton import prefill as triton_prefill
+    from toptheta.kernels.triton.append import add_value_kernel, append_kernel
     from toptheta.kernels.triton.copied import candidates_kernel, estimate_kernel
     from toptheta.kernels.triton.filtered import filtered_kernel
     from toptheta.kernels.triton.gather import gather_kernel
@@ -132,6 +143,12 @@ def kernels(
         ("prefill, post-softmax", triton_prefill.prefill_kernel, blocks | {"POST": True, "SDC": -1}, prefill,
          choices(CAUSAL=(True, False), HAS_REAL_ROWS=both, VMC=(True, False), COUNT=both, WEIGHED=both,
                  SKIP=(triton_prefill.SKIP, not triton_prefill.SKIP))),
+    ]  # fmt: skip
+    one_row = {"HEAD_DIM": head_dim, "BLOCK_D": 1 << (head_dim - 1).bit_length()}
+    groups += [
+        ("append", append_kernel, one_row | {"LARGEST": LARGEST_CODE, "TINY": TINY}, {"num_warps": 1},
+         choices(INT8=(True, False))),
+        ("add to the sum of V", add_value_kernel, one_row, {"num_warps": 1}, [{}]),
     ]  # fmt: skip
     if every:
         sums = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK": triton_prefill.SUM_BLOCK}

@@ -43,6 +43,7 @@ class TopThetaLayer(StaticLayer):
         batch, num_kv_heads, _, head_dim = key_states.shape
         options: dict[str, Any] = {"device": key_states.device}
         self._sum = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float64, **options)
+        self._finished = torch.zeros(1, dtype=torch.int32, **options)
         fixed = [self._sum]
         if self.two_tier:
             if not triton.HAS_TRITON or key_states.device.type != "cuda" and not triton.INTERPRETED:
@@ -60,7 +61,8 @@ class TopThetaLayer(StaticLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.int8 is not None:
+        by_kernel = triton.appends(key_states, value_states)
+        if self.int8 is not None and not by_kernel:
             at = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
             new = quantized(key_states, self.int8.mean)
             self.int8.codes.index_copy_(2, at, new.codes)
@@ -69,9 +71,15 @@ class TopThetaLayer(StaticLayer):
         if not self.summing or self._new is not None:  # these rows, or the last ones, never come to the sum
             self._known = False
         self._new = value_states.detach() if self.summing else None
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if by_kernel:
+            copy = self.int8
+            tiers = (None,) * 4 if copy is None else (copy.codes, copy.steps, copy.slacks, copy.mean)
+            whole = (self.keys, self.values, self.cumulative_length, self._finished)
+            triton.append(key_states.detach(), value_states.detach(), *whole, *tiers)
+        else:
+            super().update(key_states, value_states, *args, **kwargs)
         self._weigh(value_states)
-        return keys, values
+        return self.keys, self.values
 
     def _weigh(self, new: Tensor) -> None:
         """Keep `factor` up to date after an update by the rows `new` `[B, H_kv, M, D]` of V."""
@@ -107,6 +115,8 @@ class TopThetaLayer(StaticLayer):
             return None
         if self._known:
             assert new is not None
+            if triton.appends(new, new):
+                return triton.add_value(self.values, self.cumulative_length, mask, self._sum)
             if mask is not None:  # what is real sees itself
                 at = torch.arange(q_len, device=new.device) + (self.cumulative_length - q_len)
                 real = mask[:, 0].gather(-1, at[None, :, None].expand(mask.shape[0], -1, 1))

@@ -23,7 +23,7 @@ def test_builds_for_hopper_without_spills_in_loops(name):
     assert made.spilled <= 16 and not any(spills for _, _, spills in made.loops)  # a word or two around them
     if name.removesuffix(", masked") in ("split", "filtered"):
         assert made.resident == 3
-    if name != "merge":
+    if name != "merge" and not name.startswith(("append", "add")):
         assert len(made.loops) >= 1
 
 

@@ -13,7 +13,7 @@ FOLDER = ROOT / "tests" / "kernels" / "triton"
 FILES = {  # in parts of a few minutes, which run side by side
     "attend": ["attend"],
     "options": ["value_aware", "operators", "refusals", "hub_package"],
-    "copies": ["key_copy"],
+    "copies": ["key_copy", "append"],
     "models": ["whole_models", "benchmarks", "tune", "when_slower"],
 }
 INT8_KEYS = str(FOLDER.parent / "test_int8_keys.py")

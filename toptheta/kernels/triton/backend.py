@@ -75,6 +75,67 @@ def _too_old(device: torch.device) -> str | None:
     return too_old(chip_of(device))
 
 
+def appends(k: Tensor, v: Tensor) -> bool:
+    """Whether `append` and `add_value` take the rows of a decode step, `[B, H_kv, 1, D]`. Compiled models
+    fuse what takes their place."""
+    device = k.device
+    if not HAS_TRITON or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        return False
+    if device.type != "cuda" and not INTERPRETED or device.type == "cuda" and _too_old(device) is not None:
+        return False
+    fits = k.shape == v.shape and k.shape[2] == 1 and k.shape[3] <= MAX_HEAD_DIM
+    return fits and k.dtype == v.dtype and k.dtype in DTYPES
+
+
+@torch.library.custom_op(
+    "toptheta::append", mutates_args=("keys", "values", "end", "finished", "codes", "steps", "slacks")
+)
+def append(
+    new_k: Tensor,
+    new_v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    end: Tensor,
+    finished: Tensor,
+    codes: Tensor | None,
+    steps: Tensor | None,
+    slacks: Tensor | None,
+    k_mean: Tensor | None,
+) -> None:
+    """`append` of append.py as an operator."""
+    from toptheta.kernels.triton import append as triton_append
+
+    int8 = None
+    if codes is not None:
+        assert steps is not None and slacks is not None and k_mean is not None
+        int8 = Int8Keys(codes, steps, slacks, k_mean)
+    new_k, new_v = (x if x.stride(3) == 1 else x.contiguous() for x in (new_k, new_v))
+    with _on_device_of(keys):
+        triton_append.append(new_k, new_v, keys, values, end, finished, int8)
+
+
+@torch.library.custom_op("toptheta::add_value", mutates_args=("total",))
+def add_value(values: Tensor, end: Tensor, mask: Tensor | None, total: Tensor) -> Tensor:
+    """`add_value` of append.py as an operator."""
+    from toptheta.kernels.triton import append as triton_append
+
+    mask = mask if mask is None or mask.stride(3) == 1 else mask.contiguous()
+    with _on_device_of(values):
+        return triton_append.add_value(values, end, mask, total)
+
+
+@append.register_fake
+def _(new_k, new_v, keys, values, end, finished, codes, steps, slacks, k_mean):
+    return None
+
+
+@add_value.register_fake
+def _(values, end, mask, total):
+    return total.new_empty(total.shape, dtype=torch.float32)
+
+
 def ready(call: AttentionCall) -> str | None:
     """Why the kernels do not build or run for calls of this kind on this GPU, or None: see `probe`. While a
     CUDA graph is captured nothing can be built, and what was not tried before is taken to work."""
