@@ -105,3 +105,18 @@ def test_operators_have_true_fakes():
         torch.library.opcheck(gpu.append, arguments, test_utils=checks)
     total = torch.zeros(2, 3, 24, dtype=torch.float64, device=DEVICE)
     torch.library.opcheck(gpu.add_value, (whole, end + 1, None, total), test_utils=checks)
+
+
+def test_a_kernel_that_does_not_build(monkeypatch):
+    """One warning, and the plain path from then on."""
+
+    def fail(*arguments):
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(gpu, "append", fail)
+    monkeypatch.setattr(gpu, "_append_tried", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+    with pytest.warns(UserWarning, match="on a chip, as its own does not build there: no such instruction"):
+        assert not gpu._append_works(torch.device("cpu"), torch.float16, 32)
+    assert not gpu._append_works(torch.device("cpu"), torch.float16, 32)

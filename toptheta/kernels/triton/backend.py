@@ -86,7 +86,44 @@ def appends(k: Tensor, v: Tensor) -> bool:
     if device.type != "cuda" and not INTERPRETED or device.type == "cuda" and _too_old(device) is not None:
         return False
     fits = k.shape == v.shape and k.shape[2] == 1 and k.shape[3] <= MAX_HEAD_DIM
-    return fits and k.dtype == v.dtype and k.dtype in DTYPES
+    if not (fits and k.dtype == v.dtype and k.dtype in DTYPES):
+        return False
+    return device.type != "cuda" or _append_works(device, k.dtype, k.shape[3])
+
+
+_append_tried: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+
+
+def _append_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Try `append` and `add_value` on a small cache, once for each kind; warns if they fail. While a CUDA
+    graph is captured nothing can be built, and what was not tried before is taken to work."""
+    key = (device, dtype, head_dim)
+    if key not in _append_tried:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        options: dict[str, Any] = {"device": device}
+        keys = torch.zeros(1, 1, 2, head_dim, dtype=dtype, **options)
+        end = torch.zeros((), dtype=torch.int64, **options)
+        finished = torch.zeros(1, dtype=torch.int32, **options)
+        row = torch.zeros(1, 1, 2, **options)
+        mean = torch.zeros(1, 1, head_dim, **options)
+        try:
+            append(
+                keys[:, :, :1], keys[:, :, :1], keys, keys.clone(), end, finished, keys.char(), row, row, mean
+            )
+            add_value(keys, end, None, mean.double())
+            _append_tried[key] = True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton raises whatever its passes raise
+            _append_tried[key] = False
+            name = torch.cuda.get_device_name(device)
+            warnings.warn(
+                f"toptheta updates its cache by several small kernels on {name}, as its own does not build "
+                f"there: {str(error).strip() or repr(error)}",
+                stacklevel=2,
+            )
+    return _append_tried[key]
 
 
 @torch.library.custom_op(
