@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # What `make matrix` tests, one after the other, in place of the pinned release.
 MATRIX := transformers-5.17.0 transformers-5.20.2 torch-2.11.0 torch-2.12.1
 
-.PHONY: setup demo test test-sandbox lint matrix notebooks gpu clean
+.PHONY: setup demo test test-all test-sandbox lint matrix notebooks gpu clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ test-sandbox: $(STAMP)  # not by workers: Ctrl-C reaches the main thread only, w
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync=target lint test-sandbox
 	$(PY) -m pytest -n 2 --ignore tests/eval/sandbox
+
+test-all: lint test-sandbox  # with the tests that would make `make test` too long
+	$(PY) -m pytest -n 2 -m "" --ignore tests/eval/sandbox
 
 # Each release, with what it needs, in a folder that goes before the environment's packages.
 .matrix/%/.installed: $(STAMP)

@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: on
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, help="points at which test_killed.py stops runs")
-    parser.addoption("--fuzz", type=int, default=300, help="inputs of each format in test_fuzz.py")
+    parser.addoption("--fuzz", type=int, default=150, help="inputs of each format in test_fuzz.py")
 
 
 @pytest.fixture

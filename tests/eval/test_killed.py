@@ -22,7 +22,7 @@ from safetensors.numpy import load
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
-USUAL_KILLS = {"of_one": 3, "of_two": 1}
+USUAL_KILLS = {"of_one": 2, "of_two": 1}
 COMMON = "--seed 5 --device cpu --effective_k --k 16"
 CALIBRATION = "--calib_samples 4 --calib_sample_frac 0.4"
 SCENARIOS = {

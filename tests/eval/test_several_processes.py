@@ -86,7 +86,7 @@ def test_the_same_as_one_process(one: Path, folder_model: str, here: Path) -> No
     assert "Run folder" in started.printed(0) and "Run folder" not in started.printed(1)
 
 
-@pytest.mark.parametrize("settings", [in_order, needle])
+@pytest.mark.parametrize("settings", [in_order, pytest.param(needle, marks=pytest.mark.long)])
 def test_the_same_as_one_process_of_other_kinds(
     settings: Callable[[str], Settings], folder_model: str, here: Path
 ) -> None:

@@ -323,6 +323,7 @@ def test_every_table_of_the_project_is_sound(tmp_path: Path) -> None:
         assert len({(cell.task, cell.key) for cell in cells}) == len(cells) >= 4
 
 
+@pytest.mark.long
 def test_slurm(tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Submission through submitit, on this machine in place of a cluster."""
     monkeypatch.setenv("SUBMITIT_CLUSTER", "local")

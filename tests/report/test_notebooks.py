@@ -51,6 +51,7 @@ def test_a_notebook_runs_and_shows_pictures(workplace: Path, name: str) -> None:
     assert all(png.startswith(b"\x89PNG") and len(png) < MOST_BYTES for png in [*committed, *fresh])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [path.name for path in NOTEBOOKS[:3]])
 def test_folders_of_the_published_project_open(workplace: Path, name: str) -> None:
     """They hold plain files and no JSON."""

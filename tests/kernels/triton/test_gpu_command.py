@@ -20,6 +20,7 @@ def command(folder: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 @needs_triton
 def test_tiny_run_and_going_on(tmp_path):
     wanted = ("--tiny", "--only", "tests,call-decode")

@@ -14,14 +14,17 @@ FILES = {  # in parts of a few minutes, which run side by side
     "attend": ["attend"],
     "options": ["value_aware", "operators", "refusals", "hub_package"],
     "copies": ["key_copy", "append"],
-    "models": ["whole_models", "benchmarks", "tune", "when_slower"],
+    "models": ["whole_models", "when_slower"],
+    "benchmarks": ["benchmarks", "tune"],
 }
 INT8_KEYS = str(FOLDER.parent / "test_int8_keys.py")
 
 
 @needs_triton
 @pytest.mark.skipif(HERE, reason="the tests run in this process")
-@pytest.mark.parametrize("part", FILES)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.long] * (part == "benchmarks")) for part in FILES]
+)
 def test_in_the_interpreter(part: str):
     files = [str(FOLDER / f"test_{name}.py") for name in FILES[part]]
     files += [INT8_KEYS] if part == "options" else []

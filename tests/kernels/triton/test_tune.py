@@ -24,6 +24,7 @@ def command(folder: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs where the interpreter is not on")
 def test_tiny_run(tmp_path):
