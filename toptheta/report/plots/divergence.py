@@ -27,6 +27,7 @@ from toptheta.util.errors import UsageError
 
 ALL_OF_K = 50.0  # % of dense: the part that is K, which a method reads if it needs the score of every key
 COLUMNS = 2  # panels side by side
+ROUNDING = 1e-7  # nats: smaller ones are rounding of float32 alone
 TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
 
 
@@ -79,9 +80,10 @@ def _drawable(results: Sequence[CellResult]) -> list[CellResult]:
 
 
 def _kl(result: CellResult) -> Metric | None:
-    """None if it is 0, as for the dense reference itself: a logarithmic axis cannot show 0."""
+    """None if it is that of the dense reference itself, or of a method that kept all: a logarithmic axis
+    cannot show 0."""
     metric = result.metrics.get("kl")
-    return metric if metric is not None and metric.value > 0.0 else None
+    return metric if metric is not None and metric.value > ROUNDING else None
 
 
 def _look(i: int) -> dict[str, Any]:
