@@ -137,6 +137,7 @@ def test_two_tiers_may_become_one(model):
 
 
 @here
+@pytest.mark.long
 @pytest.mark.parametrize("slower", [True, False])
 def test_compiled_models_keep_the_choice(slower, model):
     """It is made when the model is traced, and the sum of V goes on. The prompt is masked, for which nothing

@@ -83,6 +83,7 @@ METHODS = {"value-aware": "top_theta:value_aware", "key copy": "top_theta:key_co
 
 
 @here
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*CACHES, *METHODS])
 def test_whole_model_compiles_once(kind, monkeypatch):
     """A static cache: every step runs the one graph, without a break, and equals the plain path."""
