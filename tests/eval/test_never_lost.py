@@ -178,7 +178,9 @@ def test_a_calibration_request_counts_whole_or_not_at_all(
     assert not (run / "partial-calibration.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["partial-calibration.safetensors", "th.txt", "00000.zip", "results.json"])
+@pytest.mark.parametrize(
+    "name", ["partial-calibration.safetensors", "th.txt", "00000.zip", "results.json", "tradeoff.png"]
+)
 def test_a_full_disk(name: str, folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file there is no room for: one sentence that says how to go on, and nothing is lost."""
     from toptheta.eval.runner import evaluate
@@ -197,7 +199,8 @@ def test_a_full_disk(name: str, folder_model: str, here: Path, monkeypatch: pyte
     ):
         evaluate(settings)
     run = only_run(here / "products")
-    assert not list(run.rglob(f"{files.UNFINISHED}*")) and not (run / "results.json").exists()
+    assert not list(run.rglob(f"{files.UNFINISHED}*"))
+    assert (run / "results.json").exists() == (name == "tradeoff.png")
     monkeypatch.setattr(files, "flush", real)
     (result,) = evaluate(settings, resume=str(run))
     assert result.metrics["acc"].count == 2

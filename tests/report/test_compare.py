@@ -109,6 +109,10 @@ def test_the_script(runs: Path) -> None:
         (["a", "e"], "answered different questions"),
         (["a", "f"], "have different prompts"),
         ([], "--help lists every flag"),
+        (
+            ["a", "b", "--output_dir", "a/mode3/results.json/c"],
+            "results.json/c: Not a directory: change that",
+        ),
     ):
         assert_refused(run_script("compare.py", *wrong, cwd=runs), "error: ", words)
     (runs / "b" / "answers.jsonl").unlink()

@@ -14,6 +14,7 @@ from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
 from toptheta.util import interrupts
 from toptheta.util.errors import UsageError
+from toptheta.util.files import DISK_ERRORS
 from toptheta.util.options import add_flags, from_flags, from_json
 
 COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
@@ -134,7 +135,8 @@ def command(script: str) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: exit code 2 with the message for UsageError, 130 for Ctrl-C or SIGTERM."""
+    """Run a script's main: exit code 2 with the message for UsageError and for files that cannot be written,
+    130 for Ctrl-C or SIGTERM."""
     interrupts.install()
     try:
         code = main() or 0
@@ -146,4 +148,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}: change that, or name another folder.", file=sys.stderr)
+        code = 2
     sys.exit(code)

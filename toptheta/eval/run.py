@@ -1,6 +1,5 @@
 """A run: its folder, settings and lock, its cells, and resuming it."""
 
-import errno
 import fcntl
 import shlex
 from collections.abc import Iterator
@@ -17,19 +16,9 @@ from toptheta.methods.params import AttentionParams
 from toptheta.util.console import say
 from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
-from toptheta.util.files import log_line, remove_unfinished, timestamp, write_json
+from toptheta.util.files import DISK_ERRORS, log_line, remove_unfinished, timestamp, write_json
 from toptheta.util.options import to_flags
 from toptheta.util.schema import read_json
-
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Atomic writing of files, and reading of text files."""
 
+import errno
 import gzip
 import json
 import os
@@ -13,6 +14,17 @@ from typing import Any
 from toptheta.util.errors import UsageError
 
 UNFINISHED = ".unfinished-"  # prefix of files that are being written
+DISK_ERRORS = (  # a full or read-only disk, limits, permissions, a file in the place of a folder
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 @contextmanager

@@ -80,9 +80,7 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
                 continue
             notes += drawing.notes
             if drawing.figure is not None:
-                path = request.output / f"{drawing.name}.{request.format}"
-                save_figure(drawing.figure, path)
-                print(path)
+                print(_save(drawing, request))
                 drawn += 1
         if not drawn and not failed:
             raise UsageError(
@@ -102,6 +100,18 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
     for note in notes:
         print(note, file=sys.stderr)
     return 2 if failed else 0
+
+
+def _save(drawing: Drawing, request: Request) -> Path:
+    path = request.output / f"{drawing.name}.{request.format}"
+    assert drawing.figure is not None
+    try:
+        save_figure(drawing.figure, path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}): name another folder with --output."
+        ) from None
+    return path
 
 
 def open_run(request: Request) -> Run:

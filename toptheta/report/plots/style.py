@@ -19,7 +19,6 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from toptheta.util.errors import UsageError
 from toptheta.util.files import atomic_path
 
 # Okabe-Ito without its yellow, which is too pale for a line on white.
@@ -63,15 +62,13 @@ def look() -> Any:
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Write the figure atomically, in the format of the path's suffix. Raises UsageError if that fails."""
+    """Write the figure atomically, in the format of the path's suffix. Raises OSError, with the path."""
     path = Path(path)
     try:
         with atomic_path(path) as temporary, look():
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}): name another folder with --output."
-        ) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
