@@ -46,7 +46,9 @@ def both_tiers(q, k, v, rows: Rows, spec: LayerSpec, theta: Tensor, table: Tenso
 
 @here
 @pytest.mark.parametrize("sdc", ["none", "exact", "exp-threshold", "offline-calibrated"])
-@pytest.mark.parametrize("kind, head_dim", [("padded decode", 16), ("static decode", 40)])
+@pytest.mark.parametrize(
+    "kind, head_dim", [("padded decode", 16), pytest.param("static decode", 40, marks=pytest.mark.long)]
+)
 def test_two_tiers_keep_the_same(kind, head_dim, sdc):
     """The selection is the same as from all of K, though most of K is not read, also in rows without a score
     above their threshold. The output is the same too, except with SDC 'exact', where it equals the

@@ -11,14 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.golden import (
-    SWITCHED_OFF,
-    calibrate,
-    compare_tables,
-    forward,
-    read_arrays,
-    read_tables,
-)
+from tests.helpers.golden import SWITCHED_OFF, forward, read_arrays, read_tables
 from topk_llama import set_params
 from toptheta.calibration.tables import save_tables
 from toptheta.models.control import record_statistics
@@ -37,34 +30,27 @@ def check_counts(differences: list[np.ndarray]) -> None:
 
 
 @pytest.fixture(scope="module")
-def tables(patched_model, golden: Path, token_ids: dict, tmp_path_factory) -> dict[str, Path]:
-    """Folders with the published tables of the theta cases, by placement; our own agree with them."""
+def tables(golden: Path, tmp_path_factory) -> dict[str, Path]:
+    """Folders with the published tables of the theta cases, by placement."""
     root = tmp_path_factory.mktemp("tables")
     name = "pre-softmax_tac1_sigma0.1_offline-calibrated"
-    pre = read_tables(golden, f"{name}.th", f"{name}.sdc")
-    ours = calibrate(
-        patched_model,
-        token_ids,
-        placement="pre-softmax",
-        sdc="offline-calibrated",
-        calib_tac=True,
-        calib_add_sigma=0.1,
-    )
-    assert compare_tables(ours.theta, pre.theta, relative=False) < 1e-4
-    assert compare_tables(ours.sdc, pre.sdc, relative=True) < 1e-3
-    save_tables(pre, root / "pre-softmax")
+    save_tables(read_tables(golden, f"{name}.th", f"{name}.sdc"), root / "pre-softmax")
     save_tables(read_tables(golden, "post-softmax_tac1_sigma0.1_none.th"), root / "post-softmax")
     return {"pre-softmax": root / "pre-softmax", "post-softmax": root / "post-softmax"}
 
 
-def test_published_dense_and_topk(patched_model, golden: Path, token_ids: dict) -> None:
-    """Prefill of all cases, and greedy decoding of those without SDC (the published decode forgets it)."""
+@pytest.mark.parametrize("start", ["baseline", "topk_k16", pytest.param("topk_k64", marks=pytest.mark.long)])
+def test_published_dense_and_topk(start: str, patched_model, golden: Path, token_ids: dict) -> None:
+    """Prefill of all cases whose names start so, and greedy decoding of those without SDC (the published
+    decode forgets it)."""
     reference = read_arrays(golden, "dense_and_topk")
     columns = reference["vocab_columns"]
     recorder = Recorder()
     errors: list[float] = []
     counts: list[np.ndarray] = []
     for case, params in json.loads((golden / "dense_and_topk.json").read_text()).items():
+        if not case.startswith(start):
+            continue
         set_params(patched_model, **(SWITCHED_OFF | params))
         record_statistics(patched_model, recorder)
         for name, ids in token_ids["prompts"].items():
@@ -86,7 +72,7 @@ def test_published_dense_and_topk(patched_model, golden: Path, token_ids: dict) 
             counts.append(kept - reference[f"{key}/kept_decode"])
             last = reference[f"{key}/decode_logits"].reshape(-1, len(columns))[-1]
             errors.append(np.abs(out.logits[0, -1].numpy()[columns] - last).max())
-    assert len(errors) > 45
+    assert len(errors) >= 3
     check_counts(counts)
     assert np.median(errors) <= MEDIAN and max(errors) <= WORST
 

@@ -62,14 +62,14 @@ def test_every_option(kind):
     "kind, heads",
     [
         ("static decode", (8, 2, 24)),
-        ("static decode", (3, 3, 16)),
-        ("static decode", (20, 1, 16)),
+        pytest.param("static decode", (3, 3, 16), marks=pytest.mark.long),
+        pytest.param("static decode", (20, 1, 16), marks=pytest.mark.long),
         ("decode", (3, 1, 80)),  # many splits
         ("left padding", (2, 1, 24)),
-        ("right padding", (2, 2, 16)),
+        pytest.param("right padding", (2, 2, 16), marks=pytest.mark.long),
         ("prefill", (2, 1, 16)),
         ("any mask", (2, 1, 16)),
-        ("static cache", (2, 2, 16)),
+        pytest.param("static cache", (2, 2, 16), marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -82,7 +82,7 @@ def test_every_kind_of_rows(kind, heads):
 
 @here
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["padded decode", "padded chunk"])
+@pytest.mark.parametrize("kind", ["padded decode", pytest.param("padded chunk", marks=pytest.mark.long)])
 def test_low_precision(kind, dtype):
     if gpu.INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
@@ -181,7 +181,14 @@ def test_v_sum_replaces_reading_v():
 
 
 @here
-@pytest.mark.parametrize("kind, padded", [("static cache", False), ("padded chunk", True), ("chunk", False)])
+@pytest.mark.parametrize(
+    "kind, padded",
+    [
+        ("static cache", False),
+        ("padded chunk", True),
+        pytest.param("chunk", False, marks=pytest.mark.long),
+    ],
+)
 def test_offset_on_the_device(kind, padded):
     """A static cache on a GPU knows the position of a prompt's first row as a tensor only: the mask is not
     read, which would cost twice the tiles, and VMC needs no float copy of it."""

@@ -12,8 +12,7 @@ from tests.kernels.triton.helpers import HERE, needs_triton
 FOLDER = ROOT / "tests" / "kernels" / "triton"
 FILES = {  # in parts of a few minutes, which run side by side
     "attend": ["attend"],
-    "options": ["value_aware", "operators", "refusals", "hub_package"],
-    "copies": ["key_copy", "append"],
+    "options": ["value_aware", "operators", "refusals", "hub_package", "key_copy", "append"],
     "models": ["whole_models", "when_slower"],
     "benchmarks": ["benchmarks", "tune"],
 }

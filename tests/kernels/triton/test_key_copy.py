@@ -13,23 +13,27 @@ from toptheta.methods.base import ValueNorms
 from toptheta.methods.state import State
 
 
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @here
 @pytest.mark.parametrize(
     "kind, heads, dtype, number, copy",
     [
         ("decode", (3, 1, 48), torch.float32, 0, "int4"),  # many splits
-        ("decode", (2, 1, 16), torch.float32, 1, "int8"),
-        ("padded decode", (4, 2, 24), torch.float32, 0, "int8"),
-        ("padded decode", (4, 2, 24), torch.float32, 1, "int4"),
+        long("decode", (2, 1, 16), torch.float32, 1, "int8"),
+        long("padded decode", (4, 2, 24), torch.float32, 0, "int8"),
+        long("padded decode", (4, 2, 24), torch.float32, 1, "int4"),
         ("static decode", (2, 2, 16), torch.float32, 0, "int4"),
         ("padded decode", (4, 2, 32), torch.float16, 0, "int4"),
-        ("padded decode", (4, 2, 32), torch.float16, 0, "int8"),
+        long("padded decode", (4, 2, 32), torch.float16, 0, "int8"),
         ("decode", (3, 1, 48), torch.float32, 3, "int8"),
-        ("decode", (2, 1, 16), torch.float32, 5, "int4"),
-        ("padded decode", (4, 2, 24), torch.float32, 6, "int4"),
+        long("decode", (2, 1, 16), torch.float32, 5, "int4"),
+        long("padded decode", (4, 2, 24), torch.float32, 6, "int4"),
         ("padded decode", (4, 2, 24), torch.float32, 5, "int8"),
         ("static decode", (2, 2, 16), torch.float32, 3, "int4"),
-        ("padded decode", (4, 2, 32), torch.float16, 3, "int4"),
+        long("padded decode", (4, 2, 32), torch.float16, 3, "int4"),
         ("padded decode", (4, 2, 32), torch.float16, 6, "int8"),
     ],
     ids=str,
