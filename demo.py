@@ -26,7 +26,7 @@ K = 64
 SCORES: dict[str, Any] = {"placement": "pre-softmax", "sdc": "exact", "vmc": True, "calib_tac": True}
 BUDGET: dict[str, Any] = {"placement": "post-softmax", "vmc": True, "calib_to": "budget"}
 TEXT = ("types", "compound", "execmodel")  # chapters of Python's language reference, which comes with Python
-WINDOW, WINDOWS = 1024, 6
+WINDOW, WINDOWS = 1024, 5
 PROGRAM, PROGRAM_TOKENS = 35, 512  # a HumanEval task that the small model solves, and its limit
 PREFILLS, STEPS, WARM_UP = 3, 24, 128  # timed, of each method; tokens of the prompt that warms it up
 
