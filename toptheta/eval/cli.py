@@ -13,6 +13,7 @@ from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
 from toptheta.util import interrupts
+from toptheta.util.console import say_error
 from toptheta.util.errors import UsageError
 from toptheta.util.files import DISK_ERRORS
 from toptheta.util.options import add_flags, from_flags, from_json
@@ -141,7 +142,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from toptheta.util import console
+from toptheta.util.console import say_error
 from toptheta.util.errors import UsageError
 from toptheta.util.progress import Bar
 
@@ -90,8 +91,8 @@ def barrier() -> None:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """Run `work` in the first process while the others wait; returns its result in all of them. A UsageError
-    ends all processes."""
+    """Run `work` in the first process while the others wait; returns its result in all of them. With several
+    processes a UsageError is printed and ends all of them."""
     if world_size() == 1:
         return work()
     import torch.distributed as dist
@@ -104,16 +105,15 @@ def from_first(work: Callable[[], T]) -> T:
             result = work()
         except UsageError as raised:
             error = raised
+            say_error(error)  # before another process ends: its launcher then ends this one
         finally:
             _group.alone -= 1
     found: list[Any] = [result, error]
     _meet(_group)
     with _connected(_group):
         dist.broadcast_object_list(found)
-    if error is not None:
-        raise error
     if found[1] is not None:
-        raise SystemExit(2)  # the first says it
+        raise SystemExit(2)  # the first has said it
     return found[0]
 
 
@@ -214,7 +214,8 @@ def launched(command: str) -> str:
 def together() -> Iterator[None]:
     """Within the block, share a run with the processes that were started with this one, if any.
 
-    Raises UsageError if they cannot connect, and exits with code 1 if one of them is lost.
+    Raises UsageError if they cannot connect. In a block of several processes, a UsageError is printed and
+    exits with code 2; it exits with code 1 if another process is lost.
     """
     global _group
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -248,6 +249,11 @@ def together() -> Iterator[None]:
         _part(group)
     except BaseException as error:
         group.ended.set()
+        if isinstance(error, UsageError) and not group.lost:
+            say_error(error)  # the launcher ends this process as soon as another has ended
+            with suppress(KeyboardInterrupt):
+                _leave(group, error)
+            raise SystemExit(2) from None
         _leave(group, error)
         if group.lost:
             raise SystemExit(1) from None  # what was raised only follows from that

@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+from toptheta.util.errors import UsageError
+
 _hushed = False
 
 
@@ -12,6 +14,11 @@ def say(text: str) -> None:
     if not _hushed:
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+
+def say_error(error: UsageError) -> None:
+    """Print why a command ends; never silent."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def hush(hushed: bool) -> None:
