@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import Cache, DynamicCache, StoppingCriteriaList
+from transformers import Cache, StoppingCriteriaList
 
 from toptheta.eval import processes
 from toptheta.eval.batches import Batches
@@ -21,7 +21,14 @@ from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.models.control import reading_prompt
 from toptheta.models.families import head_logits
 from toptheta.models.finite import checked
-from toptheta.models.generation import LeavingGreedy, StopTexts, generated_lengths, padded_behind
+from toptheta.models.generation import (
+    LeavingGreedy,
+    StopTexts,
+    cache_for,
+    generated_lengths,
+    padded_behind,
+)
+from toptheta.models.growing_cache import growing_cache
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.prefix import Prefix, can_share, read_prefix
@@ -211,7 +218,7 @@ class TopThetaLM(HFLM):
         mask = torch.cat([mask.new_ones(len(batch), at), mask], dim=1)
         lengths = mask.sum(dim=1)
         if prefix is None:
-            cache: Cache = DynamicCache(config=self.config)
+            cache: Cache = growing_cache(self.config)
         else:
             cache = prefix.begin(self.model, len(batch))
         self._begin(_key(prompt) for prompt, _ in batch)
@@ -341,8 +348,9 @@ class TopThetaLM(HFLM):
     ) -> Tensor:
         plain = generation_kwargs.keys() <= PLAIN and self.mixed_precision_dtype is None
         if self._begins_with is not None and plain:
-            cache = self._begins_with.begin(self.model, len(context))
-            generation_kwargs["past_key_values"] = cache
+            generation_kwargs["past_key_values"] = self._begins_with.begin(self.model, len(context))
+        elif plain:
+            generation_kwargs |= cache_for(self.model)
         if not plain or not _is_greedy(generation_kwargs):
             out = super()._model_generate(context, max_length, stop, **generation_kwargs)
             self._generated_lengths = generated_lengths(out[:, context.shape[1] :], self.eot_token_id)

@@ -2,7 +2,6 @@
 repeated, copied or reset.
 """
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from toptheta.methods.state import State
+from toptheta.models.growing_cache import own_copy
 from toptheta.util.errors import UsageError
 
 
@@ -74,8 +74,7 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
 def branch(cache_: Cache, batch: int) -> Cache:
     """A cache of `batch` sequences that all begin with the only sequence of `cache_`, a DynamicCache, which
     is not changed."""
-    own = copy.copy(cache_)
-    own.layers = [copy.copy(layer) for layer in cache_.layers]  # an update makes new tensors
+    own = own_copy(cache_)
     for layer in own.layers:
         state = getattr(layer, "method_state", None)
         if state is not None:

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteria
 
 from toptheta.models.control import end_prompt, reading_prompt, recorder_of
 from toptheta.models.families import head_logits
+from toptheta.models.growing_cache import growing_cache
 
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
 
@@ -28,6 +29,14 @@ class _EndOfPrefill(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         end_prompt(self.model)  # from here on rows come one by one, which their shape tells
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def cache_for(model: Any) -> dict[str, Cache]:
+    """The argument of `model.generate` that makes it use a growing cache; none for a model that asks for a
+    cache of another kind."""
+    if model.generation_config.cache_implementation is not None:
+        return {}
+    return {"past_key_values": growing_cache(model.config)}
 
 
 @torch.no_grad()
@@ -47,6 +56,7 @@ def generate(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             prefill_chunk_size=prefill_chunk,
+            **cache_for(model),
             stopping_criteria=StoppingCriteriaList(criteria),
             **arguments,
         )

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from toptheta.models.cache_state import branch
 from toptheta.models.control import calibrations, get_params, recorder_of
 from toptheta.models.generation import hidden_states
+from toptheta.models.growing_cache import growing_cache
 from toptheta.models.patch import model_device
 from toptheta.models.recorder import PrefixCounts
 
@@ -51,7 +52,7 @@ def can_share(model: Any) -> bool:
 @torch.no_grad()
 def read_prefix(model: Any, ids: tuple[int, ...]) -> Prefix:
     """Compute a prefix in one call of a patched model. Earlier counts must have been drained."""
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config)
     for _ in hidden_states(model, torch.tensor([ids], device=model_device(model)), cache, None):
         pass
     recorder = recorder_of(model)
