@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Questions per second of evaluation, against lm-eval's own model class on the same model, task and batches.
 
-    .venv/bin/python bench/harness.py [--task TASK --data_dir DIR] [--questions N] [--batch_size B] [--anew]
+    .venv/bin/python bench/harness.py [--task TASK --data_dir DIR] [--num_fewshot N] [--questions N]
+                              [--batch_size B] [--anew]
 
 Stock means lm-eval's HFLM over transformers with 'sdpa'. It and all methods answer the same questions, each
 in one call, after one question that warms up; shots are the task's usual ones. Where ours is dense, it must
@@ -43,9 +44,11 @@ RUNS = ["dense through us", "Top-k", "Top-theta pre"]
 CALIBRATION_QUESTIONS = 4
 
 
-def load(task_name: str, data_dir: str | None, calibration: bool) -> list[ConfigurableTask]:
-    """A task, or its sub-tasks, with its usual shots."""
-    shots, tasks = task_defaults(task_name).num_fewshot, []
+def load(
+    task_name: str, data_dir: str | None, calibration: bool, shots: int | None
+) -> list[ConfigurableTask]:
+    """A task, or its sub-tasks, with its usual shots if their number is not given."""
+    shots, tasks = task_defaults(task_name).num_fewshot if shots is None else shots, []
     for config in task_configs(task_name, data_dir, calibration):
         config = {key: value for key, value in config.items() if key not in ("tag", "group")}
         task = ConfigurableTask(config=config | ({} if shots is None else {"num_fewshot": shots}))
@@ -87,6 +90,7 @@ def main() -> None:
     parser.add_argument("--task", default=BUNDLED_TASK)
     parser.add_argument("--calib_task", help="for a task with nothing to calibrate on")
     parser.add_argument("--data_dir")
+    parser.add_argument("--num_fewshot", type=int)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--anew", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -105,14 +109,14 @@ def main() -> None:
 
     set_params(ours.model, **(PRE | {"mode": 0}), **CALIBRATE, calibrate=True)
     for question in requests_of(
-        load(args.calib_task or args.task, args.data_dir, calibration=True), CALIBRATION_QUESTIONS
+        load(args.calib_task or args.task, args.data_dir, True, args.num_fewshot), CALIBRATION_QUESTIONS
     ):
         prompt = torch.tensor([ours.tok_encode(question[0].args[0])])
         with torch.no_grad():
             ours.model(prompt, use_cache=False, logits_to_keep=1)
     set_params(ours.model, calibrate=False)
 
-    questions = requests_of(load(args.task, args.data_dir, calibration=False), args.questions)
+    questions = requests_of(load(args.task, args.data_dir, False, args.num_fewshot), args.questions)
     seconds: dict[str, float] = {}
     answers: dict[str, list[Any]] = {}
     for name in [STOCK, *RUNS]:

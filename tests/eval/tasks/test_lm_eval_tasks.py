@@ -23,6 +23,15 @@ def test_tasks(tmp_path: Path) -> None:
     check_task("gsm8k_cot", str(tmp_path))
     (config,) = task_configs("gsm8k_cot", str(tmp_path), False)
     assert config["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "gsm8k" / "test.jsonl")}
+    rows = '{"question": "How many legs has a spider?", "choices": ["2", "4", "6", "8"], "answer": 3}\n'
+    (tmp_path / "mmlu" / "anatomy").mkdir(parents=True)
+    for split in ("dev", "test"):
+        (tmp_path / "mmlu" / "anatomy" / f"{split}.jsonl").write_text(rows)
+    check_task("mmlu_anatomy", str(tmp_path))
+    (alone,) = task_configs("mmlu_anatomy", str(tmp_path), False)
+    assert [alone["dataset_kwargs"]] == [
+        one["dataset_kwargs"] for one in task_configs("mmlu", str(tmp_path), False)
+    ]
     for name in TASKS:
         for config, twin in zip(task_configs(name, None, False), task_configs(name, None, True)):
             assert twin["task"] == config["task"] + "_calibration"

@@ -155,10 +155,10 @@ def _with_local_data(
     local = []
     for config in configs:
         folder = _folder(name, config, data_dir)
-        if len(configs) > 1:  # a sub-task's folder has the name of its part of the hub's data set
-            folder = folder / str(config["dataset_name"])
-            if not folder.is_dir():
-                continue
+        part = folder / str(config.get("dataset_name"))  # a sub-task's folder is named as its part on the hub
+        if len(configs) > 1 and not part.is_dir():
+            continue
+        folder = part if part.is_dir() else folder
         files = {split: str((folder / f"{split}.jsonl").resolve()) for split in SPLITS}
         files = {split: file for split, file in files.items() if Path(file).is_file()}
         needed = {config.get("test_split") or config.get("validation_split"), config.get("fewshot_split")} - {
