@@ -92,7 +92,7 @@ def run_tasks(
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Without lm-eval's own progress bars, of seconds each, which would break the run's one line, and without
-    git's complaint where a run starts outside a repository: config.json has our commit."""
+    its description of the machine and its commit, which take a second and a half: config.json has ours."""
     from lm_eval import evaluator
     from lm_eval.api import model, task
 
@@ -103,6 +103,7 @@ def _silenced() -> Iterator[None]:
         patch.object(task, "tqdm", plain),
         patch.object(model, "tqdm", plain),
         patch.object(evaluator, "get_git_commit_hash", lambda: None),
+        patch.object(evaluator, "add_env_info", lambda results: None),
     ):
         yield
 
