@@ -15,7 +15,7 @@ from tests.helpers.calls import layer_spec
 from toptheta.attention.call import per_row
 from toptheta.attention.reference import sparse_weights
 from toptheta.attention.rows import Rows, rows_of
-from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import library
 from toptheta.methods.base import Block, RowTables
 from toptheta.methods.params import LayerSpec
 from toptheta.models.interface import toptheta_mask
@@ -30,7 +30,7 @@ SPECS = [layer_spec()] + [
     if not (placement == "post-softmax" and sdc != "none")
     and not (mode == 1 and (capk or sdc == "exp-threshold"))
 ]
-needs_kernel = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"no CPU kernel: {cpu.load()}")
+needs_kernel = pytest.mark.skipif(isinstance(library.load(), str), reason=f"no CPU kernel: {library.load()}")
 
 
 def lattice(*shape: int, unit: float) -> Tensor:

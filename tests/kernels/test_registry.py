@@ -11,6 +11,7 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry as kernels
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import library
 from toptheta.util.errors import UsageError
 
 
@@ -61,8 +62,8 @@ def test_no_compiler_is_said_once(monkeypatch, tmp_path):
     monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(kernels, "FORCED", None)
-    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)
-    cpu._warn_once.cache_clear()
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    library._warn_once.cache_clear()
     args = small_call()
     with pytest.warns(UserWarning, match="no C.. compiler") as said:
         out, _ = kernels.attend(call(*args))

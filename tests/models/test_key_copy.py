@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, StaticCache
 from tests.helpers.models import SPARSE, steer, tokens
 from topk_llama import TopThetaCache, set_params
 from toptheta.kernels import registry
-from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import library
 from toptheta.methods import key_codes
 from toptheta.models import interface
 
@@ -155,7 +155,7 @@ def test_generates(kind: str, beams: int, model: LlamaForCausalLM) -> None:
 def test_compiles_once(model: LlamaForCausalLM, path: str, monkeypatch) -> None:
     """A step over a static cache is one graph, for every step and for the next prompt; kernels compute it."""
     int8 = model.model.layers[0].self_attn.toptheta.spec.method.key_bits == 8  # int4 needs a larger head_dim
-    if path == "chosen" and int8 and not isinstance(cpu.load(), str):
+    if path == "chosen" and int8 and not isinstance(library.load(), str):
         monkeypatch.setattr(registry, "FORCED", "cpu")  # it would raise where it cannot be traced
     ids = tokens(length=30)
 

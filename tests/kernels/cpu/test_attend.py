@@ -17,6 +17,7 @@ from tests.helpers.kernel_cases import KINDS, SCALE, SPECS, K, case, in_float64,
 from toptheta.attention.reference import mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import library
 from toptheta.methods.params import LayerSpec
 
 HEADS = [(9, 3, 64), (4, 4, 128), (8, 2, 80)]
@@ -68,13 +69,13 @@ def test_low_precision(kind, dtype):
 
 @needs_kernel
 @pytest.mark.parametrize(
-    "flags", [cpu.FLAGS, [f for f in cpu.FLAGS if f != "-march=native"]], ids=["native", "plain"]
+    "flags", [library.FLAGS, [f for f in library.FLAGS if f != "-march=native"]], ids=["native", "plain"]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number_is_widened(dtype, flags, monkeypatch):
     """Dense attention with one key returns V: all finite numbers, denormal and infinite ones come through."""
-    library = cpu.open_library(cpu.build(flags=flags))
-    monkeypatch.setattr(cpu, "load", lambda: library)
+    built = library.open_library(library.build(flags=flags))
+    monkeypatch.setattr(library, "load", lambda: built)
     v = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1, 64)
     v = v.transpose(1, 2)  # 1,024 heads with one key
     q = torch.zeros_like(v)
@@ -177,9 +178,9 @@ def test_lesser_instruction_sets(level, monkeypatch):
     """The same file compiled for older CPUs."""
     if level == "haswell" and not {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
         pytest.skip("this CPU has no AVX2")
-    flags = [f"-march={level}" if flag == "-march=native" else flag for flag in cpu.FLAGS]
-    library = cpu.open_library(cpu.build(flags=flags))
-    monkeypatch.setattr(cpu, "load", lambda: library)
+    flags = [f"-march={level}" if flag == "-march=native" else flag for flag in library.FLAGS]
+    built = library.open_library(library.build(flags=flags))
+    monkeypatch.setattr(library, "load", lambda: built)
     torch.manual_seed(12)
     for kind, heads in (("chunk", HEADS[0]), ("decode", HEADS[1]), ("left padding", HEADS[2])):
         rows, batch, q_len, kv_len = case(kind)

@@ -7,13 +7,13 @@ import sys
 import pytest
 
 from tests.helpers.kernel_cases import needs_kernel
-from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import library
 
 
 def test_failing_compiler_names_the_error(monkeypatch, tmp_path):
     monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path))
     with pytest.raises(RuntimeError, match="failed"):
-        cpu.build(compiler=["false"])
+        library.build(compiler=["false"])
     assert not list(tmp_path.glob("*.so"))
 
 
@@ -24,7 +24,7 @@ def test_says_why_it_is_not_built(platform, says, monkeypatch):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match=says):
-        cpu.build()
+        library.build()
 
 
 def test_imports_without_fcntl():
@@ -35,7 +35,7 @@ def test_imports_without_fcntl():
 
 @needs_kernel
 def test_two_processes_build_once(tmp_path):
-    script = "from toptheta.kernels.cpu import backend as b; assert not isinstance(b.load(), str), b.load()"
+    script = "from toptheta.kernels.cpu import library as b; assert not isinstance(b.load(), str), b.load()"
     env = os.environ | {"TOPTHETA_CACHE": str(tmp_path)}
     started = [
         subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)

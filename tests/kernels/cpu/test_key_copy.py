@@ -16,6 +16,7 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import library
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
@@ -69,9 +70,9 @@ def test_low_precision(copy: str, dtype: torch.dtype) -> None:
 def test_lesser_instruction_sets(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if level == "haswell" and not {"avx2", "fma"} <= set(open("/proc/cpuinfo").read().split()):
         pytest.skip("this CPU has no AVX2")
-    flags = [f"-march={level}" if flag == "-march=native" else flag for flag in cpu.FLAGS]
-    library = cpu.open_library(cpu.build(flags=flags))
-    monkeypatch.setattr(cpu, "load", lambda: library)
+    flags = [f"-march={level}" if flag == "-march=native" else flag for flag in library.FLAGS]
+    built = library.open_library(library.build(flags=flags))
+    monkeypatch.setattr(library, "load", lambda: built)
     torch.manual_seed(2)
     for copy in ("int8", "int4"):
         for spec in SPECS:
