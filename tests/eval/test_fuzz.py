@@ -291,7 +291,8 @@ def test_chunks(tmp_path: Path, fuzz: Callable, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_more_inputs_found(tmp_path: Path) -> None:
-    """A run without any K, and a chunk that is an archive of nothing."""
+    """A run without any K, a chunk that is an archive of nothing, a shared calibration that is nested too
+    deeply, and a letter of a line's beginning within its number."""
     settings = GenSettings(mode=(0, 1)).to_json() | {"k": []}
     (tmp_path / "run.json").write_text(json.dumps({"script": "gen_llama.py", "settings": settings}))
     with pytest.raises(UsageError, match="--k and --mode need at least one value each"):
@@ -300,6 +301,12 @@ def test_what_more_inputs_found(tmp_path: Path) -> None:
     chunk.parent.mkdir()
     zipfile.ZipFile(chunk, "w").close()
     assert Cell(tmp_path).answers == {} and not chunk.exists()
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="is damaged or not of this format"):
+        find_calibration(tmp_path)
+    (tmp_path / "layer1.txt").write_text("L1_H0:130 64 prefill 1.05\nL1_H1:130 64 prefill 1.L1\n")
+    with pytest.raises(UsageError, match="line 2"):
+        read.read_sizes(tmp_path, 1)
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "other"])

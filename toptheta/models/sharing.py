@@ -148,7 +148,7 @@ def find_calibration(
         raise UsageError(f"the calibration {where} cannot be loaded: {_reason(error)}.") from None
     except UsageError:
         raise
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UsageError(
             f"the calibration {where} is damaged or not of this format ({error}): name another, or make one "
             "from a run's folder with toptheta-calibration."

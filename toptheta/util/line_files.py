@@ -25,7 +25,7 @@ SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE](?:\+?\d{1,2}|-\d{1,3}))?"
 class LineFormat:
     """A line format. columns: name -> dtype; replace: bytes to replace, leaving one separator; words: allowed
     values in columns of type category; strict: match every line with the pattern, even if pandas can read it,
-    because pandas accepts 1e5 as a whole number."""
+    because pandas accepts 1e5 as a whole number, and what is replaced may stand within a number."""
 
     columns: dict[str, str]
     pattern: str

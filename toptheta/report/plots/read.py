@@ -58,6 +58,7 @@ def read_sizes(folder: Path, layer: int) -> pd.DataFrame | None:
         f"L{layer}_H0:130 64 prefill 1.05",
         replace=LAYER_HEAD,
         words=PHASES,
+        strict=True,
     )
     return _read(folder, f"layer{layer}.txt", form, layer)
 
