@@ -292,7 +292,7 @@ def test_chunks(tmp_path: Path, fuzz: Callable, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_more_inputs_found(tmp_path: Path) -> None:
     """A run without any K, a chunk that is an archive of nothing, a shared calibration that is nested too
-    deeply, and a letter of a line's beginning within its number."""
+    deeply, a letter of a line's beginning within its number, and a word that pandas takes for one."""
     settings = GenSettings(mode=(0, 1)).to_json() | {"k": []}
     (tmp_path / "run.json").write_text(json.dumps({"script": "gen_llama.py", "settings": settings}))
     with pytest.raises(UsageError, match="--k and --mode need at least one value each"):
@@ -307,6 +307,9 @@ def test_what_more_inputs_found(tmp_path: Path) -> None:
     (tmp_path / "layer1.txt").write_text("L1_H0:130 64 prefill 1.05\nL1_H1:130 64 prefill 1.L1\n")
     with pytest.raises(UsageError, match="line 2"):
         read.read_sizes(tmp_path, 1)
+    (tmp_path / "sequence_lengths_per_example.csv").write_text("120\ntrue\n")
+    with pytest.raises(UsageError, match="line 2"):
+        read.read_sequence_lengths(tmp_path)
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "other"])

@@ -18,6 +18,7 @@ import pandas as pd
 from toptheta.util.errors import UsageError
 
 INT = r"\d{1,18}"
+OF_NUMBERS = b"0123456789+-.eE, \t\r\n"
 SIZE = r"\+?(?:\d+\.?\d*|\.\d+)(?:[eE](?:\+?\d{1,2}|-\d{1,3}))?"
 
 
@@ -83,6 +84,8 @@ def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.Dat
             or not _sound(frame, layer, form.words)
         ):
             raise ValueError("a value is out of range")
+        if not form.words and plain.translate(None, OF_NUMBERS):
+            raise ValueError("a value is no number")  # pandas reads true as 1
         if form.strict:
             line = form.pattern.replace(" ", "[ \t]+").encode()
             if re.sub(rb"(?m)^[ \t]*" + line + rb"[ \t\r]*$", b"", content).strip():
