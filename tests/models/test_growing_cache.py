@@ -30,9 +30,10 @@ def test_every_change_is_that_of_a_dynamic_cache(tiny_model):
     batch = 3
     for change in [*changes, None]:
         for length in (7, 1, 1, LEAST_ROOM, 1):
-            new = states(batch, length)
-            for a, b in zip(ours.update(*new, 0), stock.update(*new, 0)):
-                assert torch.equal(a, b)
+            for layer in range(len(stock.layers)):
+                new = states(batch, length)
+                for a, b in zip(ours.update(*new, layer), stock.update(*new, layer)):
+                    assert torch.equal(a, b)
         if change is not None:
             change(ours)
             change(stock)

@@ -43,3 +43,14 @@ def test_builds_for_other_chips(chip, dtype, head_dim, name):
     if "COUNT" in constants:
         constants = constants | {"COUNT": True}
     assert fault(function, constants, options, dtype, chip) is None
+
+
+@needs_triton
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("chip", ["sm_86", "gfx942"])
+def test_dense_prefill_fits_chips_with_little_shared_memory(chip):
+    """It loads V ahead, too: with any mask, padding and counts."""
+    names = [name for name in kernels(chip, every=True) if name.startswith("prefill, masked, CAUSAL False")]
+    (name,) = (name for name in names if "COUNT True" in name and "SKIP False" in name)
+    function, constants, options = kernels(chip, every=True)[name]
+    assert fault(function, constants | {"SDC": 0}, options, "bf16", chip) is None

@@ -32,6 +32,7 @@ from toptheta.methods.base import KernelSpec
 # Rows and keys of a tile, warps and pipeline stages, for 16-bit types and head_dim up to 128.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 SKIP = True  # `prefill_kernel`'s SKIP in sparse attention; dense attention never skips
+ALL_STAGES = 128 << 10  # bytes of shared memory: K and V of all stages of TILE, counts and any mask fit
 VARYING = ["q_len", "kv_len", "theta_len", "table_len"]  # one build serves every length
 
 
@@ -269,12 +270,15 @@ def prefill_kernel(
     tl.store(out + at_out, result.to(out.dtype.element_ty), mask=in_tile)
 
 
-def options(chip: Chip, dtype: torch.dtype, block_d: int) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages: the K and V tiles of all stages must fit in shared memory."""
+def options(chip: Chip, dtype: torch.dtype, block_d: int, skip: bool) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages: the tiles of all stages must fit in shared memory, of K and,
+    unless skip (`prefill_kernel`'s SKIP), also of V."""
     if dtype == torch.float32:  # products without tensor cores
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if block_d > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    if not skip and chip.shared < ALL_STAGES:
+        return TILE | {"num_stages": min(2, TILE["num_stages"])}
     return TILE
 
 
@@ -313,7 +317,8 @@ def prefill(
         )
     block_d = triton.next_power_of_2(head_dim)
     chip = chip_of(q.device)
-    tile = options(chip, q.dtype, block_d)
+    skip = SKIP and spec.sparse
+    tile = options(chip, q.dtype, block_d, skip)
     grid = (triton.cdiv(q_len, tile["BLOCK_M"]), num_heads, batch)
     if spec.vmc and first is not None:
         v_mean = sums_before(v, key_real, first, q_len)
@@ -341,7 +346,7 @@ def prefill(
         CAUSAL=first is not None, HAS_KEY_REAL=key_real is not None, HAS_REAL_ROWS=real is not None,
         POST=spec.sparse and spec.placement == "post-softmax", SDC=sdc_code(spec), VMC=v_mean is not None,
         SUM_BLOCK=SUM_BLOCK,
-        COUNT=count, SKIP=SKIP and spec.sparse, FLAT=chip.blackwell,
+        COUNT=count, SKIP=skip, FLAT=chip.blackwell,
         WEIGHED=factor is not None,
     )  # fmt: skip
     return out, counts

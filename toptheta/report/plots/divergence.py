@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from toptheta.report.plots.style import (
     COLOURS,
@@ -119,6 +119,9 @@ def _label(figure: Figure, columns: int) -> None:
             axes.set_ylabel("KL(dense || method), nats per token")
         axes.set_xlabel("KV bytes that a decode step reads (% of dense attention)")
         low, high = axes.get_xlim()
-        ticks = [tick for tick in TICKS if low <= tick <= high]
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        ticks: list[float] = [tick for tick in TICKS if low <= tick <= high]
+        if len(ticks) < 3:  # a narrow range
+            round_ones = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+            ticks = [tick for tick in round_ones if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
