@@ -348,7 +348,13 @@ def test_control_c_ends_what_runs(call):
         "from toptheta.eval.sandbox.run import Limits, run_program, run_programs\n"
         f"source, limits = {daemon(name, 'time.sleep(60)')!r}, Limits(wall_s=50.0)\n{call}"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )
     try:
         assert wait_until(lambda: alive(name), 20.0)
         process.send_signal(signal.SIGINT)
