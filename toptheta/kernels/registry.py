@@ -15,6 +15,7 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.kernels.cpu import backend as cpu
 from toptheta.kernels.triton import backend as triton
+from toptheta.kernels.triton import probe
 from toptheta.kernels.tuned import use_tiles
 from toptheta.util.errors import UsageError
 
@@ -41,7 +42,7 @@ class Backend:
 def _ready_on_gpu(call: AttentionCall) -> str | None:
     if call.q.device.type == "cuda":
         use_tiles(call.q.device)
-    return triton.ready(call)
+    return probe.ready(call)
 
 
 BACKENDS = (

@@ -16,7 +16,8 @@ from transformers.cache_utils import StaticLayer
 from toptheta.attention.call import Int8Keys
 from toptheta.attention.rows import Rows
 from toptheta.kernels.int8_keys import quantized
-from toptheta.kernels.triton import backend as triton
+from toptheta.kernels.triton import cache_updates
+from toptheta.kernels.triton.backend import HAS_TRITON, INTERPRETED
 from toptheta.methods.base import ValueNorms
 from toptheta.util.errors import UsageError
 
@@ -46,7 +47,7 @@ class TopThetaLayer(StaticLayer):
         self._finished = torch.zeros(1, dtype=torch.int32, **options)
         fixed = [self._sum]
         if self.two_tier:
-            if not triton.HAS_TRITON or key_states.device.type != "cuda" and not triton.INTERPRETED:
+            if not HAS_TRITON or key_states.device.type != "cuda" and not INTERPRETED:
                 raise UsageError("TopThetaCache: two_tier=True needs a GPU and Triton; leave it out.")
             shape = (batch, num_kv_heads, self.max_cache_len)
             codes = torch.zeros(*shape, head_dim, dtype=torch.int8, **options)
@@ -61,7 +62,7 @@ class TopThetaLayer(StaticLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        by_kernel = triton.appends(key_states, value_states)
+        by_kernel = cache_updates.appends(key_states, value_states)
         if self.int8 is not None and not by_kernel:
             at = torch.arange(key_states.shape[2], device=self.device) + self.cumulative_length
             new = quantized(key_states, self.int8.mean)
@@ -75,7 +76,7 @@ class TopThetaLayer(StaticLayer):
             copy = self.int8
             tiers = (None,) * 4 if copy is None else (copy.codes, copy.steps, copy.slacks, copy.mean)
             whole = (self.keys, self.values, self.cumulative_length, self._finished)
-            triton.append(key_states.detach(), value_states.detach(), *whole, *tiers)
+            cache_updates.append(key_states.detach(), value_states.detach(), *whole, *tiers)
         else:
             super().update(key_states, value_states, *args, **kwargs)
         self._weigh(value_states)
@@ -115,8 +116,8 @@ class TopThetaLayer(StaticLayer):
             return None
         if self._known:
             assert new is not None
-            if triton.appends(new, new):
-                return triton.add_value(self.values, self.cumulative_length, mask, self._sum)
+            if cache_updates.appends(new, new):
+                return cache_updates.add_value(self.values, self.cumulative_length, mask, self._sum)
             if mask is not None:  # what is real sees itself
                 at = torch.arange(q_len, device=new.device) + (self.cumulative_length - q_len)
                 real = mask[:, 0].gather(-1, at[None, :, None].expand(mask.shape[0], -1, 1))

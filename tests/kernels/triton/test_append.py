@@ -11,7 +11,7 @@ from tests.kernels.triton.helpers import DEVICE, here
 from topk_llama import TopThetaCache
 from toptheta.attention.rows import Rows
 from toptheta.kernels.int8_keys import quantized
-from toptheta.kernels.triton import backend as gpu
+from toptheta.kernels.triton import cache_updates
 from toptheta.models.cache import TopThetaLayer
 
 ROOM = 20
@@ -43,7 +43,7 @@ def steps(monkeypatch, by_kernel: bool, dtype: torch.dtype, two_tier: bool, see:
         return x.to(DEVICE, dtype).transpose(1, 2)
 
     if not by_kernel:
-        monkeypatch.setattr(gpu, "appends", lambda k, v: False)
+        monkeypatch.setattr(cache_updates, "appends", lambda k, v: False)
     layer = TopThetaCache(tiny_config(), ROOM, two_tier=two_tier).layers[0]
     layer.summing = True
     visible = torch.zeros(2, 1, 1, ROOM, dtype=torch.bool, device=DEVICE)
@@ -102,9 +102,9 @@ def test_operators_have_true_fakes():
     checks = ("test_schema", "test_faketensor")
     for tiers in ((None,) * 4, (int8.codes, int8.steps, int8.slacks, int8.mean)):
         arguments = (row, row, whole, whole.clone(), end, finished, *tiers)
-        torch.library.opcheck(gpu.append, arguments, test_utils=checks)
+        torch.library.opcheck(cache_updates.append, arguments, test_utils=checks)
     total = torch.zeros(2, 3, 24, dtype=torch.float64, device=DEVICE)
-    torch.library.opcheck(gpu.add_value, (whole, end + 1, None, total), test_utils=checks)
+    torch.library.opcheck(cache_updates.add_value, (whole, end + 1, None, total), test_utils=checks)
 
 
 def test_a_kernel_that_does_not_build(monkeypatch):
@@ -113,10 +113,10 @@ def test_a_kernel_that_does_not_build(monkeypatch):
     def fail(*arguments):
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(gpu, "append", fail)
-    monkeypatch.setattr(gpu, "_append_tried", {})
+    monkeypatch.setattr(cache_updates, "append", fail)
+    monkeypatch.setattr(cache_updates, "_append_tried", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
     with pytest.warns(UserWarning, match="on a chip, as its own does not build there: no such instruction"):
-        assert not gpu._append_works(torch.device("cpu"), torch.float16, 32)
-    assert not gpu._append_works(torch.device("cpu"), torch.float16, 32)
+        assert not cache_updates._append_works(torch.device("cpu"), torch.float16, 32)
+    assert not cache_updates._append_works(torch.device("cpu"), torch.float16, 32)

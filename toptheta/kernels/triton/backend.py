@@ -1,4 +1,5 @@
-"""The GPU path: which calls the Triton kernels support, and the kernels as PyTorch operators.
+"""The GPU path: which calls the Triton kernels support, and the kernels as PyTorch operators. probe.py tries
+them, cache_updates.py has those that update a cache.
 
 The operators have fakes (`register_fake`) and nothing here waits for the device, so torch.compile and CUDA
 graphs work with them. The kernels are in decode.py and prefill.py, which are imported on first use: this
@@ -7,25 +8,18 @@ module can be imported without Triton. TRITON_INTERPRET=1 runs them on the CPU.
 
 import importlib.util
 import os
-import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts, Int8Keys
 from toptheta.attention.reference import mean_of_visible
-from toptheta.attention.rows import rows_of
 from toptheta.kernels.int8_keys import keys_read_of, serves
 from toptheta.kernels.triton.chips import chip_of, too_old
 from toptheta.methods.base import KernelSpec, Selection
-from toptheta.methods.dense import Dense
 from toptheta.methods.key_codes import KeyCodes
 from toptheta.methods.key_copy import first_and_last
-from toptheta.methods.params import LayerSpec
-from toptheta.methods.top_k import TopK
-from toptheta.methods.top_theta import TopTheta
 
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +38,7 @@ def unsupported(call: AttentionCall) -> str | None:
     if not (dtype == call.k.dtype == call.v.dtype and dtype in DTYPES):
         return f"the kernels do float32, float16 and bfloat16, the same in q, k and v, not {dtype}"
     if kinds == {"cuda"}:
-        old = _too_old(call.q.device)
+        old = too_old_here(call.q.device)
         if old is not None:
             return old
     if INTERPRETED and dtype == torch.bfloat16:
@@ -71,170 +65,8 @@ def unsupported(call: AttentionCall) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # asking the driver cannot be traced
-def _too_old(device: torch.device) -> str | None:
+def too_old_here(device: torch.device) -> str | None:
     return too_old(chip_of(device))
-
-
-def appends(k: Tensor, v: Tensor) -> bool:
-    """Whether `append` and `add_value` take the rows of a decode step, `[B, H_kv, 1, D]`. Compiled models
-    fuse what takes their place."""
-    device = k.device
-    if not HAS_TRITON or torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-        return False
-    if device.type != "cuda" and not INTERPRETED or device.type == "cuda" and _too_old(device) is not None:
-        return False
-    fits = k.shape == v.shape and k.shape[2] == 1 and k.shape[3] <= MAX_HEAD_DIM
-    if not (fits and k.dtype == v.dtype and k.dtype in DTYPES):
-        return False
-    return device.type != "cuda" or _append_works(device, k.dtype, k.shape[3])
-
-
-_append_tried: dict[tuple[torch.device, torch.dtype, int], bool] = {}
-
-
-def _append_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Try `append` and `add_value` on a small cache, once for each kind; warns if they fail. While a CUDA
-    graph is captured nothing can be built, and what was not tried before is taken to work."""
-    key = (device, dtype, head_dim)
-    if key not in _append_tried:
-        if torch.cuda.is_current_stream_capturing():
-            return True
-        options: dict[str, Any] = {"device": device}
-        keys = torch.zeros(1, 1, 2, head_dim, dtype=dtype, **options)
-        end = torch.zeros((), dtype=torch.int64, **options)
-        finished = torch.zeros(1, dtype=torch.int32, **options)
-        row = torch.zeros(1, 1, 2, **options)
-        mean = torch.zeros(1, 1, head_dim, **options)
-        try:
-            append(
-                keys[:, :, :1], keys[:, :, :1], keys, keys.clone(), end, finished, keys.char(), row, row, mean
-            )
-            add_value(keys, end, None, mean.double())
-            _append_tried[key] = True
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # Triton raises whatever its passes raise
-            _append_tried[key] = False
-            name = torch.cuda.get_device_name(device)
-            warnings.warn(
-                f"toptheta updates its cache by several small kernels on {name}, as its own does not build "
-                f"there: {str(error).strip() or repr(error)}",
-                stacklevel=2,
-            )
-    return _append_tried[key]
-
-
-@torch.library.custom_op(
-    "toptheta::append", mutates_args=("keys", "values", "end", "finished", "codes", "steps", "slacks")
-)
-def append(
-    new_k: Tensor,
-    new_v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    end: Tensor,
-    finished: Tensor,
-    codes: Tensor | None,
-    steps: Tensor | None,
-    slacks: Tensor | None,
-    k_mean: Tensor | None,
-) -> None:
-    """`append` of append.py as an operator."""
-    from toptheta.kernels.triton import append as triton_append
-
-    int8 = None
-    if codes is not None:
-        assert steps is not None and slacks is not None and k_mean is not None
-        int8 = Int8Keys(codes, steps, slacks, k_mean)
-    new_k, new_v = (x if x.stride(3) == 1 else x.contiguous() for x in (new_k, new_v))
-    with _on_device_of(keys):
-        triton_append.append(new_k, new_v, keys, values, end, finished, int8)
-
-
-@torch.library.custom_op("toptheta::add_value", mutates_args=("total",))
-def add_value(values: Tensor, end: Tensor, mask: Tensor | None, total: Tensor) -> Tensor:
-    """`add_value` of append.py as an operator."""
-    from toptheta.kernels.triton import append as triton_append
-
-    mask = mask if mask is None or mask.stride(3) == 1 else mask.contiguous()
-    with _on_device_of(values):
-        return triton_append.add_value(values, end, mask, total)
-
-
-@append.register_fake
-def _(new_k, new_v, keys, values, end, finished, codes, steps, slacks, k_mean):
-    return None
-
-
-@add_value.register_fake
-def _(values, end, mask, total):
-    return total.new_empty(total.shape, dtype=torch.float32)
-
-
-def ready(call: AttentionCall) -> str | None:
-    """Why the kernels do not build or run for calls of this kind on this GPU, or None: see `probe`. While a
-    CUDA graph is captured nothing can be built, and what was not tried before is taken to work."""
-    q, spec = call.q, call.kernel
-    if q.device.type != "cuda" or spec is None:
-        return None
-    capturing = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    group = q.shape[1] // call.k.shape[1]
-    kind = (int(spec.selection), spec.placement, q.shape[2] > 1, call.key_bits)
-    return probe(q.device, q.dtype, q.shape[3], group, *kind, only_known=capturing)
-
-
-_probed: dict[tuple[Any, ...], str | None] = {}
-
-
-@torch.compiler.assume_constant_result
-def probe(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    group: int,
-    selection: int,
-    placement: str,
-    prefill: bool,
-    key_bits: int = 0,
-    only_known: bool = False,
-) -> str | None:
-    """Try the kernels on a small call, once for each kind; returns None, or why they fail. Warns once if they
-    do: a compiler may fail for a chip that nobody has tried, or a tile not fit its shared memory."""
-    key = (device, dtype, head_dim, group, selection, placement, prefill, key_bits)
-    if key in _probed or only_known:
-        return _probed.get(key)
-    method = {Selection.THRESHOLD: TopTheta, Selection.LARGEST: TopK, Selection.ALL: Dense}[
-        Selection(selection)
-    ]()
-    if key_bits:
-        method = TopTheta(key_copy=f"int{key_bits}")
-    q_len = kv_len = 128
-    if not prefill:
-        q_len = 1
-    q = torch.zeros(1, group, q_len, head_dim, device=device, dtype=dtype)
-    k = torch.zeros(1, 1, kv_len, head_dim, device=device, dtype=dtype)
-    rows = rows_of(None, q_len, kv_len, device)
-    spec = LayerSpec(method, placement, 8, vmc=placement == "post-softmax")
-    theta = torch.zeros(group, 1, device=device)
-    try:
-        run(AttentionCall(q, k, k, rows, spec, 1.0, theta, count=True, decode=key_bits > 0))
-        _probed[key] = None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # Triton raises whatever its passes raise
-        said = str(error).strip().splitlines()
-        _probed[key] = (
-            f"the kernels do not build for this GPU ({type(error).__name__}: {said[0] if said else ''})"
-        )
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
-        warnings.warn(
-            f"toptheta computes attention in plain PyTorch on {name} in {dtype} with head_dim {head_dim}, "
-            f"slower and in more memory than by its kernels: {said[0] if said else error!r}.",
-            stacklevel=2,
-        )
-    return _probed[key]
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
@@ -316,7 +148,7 @@ def _counts(keep: Tensor, real: Tensor | None, num_kv_heads: int) -> Counts:
     return Counts(attn=keep.sum(dim=-1), vrow=vrow)
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager:
+def on_device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors: the layers of a model may
     be spread over several GPUs."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
@@ -362,7 +194,7 @@ def _decode(
     elif codes is not None:
         assert steps is not None and slacks is not None and k_mean is not None
         int8 = Int8Keys(codes, steps, slacks, k_mean)
-    with _on_device_of(q):
+    with on_device_of(q):
         out, keep, read = triton_decode.decode(
             q, k, v, n, mask, span, theta, table, v_sum, spec, scale, count, int8, factor, copy, always
         )
@@ -407,7 +239,7 @@ def _prefill(
     from toptheta.kernels.triton import prefill as triton_prefill
 
     spec = KernelSpec(Selection(selection), placement, k_keep, sdc, sdc_scale, vmc)
-    with _on_device_of(q):
+    with on_device_of(q):
         out, counts = triton_prefill.prefill(
             q, k, v, n, first, mask, key_real, real, theta, table, v_mean, factor, spec, scale, count
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from toptheta.attention.call import AttentionCall
 from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
-from toptheta.kernels.triton import backend
+from toptheta.kernels.triton import backend, probe
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
@@ -53,5 +53,5 @@ def attention(
         sdc_table,
     )
     call.check_shapes()
-    ours = backend.unsupported(call) is None and backend.ready(call) is None
+    ours = backend.unsupported(call) is None and probe.ready(call) is None
     return (backend.run if ours else sparse_attention)(call)[0]
