@@ -26,6 +26,7 @@ from toptheta.report.results import DECODE, CellResult, Metric
 from toptheta.util.errors import UsageError
 
 ALL_OF_K = 50.0  # % of dense: the part that is K, which a method reads if it needs the score of every key
+FLOOR_ALPHA = 0.15
 COLUMNS = 2  # panels side by side
 ROUNDING = 1e-7  # nats: smaller ones are rounding of float32 alone
 TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
@@ -33,8 +34,8 @@ TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
 
 def draw_divergence(panels: dict[str, Sequence[CellResult]], path: Path | str, title: str) -> None:
     """Draw KL(dense || method), with standard errors, against KV bytes in % of dense. panels: results by
-    name, those of one text each. Dense attention in another type is a horizontal band, the size of rounding
-    differences. Raises UsageError if no result has both numbers."""
+    name, those of one text each. What is closer than dense attention in another type, where rounding is as
+    large as the difference, is grey. Raises UsageError if no result has both numbers."""
     with look():
         figure = divergence_figure(panels, title)
     save_figure(figure, path)
@@ -52,22 +53,24 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(5.2 * columns + 0.4, 4.0 * rows + 1.1, title)
-    all_axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    all_axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     looks = {line: _look(i) for i, line in enumerate(lines)}
-    for axes, (name, results) in zip(all_axes, panels.items()):
+    drawn = list(zip(all_axes, panels.items()))
+    for axes, (name, results) in drawn:
         for line in lines:
             _draw_line(axes, [result for result in results if result.family == line], looks[line])
-        _draw_floors(axes, results)
+        axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
         axes.set_title(name, parse_math=False)
         axes.set(xscale="log", yscale="log")
-    for axes in list(all_axes)[len(panels) :]:
+    for axes, (_, results) in drawn:  # once the shared axis has its range
+        _draw_floor(axes, results)
+    for axes in all_axes[len(panels) :]:
         axes.remove()
     _label(figure, columns)
     handles: list[Artist] = [Line2D([], [], label=line, **looks[line]) for line in lines]
-    if any(result.dense for results in panels.values() for result in results):
-        handles.append(
-            Patch(color=GREY, alpha=0.35, lw=0, label="dense attention in another type (rounding)")
-        )
+    if any(_floor(results) is not None for results in panels.values()):
+        label = "closer than dense attention in another type"
+        handles.append(Patch(color=GREY, alpha=FLOOR_ALPHA, lw=0, label=label))
     handles.append(
         Line2D([], [], color="black", lw=0.9, ls=":", label="50 %: all of K, which scoring every key needs")
     )
@@ -103,14 +106,19 @@ def _draw_line(axes: Axes, results: Sequence[CellResult], look_of_it: dict[str, 
     axes.errorbar(x, y, errors, elinewidth=0.9, capsize=2.0, **look_of_it)
 
 
-def _draw_floors(axes: Axes, results: Sequence[CellResult]) -> None:
-    axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
-    for result in results:
-        if result.dense:
-            metric = result.metrics["kl"]
-            error = metric.stderr or 0.0
-            low, high = max(metric.value - error, 0.5 * metric.value), metric.value + error
-            axes.axhspan(low, high, color=GREY, alpha=0.35, lw=0, zorder=0)
+def _floor(results: Sequence[CellResult]) -> float | None:
+    """The KL of dense attention in another type, the largest of several."""
+    return max((result.metrics["kl"].value for result in results if result.dense), default=None)
+
+
+def _draw_floor(axes: Axes, results: Sequence[CellResult]) -> None:
+    floor = _floor(results)
+    if floor is None:
+        return
+    axes.axhline(floor, color=GREY, lw=1.0, zorder=0)
+    low, high = axes.get_ylim()
+    axes.axhspan(low, floor, color=GREY, alpha=FLOOR_ALPHA, lw=0, zorder=0)
+    axes.set_ylim(low, high)
 
 
 def _label(figure: Figure, columns: int) -> None:
