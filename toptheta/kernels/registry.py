@@ -88,8 +88,6 @@ def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
 def choose(call: AttentionCall) -> Backend | None:
     """The backend that computes this call, None for the reference. Raises UsageError if TOPTHETA_KERNEL is
     invalid or its backend cannot compute the call."""
-    if call.count_steps:  # no kernel counts individual rows
-        return None
     if FORCED is None:
         for backend in BACKENDS:
             if backend.device == call.q.device.type:

@@ -58,6 +58,24 @@ def test_equals_plain_pytorch(kind, heads):
 
 
 @needs_kernel
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 32), (14, 2, 32), (32, 2, 16), (20, 1, 16)], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if case(kind)[2] > 1])
+def test_decode_steps_are_counted_one_by_one(kind, heads):
+    """Also where a tile of rows ends between the heads of a group, and by several threads."""
+    torch.manual_seed(0)
+    rows, batch, q_len, kv_len = case(kind)
+    q, k, v = inputs(batch, heads, q_len, kv_len)
+    for spec in (*SPECS[1::7], layer_spec()):
+        theta, table = tables(spec, heads[0], kv_len)
+        asked = call(q, k, v, rows, spec, SCALE, theta, table, count=True, decode=True)
+        assert asked.count_steps
+        expected, counts = sparse_attention(asked)[1], cpu.run(asked)[1]
+        for name in ("attn", "vrow", "row", "row_vrows"):
+            one, other = getattr(counts, name), getattr(expected, name)
+            assert torch.equal(one, other) and one.dtype == other.dtype, (name, spec)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["prefill", "decode", "padded chunk", "any mask"])
 def test_low_precision(kind, dtype):

@@ -31,7 +31,7 @@ def test_has_a_true_fake(kind: str, count: bool, monkeypatch: pytest.MonkeyPatch
         asked = replace(step("padded decode", HEADS, SPECS[1], "int4"), count=count)
     else:
         rows, batch, q_len, kv_len = case(kind)
-        more = {"count": count, "count_rows": count}
+        more = {"count": count, "count_rows": count, "decode": kind == "any mask"}
         asked = call(
             *inputs(batch, HEADS, q_len, kv_len), rows, SPEC, SCALE, *tables(SPEC, HEADS[0], kv_len), **more
         )

@@ -58,12 +58,17 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     arguments: tuple[Any, ...] = (
         *_inputs(call, spec), call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc,
         spec.sdc_scale, spec.vmc, spec.capk, spec.weighed, spec.key_bits, call.count, call.count_rows,
+        call.count_steps,
     )  # fmt: skip
     attend = _operator if torch.compiler.is_compiling() else _attend  # the operator costs microseconds
-    out, attn, vrow, row, keys = attend(*arguments)
+    out, attn, vrow, row, row_vrows, keys = attend(*arguments)
     if not call.count:
         return out.transpose(1, 2), None
-    counts = Counts(attn, vrow, row=row if call.count_rows else None)
+    counts = Counts(attn, vrow)
+    if call.count_rows or call.count_steps:
+        counts.row = row
+    if call.count_steps:
+        counts.row_vrows = row_vrows
     if call.key_bits:
         counts.keys = keys if call.rows.real is None else keys * call.rows.real[:, None]
     return out.transpose(1, 2), counts
@@ -97,9 +102,10 @@ def _attend(
     key_bits: int,
     count: bool,
     count_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output `[B, Q, H, D]`, and attn, vrow, row and keys of `Counts`, empty where they are not counted.
-    The tensors and `first` are those of `_inputs`, the rest is a `KernelSpec`."""
+    count_steps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output `[B, Q, H, D]`, and attn, vrow, row, row_vrows and keys of `Counts`, empty where they are
+    not counted. The tensors and `first` are those of `_inputs`, the rest is a `KernelSpec`."""
     spec = KernelSpec(
         Selection(selection), placement, k_keep, sdc, sdc_scale, vmc, capk, weighed, key_bits
     )  # fmt: skip
@@ -109,16 +115,20 @@ def _attend(
     (batch, num_heads, q_len, _), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
     attn = torch.zeros((batch, num_heads) if count else 0, dtype=torch.int64)
     vrow = torch.zeros((batch, num_kv_heads, kv_len) if count else 0, dtype=torch.int32)
-    row = torch.zeros((batch, num_heads, q_len) if count_rows else 0, dtype=torch.int32)
+    rows = count_rows or count_steps
+    row = torch.zeros((batch, num_heads, q_len) if rows else 0, dtype=torch.int32)
+    row_vrows = torch.zeros((batch, num_kv_heads, q_len) if count_steps else 0, dtype=torch.int32)
     if count:
         args.attn, args.vrow = attn.data_ptr(), vrow.data_ptr()
-    if count_rows:
+    if rows:
         args.row = row.data_ptr()
+    if count_steps:
+        args.row_vrows = row_vrows.data_ptr()
     prepared.run()
     keys = torch.zeros(0, dtype=torch.int32)
     if count and prepared.read is not None:
         keys = prepared.read.sum(dim=-1, dtype=torch.int32)[..., None]
-    return out.to(q.dtype).transpose(1, 2), attn, vrow, row, keys
+    return out.to(q.dtype).transpose(1, 2), attn, vrow, row, row_vrows, keys
 
 
 _operator = torch.library.custom_op("toptheta::cpu_attend", mutates_args=())(_attend)
@@ -128,13 +138,15 @@ _operator = torch.library.custom_op("toptheta::cpu_attend", mutates_args=())(_at
 def _(
     q, k, v, n, mask, real, key_real, theta, table, factor, codes, steps, key_mean, v_sum, first, scale,
     selection, placement, k_keep, sdc, sdc_scale, vmc, capk, weighed, key_bits, count, count_rows,
+    count_steps,
 ):  # fmt: skip
     (batch, num_heads, q_len, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
     return (
         q.new_empty(batch, q_len, num_heads, head_dim),
         q.new_empty((batch, num_heads) if count else 0, dtype=torch.int64),
         q.new_empty((batch, num_kv_heads, kv_len) if count else 0, dtype=torch.int32),
-        q.new_empty((batch, num_heads, q_len) if count_rows else 0, dtype=torch.int32),
+        q.new_empty((batch, num_heads, q_len) if count_rows or count_steps else 0, dtype=torch.int32),
+        q.new_empty((batch, num_kv_heads, q_len) if count_steps else 0, dtype=torch.int32),
         q.new_empty((batch, num_kv_heads, 1) if count and key_bits else 0, dtype=torch.int32),
     )
 

@@ -79,9 +79,10 @@ struct Call {
   const float* v_sum;  // [B, H_kv, Q, D], sum of V over each row's visible keys; null: computed here
   float* out;
   int64_t out_batch, out_head, out_row;
-  int64_t* attn;   // [B, H]
-  int32_t* vrow;   // [B, H_kv, N]
-  int32_t* row;    // [B, H, Q]
+  int64_t* attn;       // [B, H]
+  int32_t* vrow;       // [B, H_kv, N]
+  int32_t* row;        // [B, H, Q]
+  int32_t* row_vrows;  // [B, H_kv, Q]: V rows that any head of a group keeps; all 0
   const int64_t* ks;  // calibration: [num_ks], ascending
   int64_t num_ks;
   float *samples, *missing;        // [num_ks, B, H, Q]
@@ -219,7 +220,7 @@ struct Buffer {
 
 struct Scratch {
   Buffer<float> query, tile, values, candidates, weighed;
-  Buffer<int32_t> indices, counts;
+  Buffer<int32_t> indices, counts, last_rows;
   int64_t counts_of = -1;  // the (batch, KV head) that `counts` belongs to
 };
 
@@ -557,12 +558,22 @@ float weigh(const Call& c, int64_t head, int64_t n, float row_max, bool sparse, 
   return sum_lanes(sum) * inverse;
 }
 
-// own: this thread's counts of V rows, or null.
-void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own) {
+// own: this thread's counts of V rows, or null. last_rows: the last row for which a head of the group kept each key.
+void count_row(const Call& c, const Row& row, const Kept& kept, int32_t* own, int32_t* last_rows) {
   if (c.attn == nullptr || (c.real != nullptr && !c.real[row.b * c.real_batch + row.i])) return;
   __atomic_fetch_add(c.attn + row.b * c.num_heads + row.h, kept.count, __ATOMIC_RELAXED);
   if (c.row != nullptr) c.row[(row.b * c.num_heads + row.h) * c.q_len + row.i] = int32_t(kept.count);
-  int32_t* shared = c.vrow + (row.b * c.num_kv_heads + row.g) * c.kv_len;
+  int64_t bg = row.b * c.num_kv_heads + row.g;
+  if (c.row_vrows != nullptr) {  // one thread computes all heads of a group's row, so nobody else adds to it
+    int32_t found = 0;
+    for (int64_t j = 0; j < kept.count; j++) {
+      int32_t& last = last_rows[kept.indices[j]];
+      found += last != row.i;
+      last = int32_t(row.i);
+    }
+    c.row_vrows[bg * c.q_len + row.i] += found;
+  }
+  int32_t* shared = c.vrow + bg * c.kv_len;
   for (int64_t j = 0; j < kept.count; j++) {
     if (own != nullptr) own[kept.indices[j]]++;
     else __atomic_fetch_add(shared + kept.indices[j], 1, __ATOMIC_RELAXED);
@@ -669,7 +680,7 @@ bool finish_row(const Call& c, const Row& row, float* x, Scratch& w, int32_t* ow
     kept.dropped_sum += sum_lanes(sum);
   }
   float sum = weigh(c, row.h, n, row_max, sparse, kept);
-  count_row(c, row, kept, own);
+  count_row(c, row, kept, own, w.last_rows.data);
   if (c.vmc && sparse) add_v_mean<T>(c, row, 1.0f - sum, n, out);
   if (may_defer && 2 * kept.count > row.end) {
     std::memset(x, 0, padded * sizeof(float));
@@ -781,6 +792,7 @@ int32_t* own_counts(const Call& c, int64_t bg, Scratch& w) {
   if (w.counts_of != bg) {
     flush_counts(c, w);
     std::memset(w.counts.get(c.kv_len), 0, c.kv_len * sizeof(int32_t));
+    if (c.row_vrows != nullptr) std::fill_n(w.last_rows.get(c.kv_len), c.kv_len, -1);
     w.counts_of = bg;
   }
   return w.counts.data;
@@ -901,7 +913,10 @@ void share(std::atomic<int64_t>& next, int64_t items, const Work& work) {
 template <typename T>
 void run(const Call& c) {
   int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
-  int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), blocks = ceil_div(tiles, ITEM_TILES);
+  int64_t chunks = ceil_div(c.kv_len, CHUNK), tiles = ceil_div(num_rows, ROWS), item_tiles = ITEM_TILES;
+  if (c.row_vrows != nullptr)  // the heads of a row belong to one item
+    while (item_tiles * ROWS % (c.num_heads / c.num_kv_heads)) item_tiles++;
+  int64_t blocks = ceil_div(tiles, item_tiles);
   // Waking the other threads costs some microseconds, which small calls do not earn back.
   bool tiny = groups * num_rows * c.kv_len * c.head_dim < (1 << 18);
   std::atomic<int64_t> prepared{0}, marked{0}, read{0}, summed{0}, finished{0};
@@ -935,7 +950,7 @@ void run(const Call& c) {
     if (c.packed != nullptr) {
       share(finished, groups * blocks, [&](int64_t item) {
         int64_t bg = item / blocks, block = blocks - 1 - item % blocks;  // the longest rows first
-        for (int64_t t = block * ITEM_TILES; t < std::min(tiles, (block + 1) * ITEM_TILES); t++)
+        for (int64_t t = block * item_tiles; t < std::min(tiles, (block + 1) * item_tiles); t++)
           run_tile<T>(c, bg, t * ROWS, std::min<int64_t>(ROWS, num_rows - t * ROWS), w, own_counts(c, bg, w));
       });
       flush_counts(c, w);
@@ -959,7 +974,7 @@ int64_t toptheta_vector_width() { return W; }
 void toptheta_workspace(const Call* call, int64_t* sizes) {
   const Call& c = *call;
   int64_t groups = c.batch * c.num_kv_heads, num_rows = c.q_len * (c.num_heads / c.num_kv_heads);
-  bool many = num_rows > 2 * ROWS && c.codes == nullptr;
+  bool many = (num_rows > 2 * ROWS || c.row_vrows != nullptr) && c.codes == nullptr;
   sizes[0] = many ? groups * panels(c) * PANEL * c.head_dim : 0;
   sizes[1] = c.vmc && c.v_sum == nullptr ? groups * sum_blocks(c) * c.head_dim : 0;
   sizes[2] = many ? 0 : groups * num_rows * few_row_stride(c);

@@ -53,7 +53,7 @@ class Call(ctypes.Structure):
         *_fields(_INT, "code_bits codes_batch codes_head steps_batch steps_head"),
         *_fields(_AT, "v_sum out"),
         *_fields(_INT, "out_batch out_head out_row"),
-        *_fields(_AT, "attn vrow row ks"),
+        *_fields(_AT, "attn vrow row row_vrows ks"),
         *_fields(_INT, "num_ks"),
         *_fields(_AT, "samples missing missing_theta"),
         *_fields(_INT, "missing_len"),

@@ -59,7 +59,7 @@ def unsupported(call: AttentionCall) -> str | None:
         return "torch.compile cannot trace a copy of K that grows with the cache: use a static cache"
     if spec.sparse and spec.selection == Selection.LARGEST and call.q.shape[2] > 1:
         return "Top-k of many rows has no kernel"
-    if call.count_rows:
+    if call.count_rows or call.count_steps:
         return "the kernels do not count what single rows keep"
     return None
 
