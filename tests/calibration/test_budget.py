@@ -13,6 +13,8 @@ from tests.helpers.models import tokens
 from topk_llama import restore_model, set_params, update_model
 from toptheta.calibration.budget import BINS, LOWEST, WIDTH, kept_above, share_out, solve_threshold
 from toptheta.calibration.tables import load_tables, save_tables
+from toptheta.methods.base import NEG_INF
+from toptheta.methods.params import AttentionParams
 from toptheta.models import control
 from toptheta.models.control import (
     begin_calibration,
@@ -23,7 +25,9 @@ from toptheta.models.control import (
     tables_of,
     use_tables,
 )
+from toptheta.models.patch import choose_implementation
 from toptheta.models.recorder import Recorder
+from toptheta.models.sensitivity import measure
 from toptheta.util.errors import UsageError
 
 BUDGET = {"mode": 0, "placement": "post-softmax", "vmc": True, "calib_to": "budget", "calib_sample_frac": 1.0}
@@ -230,6 +234,38 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
     kept = [kept_above(found[i].counts[6].numpy(), int(found[i].rows[6]), np.log(thetas[i])) for i in found]
     assert np.mean(kept) == pytest.approx(6, rel=0.02)
     assert tiny_model(tokens()).logits.isfinite().all()
+
+
+def test_damage_of_single_layers(tiny_model: LlamaForCausalLM) -> None:
+    """As whole forward passes say, though the layers before the sparse one are left out; the model is left as
+    it was."""
+    update_model(tiny_model)
+    k, log_thetas = 6, [-5.0, -3.0, -2.0]
+    params = AttentionParams().changed(BUDGET | {"K": k})
+    prompts = [tokens(batch=1, length=40, seed=seed) for seed in range(2)]
+    found = measure(tiny_model, prompts, params, log_thetas, k)
+    assert all("forward" not in block.__dict__ for block in tiny_model.model.layers)
+    states = [layer.self_attn.toptheta for layer in tiny_model.model.layers]
+
+    def log_probs(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return tiny_model(ids).logits[0, k:].double().log_softmax(dim=-1)
+
+    expected = np.zeros_like(found)
+    for ids in prompts:
+        dense = log_probs(ids)
+        for i, state in enumerate(states):
+            for j, log_theta in enumerate(log_thetas):
+                set_params(tiny_model, mode=3)
+                state.spec = params.layer(k)
+                state.theta = torch.full((tiny_model.config.num_attention_heads, k + 2), NEG_INF)
+                state.theta[:, k + 1] = float(np.exp(log_theta))
+                choose_implementation([layer.self_attn for layer in tiny_model.model.layers])
+                sparse = log_probs(ids)
+                expected[i, j] += float((dense.exp() * (dense - sparse)).sum(dim=-1).mean()) / len(prompts)
+                set_params(tiny_model, mode=3)
+    assert (np.diff(expected) > 0).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """What it costs the output to make one layer alone sparse: KL(dense || sparse) of the next token, measured on
 prompts of the calibration, layer by layer.
+
+The layers before the sparse one compute what they compute in a dense pass, so they are left out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,6 +39,8 @@ def measure(
     """`[layers, thresholds]` mean KL(dense || sparse) in nats over the rows longer than `k`, with one layer
     sparse at one threshold on weights at a time."""
     layers = patched_layers(model)
+    parent = {child: block for block in model.modules() for child in block.children()}
+    blocks = [parent[layer] for layer in layers]
     states = [layer.toptheta for layer in layers]
     values = [getattr(state.calibration, "values", None) for state in states]
     damage = np.zeros((len(layers), len(log_thetas)))
@@ -45,7 +51,8 @@ def measure(
     with bar, dense_for(model):
         for ids in prompts:
             ids = ids.to(device)
-            dense = _log_probs(model, ids, k)
+            with _taken(blocks) as inputs:
+                dense = _log_probs(model, ids, k)
             for i, state in enumerate(states):
                 try:
                     for j, log_theta in enumerate(log_thetas):
@@ -55,13 +62,48 @@ def measure(
                         theta[:, k + 1] = float(np.exp(log_theta))
                         state.spec, state.theta, state.values = params.layer(k), theta, values[i]
                         choose_implementation(layers)
-                        kl = kl_divergence(dense, _log_probs(model, ids, k)).mean()
+                        with _from(blocks[: i + 1], inputs[i]):
+                            kl = kl_divergence(dense, _log_probs(model, ids, k)).mean()
                         damage[i, j] += float(kl) / len(prompts)
                         bar.update()
                 finally:
                     state.spec, state.theta, state.values = LayerSpec(), None, None
                     choose_implementation(layers)
     return damage
+
+
+@contextmanager
+def _taken(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Within the block, the inputs `[B, Q, E]` of a model's decoder layers are appended to a list."""
+    inputs: list[Tensor] = []
+
+    def take(_module: nn.Module, args: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else keywords["hidden_states"])
+
+    hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in blocks]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _from(blocks: list[nn.Module], hidden: Tensor) -> Iterator[None]:
+    """Within the block, `hidden` is the input of the last of a model's first decoder layers, and those before
+    it compute nothing."""
+    skipped = blocks[:-1]
+    own = [block.__dict__.get("forward") for block in skipped]  # a library that moves weights sets its own
+    for block in skipped:
+        block.forward = lambda *args, **keywords: hidden
+    try:
+        yield
+    finally:
+        for block, forward in zip(skipped, own):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _log_probs(model: Any, ids: Tensor, k: int) -> Tensor:
