@@ -14,7 +14,7 @@ from torch import Tensor
 from toptheta.attention.rows import Rows
 from toptheta.methods.base import Block, KernelSpec, RowTables, ValueNorms
 from toptheta.methods.key_codes import KeyCodes
-from toptheta.methods.key_copy import codes_of
+from toptheta.methods.key_copy import any_head, codes_of
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.state import State
 from toptheta.methods.top_theta import value_factors
@@ -226,13 +226,13 @@ class Counts:
         self.vrow[:, :, :end] += per_key.view(batch, self.vrow.shape[1], -1, end).sum(dim=2)
         stop = start + keep.shape[2]
         if self.row is not None:
-            self.row[:, :, start:stop] = keep.sum(dim=-1)
+            self.row[:, :, start:stop] = keep.sum(dim=-1, dtype=torch.int32)
         if read is not None:
             keys = read[:, :: read.shape[1] // self.vrow.shape[1]].sum(dim=-1, dtype=torch.int32)
             self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
         if self.row_vrows is not None:
-            by_group = keep.view(batch, self.vrow.shape[1], -1, stop - start, end).any(dim=2)
-            self.row_vrows[:, :, start:stop] = by_group.sum(dim=-1)
+            by_group = any_head(keep, self.vrow.shape[1])
+            self.row_vrows[:, :, start:stop] = by_group.sum(dim=-1, dtype=torch.int32)
 
 
 def per_row(table: Tensor, n: Tensor) -> Tensor:
