@@ -118,7 +118,9 @@ def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
                     missing.add(key)
                     continue
                 extra = result.extra | {"environment": machine}
-                found.results[key] = replace(result, folder=str(path), extra=extra)
+                before = found.results.get(key)
+                if before is None or result.effective_k or not before.effective_k:  # else it says less
+                    found.results[key] = replace(result, folder=str(path), extra=extra)
         if missing and is_under_way(folder):
             found.under_way |= missing
         elif missing and not settings.calibrate_only:

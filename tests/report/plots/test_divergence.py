@@ -48,3 +48,12 @@ def test_lines_points_and_floors(tmp_path: Path) -> None:
     assert (tmp_path / "kl.png").stat().st_size > 10_000
     with pytest.raises(UsageError, match="nothing to draw"):
         draw_divergence({"novel": [CELLS[0], CELLS[-1]]}, tmp_path / "none.png", "a title")
+
+
+def test_a_long_legend_lies_below_the_axes() -> None:
+    lines = [cell(f"a method with a long name number {i} K=64", 64, 0.01 * (i + 1), 0.6) for i in range(28)]
+    figure = divergence_figure({"novel": lines}, "a title")
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert legend.get_window_extent().y1 < axes.get_window_extent().y0
+    assert axes.get_window_extent().height > 1.8 * figure.dpi

@@ -27,6 +27,7 @@ from toptheta.util.errors import UsageError
 
 ALL_OF_K = 50.0  # % of dense: the part that is K, which a method reads if it needs the score of every key
 FLOOR_ALPHA = 0.15
+MANY_LINES = 16  # for which a single panel is wider
 COLUMNS = 2  # panels side by side
 ROUNDING = 1e-7  # nats: smaller ones are rounding of float32 alone
 TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
@@ -52,7 +53,8 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     lines = list(dict.fromkeys(r.family for results in panels.values() for r in results if not r.dense))
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(5.2 * columns + 0.4, 4.0 * rows + 1.1, title)
+    width = 5.2 if len(lines) <= MANY_LINES else 8.0
+    figure = new_figure(max(width, 5.2 * columns) + 0.4, 4.0 * rows + 1.1, title)
     all_axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     looks = {line: _look(i) for i, line in enumerate(lines)}
     drawn = list(zip(all_axes, panels.items()))

@@ -71,15 +71,21 @@ def save_figure(figure: Figure, path: Path | str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+LEGEND_SHARE = 0.4  # of a figure's height
+
+
 def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """A legend below all axes, in as many columns as fit the figure's width; its text contains no
-    formulas."""
+    """A legend below all axes, in as many columns as fit the figure's width; its text contains no formulas.
+    The figure grows by what a long legend would take from the axes."""
     for rows in range(1, len(handles) + 1):
         columns = ceil(len(handles) / rows)
         legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
         for text in legend.get_texts():
             text.set_parse_math(False)
-        if columns == 1 or legend.get_window_extent().width < 0.97 * figure.bbox.width:
+        size = legend.get_window_extent()
+        if columns == 1 or size.width < 0.97 * figure.bbox.width:
+            more = size.height / figure.dpi - LEGEND_SHARE * figure.get_figheight()
+            figure.set_figheight(figure.get_figheight() + max(0.0, more))
             return
         legend.remove()
 
