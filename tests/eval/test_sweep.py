@@ -167,7 +167,7 @@ def test_a_run_under_way_is_left_alone(tables: Path, tmp_path: Path) -> None:
         [sys.executable, str(ROOT / command[0]), *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             if list(Path("products").glob("*/run.json")):
                 break
             time.sleep(0.1)
