@@ -66,6 +66,10 @@ def _items(values: Any, loosely: bool) -> str:
     return "".join(f"{encode(one, loosely)}, " for one in values)
 
 
+def _sorted_items(values: Any, loosely: bool) -> str:
+    return "".join(sorted(f"{encode(one, loosely)}, " for one in values))
+
+
 _LITERALS: dict[type, Callable[[Any, bool], str]] = {
     type(None): lambda value, _: "None",
     type(...): lambda value, _: "...",
@@ -77,8 +81,9 @@ _LITERALS: dict[type, Callable[[Any, bool], str]] = {
     bytes: lambda value, _: bytes.__repr__(value),
     tuple: lambda value, loosely: f"({_items(value, loosely)})",
     list: lambda value, loosely: f"[{_items(value, loosely)}]",
-    set: lambda value, loosely: f"set([{_items(value, loosely)}])",
-    frozenset: lambda value, loosely: f"frozenset([{_items(value, loosely)}])",
+    # sorted: two equal sets go over their items in orders of their own
+    set: lambda value, loosely: f"set([{_sorted_items(value, loosely)}])",
+    frozenset: lambda value, loosely: f"frozenset([{_sorted_items(value, loosely)}])",
     dict: lambda value, loosely: (
         "{" + "".join(f"{encode(k, loosely)}: {encode(v, loosely)}, " for k, v in value.items()) + "}"
     ),
