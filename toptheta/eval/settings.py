@@ -339,7 +339,8 @@ class GenSettings(Settings):
     )
     calib_text: str | None = option(
         None,
-        "perplexity: calibrate on windows of this text (default: on the first windows of --text)",
+        "perplexity: calibrate on windows of this text (default: on the first windows of --text); the same "
+        "windows are evaluated as without it, so --calib_samples moves them",
         metavar="FILE",
         group=LONG,
         serves=(PERPLEXITY,),

@@ -278,8 +278,9 @@ def calibration_count(settings: GenSettings, usual: int, available: int) -> int:
     """The number of `available` entries for calibration: --calib_samples, a count or a share below 1, else
     `usual`.
 
-    With --calib_task that flag counts the task's prompts, and with --calib_text the other text's windows: the
-    entries that a data set reserves for calibration, and so those that it evaluates, stay the same.
+    With --calib_task that flag counts the task's prompts, and the usual number of entries is never evaluated.
+    With --calib_text it counts the windows of that text, and as many of --text are not evaluated, as without
+    --calib_text: calibrated methods and others are on the same windows.
     """
     size = usual if settings.calib_task else settings.calib_samples or usual
     return max(1, round(size * available)) if size < 1 else int(size)

@@ -2,7 +2,8 @@
 
 The text is cut into complete windows, each computed separately; a remainder at the end is not used. The first
 windows are for calibration and never evaluated: a quarter of them, at most 20, unless --calib_samples is
-given; --calib_text uses windows of another text instead. A token's context length is the number of tokens
+given. With --calib_text calibration uses windows of another text, and the same windows are evaluated as
+without. A token's context length is the number of tokens
 before it in its window; context lengths are grouped in buckets whose upper bounds are powers of two.
 
 The first --decode_from tokens of a window (default half) are a prompt: computed dense and not counted. The
@@ -60,7 +61,7 @@ class PerplexityJob(ItemJob):
         windows = self._windows(settings.text, "--text", 2)
         usual = min(CALIBRATION_ITEMS, max(1, len(windows) // 4))
         first, rest = split_off(windows, settings, usual, "windows")
-        if settings.calib_text:  # the windows that it stands in for are not evaluated either
+        if settings.calib_text:
             others = self._windows(settings.calib_text, "--calib_text", 1)
             first = others[: calibration_count(settings, usual, len(others))]
         self.calibration = [
