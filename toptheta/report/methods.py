@@ -1,4 +1,4 @@
-"""The table of methods in README: `python -m toptheta.report.methods`."""
+"""The table of methods in docs/methods.md: `python -m toptheta.report.methods`."""
 
 import sys
 from dataclasses import fields
