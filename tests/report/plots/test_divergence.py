@@ -57,3 +57,18 @@ def test_a_long_legend_lies_below_the_axes() -> None:
     (axes,), (legend,) = figure.axes, figure.legends
     assert legend.get_window_extent().y1 < axes.get_window_extent().y0
     assert axes.get_window_extent().height > 1.8 * figure.dpi
+
+
+def test_labelled_rows_share_the_marker_of_their_method() -> None:
+    """Rows of one method with labels: its marker, and a colour for each label that the panel explains."""
+    rows = [cell(f"Top-theta: {n} prompts", None, 0.01 * n, 0.6) for n in (1, 2)]
+    others = [cell(f"budget: {n} prompts", None, 0.001 * n, 0.6) for n in (1, 2)]
+    figure = divergence_figure({"count": [*rows, *others, CELLS[2]], "text": [rows[0]]}, "a title")
+    lines = {container.get_label(): container[0] for container in figure.axes[0].containers}
+    drawn = [(line.get_marker(), line.get_color()) for line in lines.values()]
+    assert len(drawn) == 5 and len({marker for marker, _ in drawn}) == 3
+    assert drawn[0][0] == drawn[1][0] != drawn[2][0] and drawn[0][1] == drawn[2][1] != drawn[1][1]
+    texts = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert texts == [["1 prompts", "2 prompts"], ["1 prompts"]]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[:-1] == ["Top-theta", "budget", "Top-k"]

@@ -1,5 +1,6 @@
 """Plot of KL to dense attention against the KV bytes that a decode step reads: one line per method, one panel
-per text."""
+per text. Rows of a table that have a label ("method: label") have the method's marker, and a colour for the
+label, explained in the panel."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from toptheta.report.plots.style import (
     look,
     new_figure,
     save_figure,
+    series_colours,
 )
 from toptheta.report.results import DECODE, CellResult, Metric
 from toptheta.util.errors import UsageError
@@ -28,6 +30,8 @@ from toptheta.util.errors import UsageError
 ALL_OF_K = 50.0  # % of dense: the part that is K, which a method reads if it needs the score of every key
 FLOOR_ALPHA = 0.15
 MANY_LINES = 16  # for which a single panel is wider
+LABEL = ": "  # between a method and the label of its row
+SIZES = {"ms": 5, "lw": 1.2}
 COLUMNS = 2  # panels side by side
 ROUNDING = 1e-7  # nats: smaller ones are rounding of float32 alone
 TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
@@ -56,10 +60,15 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     width = 5.2 if len(lines) <= MANY_LINES else 8.0
     figure = new_figure(max(width, 5.2 * columns) + 0.4, 4.0 * rows + 1.1, title)
     all_axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    looks = {line: _look(i) for i, line in enumerate(lines)}
+    looks, methods = _looks(lines), list(dict.fromkeys(line.partition(LABEL)[0] for line in lines))
+    labelled = len(methods) < len(lines)
     drawn = list(zip(all_axes, panels.items()))
     for axes, (name, results) in drawn:
-        for line in lines:
+        here = list(dict.fromkeys(result.family for result in results if not result.dense))
+        if labelled:
+            looks = _labelled_looks(here, methods)
+            _explain_labels(axes, looks)
+        for line in here:
             _draw_line(axes, [result for result in results if result.family == line], looks[line])
         axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
         axes.set_title(name, parse_math=False)
@@ -69,7 +78,10 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     for axes in all_axes[len(panels) :]:
         axes.remove()
     _label(figure, columns)
-    handles: list[Artist] = [Line2D([], [], label=line, **looks[line]) for line in lines]
+    if labelled:
+        plain = {"color": "black", "ls": "none"} | SIZES
+        looks = {method: {"marker": MARKERS[i % len(MARKERS)]} | plain for i, method in enumerate(methods)}
+    handles: list[Artist] = [Line2D([], [], label=line, **look) for line, look in looks.items()]
     if any(_floor(results) is not None for results in panels.values()):
         label = "closer than dense attention in another type"
         handles.append(Patch(color=GREY, alpha=FLOOR_ALPHA, lw=0, label=label))
@@ -91,11 +103,33 @@ def _kl(result: CellResult) -> Metric | None:
     return metric if metric is not None and metric.value > ROUNDING else None
 
 
-def _look(i: int) -> dict[str, Any]:
-    """The style of the i-th line: a colour of its own, and dashed lines once all colours are used."""
-    again, number = divmod(i, len(COLOURS))
-    marker = MARKERS[(i + again) % len(MARKERS)]
-    return {"color": COLOURS[number], "ls": ("-", "--", ":")[again % 3], "marker": marker, "ms": 5, "lw": 1.2}
+def _looks(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The styles of lines: each has a colour of its own, and lines are dashed once all colours are used."""
+    looks = {}
+    for i, line in enumerate(lines):
+        again, number = divmod(i, len(COLOURS))
+        marker = MARKERS[(i + again) % len(MARKERS)]
+        looks[line] = {"color": COLOURS[number], "ls": ("-", "--", ":")[again % 3], "marker": marker} | SIZES
+    return looks
+
+
+def _labelled_looks(lines: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The styles of a panel's lines: a marker for each method, a colour for each label."""
+    labels = list(dict.fromkeys(label for line in lines if (label := line.partition(LABEL)[2])))
+    colours = {"": "black"} | dict(zip(labels, series_colours(len(labels))))
+    looks = {}
+    for line in lines:
+        method, _, label = line.partition(LABEL)
+        marker = MARKERS[methods.index(method) % len(MARKERS)]
+        looks[line] = {"color": colours[label], "ls": "-", "marker": marker} | SIZES
+    return looks
+
+
+def _explain_labels(axes: Axes, looks: dict[str, dict[str, Any]]) -> None:
+    colours = {line.partition(LABEL)[2]: look["color"] for line, look in looks.items()}
+    handles = [Patch(color=colour, label=label) for label, colour in colours.items() if label]
+    for text in axes.legend(handles=handles, fontsize="small").get_texts():
+        text.set_parse_math(False)
 
 
 def _draw_line(axes: Axes, results: Sequence[CellResult], look_of_it: dict[str, Any]) -> None:
