@@ -50,6 +50,17 @@ def test_lines_points_and_floors(tmp_path: Path) -> None:
         draw_divergence({"novel": [CELLS[0], CELLS[-1]]}, tmp_path / "none.png", "a title")
 
 
+def test_floors_of_several_panels() -> None:
+    """Each panel's is within the axis that they share, whichever comes first."""
+    other = [cell("dense bfloat16", None, 1e-5, 1.0, dense=True), *CELLS[2:4]]
+    for panels in ({"novel": CELLS, "code": other}, {"code": other, "novel": CELLS}):
+        for axes in divergence_figure(panels, "a title").axes:
+            low, high = axes.get_ylim()
+            floor = {"novel": 0.001, "code": 1e-5}[axes.get_title()]
+            band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
+            assert low < floor < high and np.allclose([band.y0, band.y1], [low, floor])
+
+
 def test_a_long_legend_lies_below_the_axes() -> None:
     lines = [cell(f"a method with a long name number {i} K=64", 64, 0.01 * (i + 1), 0.6) for i in range(28)]
     figure = divergence_figure({"novel": lines}, "a title")

@@ -73,8 +73,13 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
         axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
         axes.set_title(name, parse_math=False)
         axes.set(xscale="log", yscale="log")
-    for axes, (_, results) in drawn:  # once the shared axis has its range
-        _draw_floor(axes, results)
+    floors = [(axes, floor) for axes, (_, results) in drawn if (floor := _floor(results)) is not None]
+    for axes, floor in floors:
+        axes.axhline(floor, color=GREY, lw=1.0, zorder=0)
+    low, high = all_axes[0].get_ylim()  # of all panels, with every floor
+    for axes, floor in floors:
+        axes.axhspan(low, floor, color=GREY, alpha=FLOOR_ALPHA, lw=0, zorder=0)
+    all_axes[0].set_ylim(low, high)
     for axes in all_axes[len(panels) :]:
         axes.remove()
     _label(figure, columns)
@@ -82,7 +87,7 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
         plain = {"color": "black", "ls": "none"} | SIZES
         looks = {method: {"marker": MARKERS[i % len(MARKERS)]} | plain for i, method in enumerate(methods)}
     handles: list[Artist] = [Line2D([], [], label=line, **look) for line, look in looks.items()]
-    if any(_floor(results) is not None for results in panels.values()):
+    if floors:
         label = "closer than dense attention in another type"
         handles.append(Patch(color=GREY, alpha=FLOOR_ALPHA, lw=0, label=label))
     handles.append(
@@ -145,16 +150,6 @@ def _draw_line(axes: Axes, results: Sequence[CellResult], look_of_it: dict[str, 
 def _floor(results: Sequence[CellResult]) -> float | None:
     """The KL of dense attention in another type, the largest of several."""
     return max((result.metrics["kl"].value for result in results if result.dense), default=None)
-
-
-def _draw_floor(axes: Axes, results: Sequence[CellResult]) -> None:
-    floor = _floor(results)
-    if floor is None:
-        return
-    axes.axhline(floor, color=GREY, lw=1.0, zorder=0)
-    low, high = axes.get_ylim()
-    axes.axhspan(low, floor, color=GREY, alpha=FLOOR_ALPHA, lw=0, zorder=0)
-    axes.set_ylim(low, high)
 
 
 def _label(figure: Figure, columns: int) -> None:
