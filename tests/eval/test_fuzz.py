@@ -310,6 +310,15 @@ def test_what_more_inputs_found(tmp_path: Path) -> None:
     (tmp_path / "sequence_lengths_per_example.csv").write_text("120\ntrue\n")
     with pytest.raises(UsageError, match="line 2"):
         read.read_sequence_lengths(tmp_path)
+    header = "layer,phase,n_low,n_high,k,rows,mean,p5,p50,p95\n"
+    line = "3,prefill,91,107,64,1530,66.2,31.0,65.0,113.0\n"
+    (tmp_path / "effective_k.csv").write_text(header + line)
+    frame = read.read_effective_k(tmp_path)
+    assert frame is not None and frame["n_high"].tolist() == [107]
+    for damaged in (line.replace("107", "true"), line.replace("64", f"6{header.strip()}4")):
+        (tmp_path / "effective_k.csv").write_text(header + damaged)
+        with pytest.raises(UsageError, match="line 2"):
+            read.read_effective_k(tmp_path)
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "other"])

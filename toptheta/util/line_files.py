@@ -88,7 +88,7 @@ def read_lines(path: Path, form: LineFormat, layer: int | None = None) -> pd.Dat
             raise ValueError("a value is no number")  # pandas reads true as 1
         if form.strict:
             line = form.pattern.replace(" ", "[ \t]+").encode()
-            if re.sub(rb"(?m)^[ \t]*" + line + rb"[ \t\r]*$", b"", content).strip():
+            if re.sub(rb"(?m)^[ \t]*(?:" + line + rb")[ \t\r]*$", b"", content).strip():
                 raise ValueError("a line has another format")
     except (ValueError, OverflowError) as error:
         _find_damage(path, content, form)

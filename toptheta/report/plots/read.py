@@ -87,6 +87,7 @@ def read_effective_k(folder: Path) -> pd.DataFrame | None:
         separator=",",
         replace=((header.encode(), b""),),
         words=PHASES,
+        strict=True,
     )
     return _read(folder, "effective_k.csv", form)
 
