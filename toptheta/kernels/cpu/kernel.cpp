@@ -1,4 +1,4 @@
-// Sparse attention on CPU: the fast path behind backend.py, which compiles this file on first use. It computes what
+// Sparse attention on CPU: the fast path behind backend.py; library.py compiles this file on first use. It computes what
 // attention/reference.py computes; DESIGN sections 2-4 define the terms. q, k and v are float32, bfloat16 or float16
 // (T below): 16-bit numbers are widened as they are loaded, and everything else, the output too, is float32.
 //
@@ -56,7 +56,7 @@ enum { SDC_NONE = 0, SDC_EXACT = 1, SDC_EXP_THRESHOLD = 2, SDC_TABLE = 3 };
 
 extern "C" {
 
-// One call, with the fields of Call in backend.py in the same order; every field is 8 bytes. Strides count elements;
+// One call, with the fields of Call in library.py in the same order; every field is 8 bytes. Strides count elements;
 // the last dimension is contiguous everywhere. A null pointer means that this input or output is not used.
 struct Call {
   int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, threads, type;
@@ -83,7 +83,7 @@ struct Call {
   int32_t* vrow;       // [B, H_kv, N]
   int32_t* row;        // [B, H, Q]
   int32_t* row_vrows;  // [B, H_kv, Q]: V rows that any head of a group keeps; all 0
-  const int64_t* ks;  // calibration: [num_ks], ascending
+  const int64_t* ks;   // calibration: [num_ks], ascending
   int64_t num_ks;
   float *samples, *missing;        // [num_ks, B, H, Q]
   const float* missing_theta;      // [num_ks, H, missing_len]; null: Top-k's R
