@@ -268,6 +268,17 @@ def test_damage_of_single_layers(tiny_model: LlamaForCausalLM) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+def test_damage_in_a_compiled_model(tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a model that is not, though it was compiled before."""
+    update_model(tiny_model)
+    asked = [tokens(batch=1, length=40)], AttentionParams().changed(BUDGET | {"K": 6}), [-3.0], 6
+    expected = measure(tiny_model, *asked)
+    monkeypatch.setattr(tiny_model, "forward", torch.compile(tiny_model.forward, backend="eager"))
+    with torch.no_grad():
+        tiny_model(input_ids=asked[0][0], use_cache=False, logits_to_keep=34)
+    np.testing.assert_array_equal(measure(tiny_model, *asked), expected)
+
+
 @pytest.mark.parametrize(
     "params, says",
     [

@@ -48,7 +48,8 @@ def measure(
     bar = tqdm(
         total=damage.size * len(prompts), desc=f"Sensitivity of layers, K={k}", unit="forward", disable=None
     )
-    with bar, dense_for(model):
+    eagerly = torch.compiler.set_stance("force_eager")  # a compiled model does not see hooks that come later
+    with bar, dense_for(model), eagerly:
         for ids in prompts:
             ids = ids.to(device)
             with _taken(blocks) as inputs:
