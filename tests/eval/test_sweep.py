@@ -5,6 +5,7 @@ import csv
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,15 @@ def test_unfinished_runs_are_resumed_and_never_count(tables: Path, tmp_path: Pat
     assert ["--k", "16", "--output_dir", "products"] in [command[-4:] for command in commands]
     assert run_sweep(options(tables, only="Top-k*K=8"), PARSERS, ROOT) == 0
     assert key in scan(Path("products"), PARSERS).results
+    later = run.with_name(f"{run.name}_later")
+    shutil.copytree(run, later)
+    assert scan(Path("products"), PARSERS).results[key].folder == f"products/{later.name}"
+    kept = {"phase": "prefill", "k": 8, "mean": 8.5}
+    counted = json.loads((run / "results.json").read_text()) | {"effective_k": [kept]}
+    (run / "results.json").write_text(json.dumps(counted))
+    found = scan(Path("products"), PARSERS)  # what counted rows says more than a later run that did not
+    assert found.results[key].folder == f"products/{run.name}"
+    shutil.rmtree(later)
     (run / "results.json").write_text("{half")
     assert key not in scan(Path("products"), PARSERS).results
 
