@@ -17,7 +17,13 @@ from toptheta.calibration.budget import PROMPT_TOKENS, PROMPTS, BudgetCalibratio
 from toptheta.methods.base import NEG_INF
 from toptheta.methods.params import AttentionParams, LayerSpec
 from toptheta.models.kl import kl_divergence
-from toptheta.models.patch import choose_implementation, dense_for, model_device, patched_layers
+from toptheta.models.patch import (
+    choose_implementation,
+    dense_for,
+    execution_device,
+    model_device,
+    patched_layers,
+)
 
 
 def keep_prompts(model: nn.Module, calibration: BudgetCalibration) -> Any:
@@ -44,22 +50,20 @@ def measure(
     states = [layer.toptheta for layer in layers]
     values = [getattr(state.calibration, "values", None) for state in states]
     damage = np.zeros((len(layers), len(log_thetas)))
-    device = model_device(model)
     bar = tqdm(
         total=damage.size * len(prompts), desc=f"Sensitivity of layers, K={k}", unit="forward", disable=None
     )
     eagerly = torch.compiler.set_stance("force_eager")  # a compiled model does not see hooks that come later
     with bar, dense_for(model), eagerly:
         for ids in prompts:
-            ids = ids.to(device)
+            ids = ids.to(model_device(model))
             with _taken(blocks) as inputs:
                 dense = _log_probs(model, ids, k)
             for i, state in enumerate(states):
+                shape, device = (layers[i].config.num_attention_heads, k + 2), execution_device(layers[i])
                 try:
                     for j, log_theta in enumerate(log_thetas):
-                        theta = torch.full(
-                            (layers[i].config.num_attention_heads, k + 2), NEG_INF, device=device
-                        )
+                        theta = torch.full(shape, NEG_INF, device=device)
                         theta[:, k + 1] = float(np.exp(log_theta))
                         state.spec, state.theta, state.values = params.layer(k), theta, values[i]
                         choose_implementation(layers)
