@@ -83,3 +83,10 @@ def test_labelled_rows_share_the_marker_of_their_method() -> None:
     assert texts == [["1 prompts", "2 prompts"], ["1 prompts"]]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[:-1] == ["Top-theta", "budget", "Top-k"]
+
+
+def test_a_panel_above_an_empty_place_has_tick_labels() -> None:
+    figure = divergence_figure(dict.fromkeys(("a", "b", "c"), CELLS[2:4]), "a title")
+    figure.draw_without_rendering()
+    shown = [any(label.get_visible() for label in axes.get_xticklabels()) for axes in figure.axes]
+    assert shown == [False, True, True]

@@ -82,6 +82,8 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     all_axes[0].set_ylim(low, high)
     for axes in all_axes[len(panels) :]:
         axes.remove()
+    for axes in all_axes[len(panels) - columns : len(panels)]:  # nothing is below them
+        axes.xaxis.set_tick_params(labelbottom=True)
     _label(figure, columns)
     if labelled:
         plain = {"color": "black", "ls": "none"} | SIZES
