@@ -40,5 +40,5 @@ def step(
 
 def share_read(asked: AttentionCall, keys: torch.Tensor) -> float:
     """The share of the visible K rows that is read. keys: as in `Counts`."""
-    visible = asked.rows.n.expand(keys.shape[0], 1)[:, None]
+    visible = asked.rows.n.expand(keys.shape[0], -1)[:, None]
     return float(keys.sum() / visible.expand_as(keys).sum())

@@ -77,13 +77,13 @@ class BudgetCalibration(RowSampler):
                 visible = call.rows.mask[:, :, at]
             else:
                 visible = torch.arange(kv_len, device=n.device) < n[:, None, :, None]
-            scores = scores.masked_fill(~visible, NEG_INF)
+            scores.masked_fill_(~visible, NEG_INF)
             log_sum = scores.logsumexp(dim=-1, keepdim=True)
             if call.sinks is not None:
                 log_sum = log_sum.logaddexp(call.sinks.float()[:, None, None])
-            log_weights = scores - log_sum
+            log_weights = scores.sub_(log_sum)
             if factor is not None:
-                log_weights = log_weights + factor[:, :, None]
+                log_weights += factor[:, :, None]
             self.add(log_weights, n, self.chosen[:, at])
 
     def _factors(self, call: AttentionCall) -> Tensor:
@@ -101,15 +101,20 @@ class BudgetCalibration(RowSampler):
 
     def add(self, log_weights: Tensor, n: Tensor, sampled: Tensor) -> None:
         """Add rows: log_weights `[B, H, R, E]`, -inf where not visible; n, sampled: `[B, R]`."""
-        num_heads = log_weights.shape[1]
-        bins = ((log_weights - LOWEST) / WIDTH).clamp(0, BINS - 1).long()
-        bins += torch.arange(num_heads, device=bins.device)[:, None, None] * BINS
-        seen = log_weights > NEG_INF
-        for k in self.ks:
-            used = sampled & (n > k)
-            chosen = bins[seen & used[:, None, :, None]]
-            self.counts[k] += torch.bincount(chosen, minlength=num_heads * BINS).view(num_heads, BINS)
-            self.rows[k] += used.sum()
+        num_heads, end = log_weights.shape[1], log_weights.shape[3]
+        heads = torch.arange(num_heads, device=log_weights.device)[:, None] * BINS
+        counted = sorted(self.counts)
+        for shortest, longest in zip(counted, [*counted[1:], end]):
+            batch, rows = (sampled & (n > shortest) & (n <= longest)).nonzero(as_tuple=True)
+            if batch.numel() == 0:
+                continue
+            chosen = log_weights[batch, :, rows]  # [rows, H, E]
+            bins = chosen.sub_(LOWEST).div_(WIDTH).clamp_(0, BINS - 1).int().add_(heads)
+            counts = torch.bincount(bins.flatten(), minlength=num_heads * BINS).view(num_heads, BINS)
+            counts[:, 0] -= (end - n[batch, rows]).sum()  # the keys that are not visible
+            for k in counted[: counted.index(shortest) + 1]:  # these rows are longer than each of them
+                self.counts[k] += counts
+                self.rows[k] += batch.numel()
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()

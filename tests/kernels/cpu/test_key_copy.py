@@ -38,6 +38,9 @@ def check(asked: AttentionCall, dtype: torch.dtype = torch.float32) -> float:
         out, ours = cpu.run(one)
         assert torch.equal(ours.keys, counts.keys), asked.spec
         assert torch.equal(ours.attn, counts.attn) and torch.equal(ours.vrow, counts.vrow), asked.spec
+        for name in ("row", "row_vrows"):
+            assert (getattr(ours, name) is None) == (getattr(counts, name) is None)
+            assert getattr(ours, name) is None or torch.equal(getattr(ours, name), getattr(counts, name))
         assert out.dtype == dtype
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(out, expected, **tolerance)
@@ -54,6 +57,17 @@ def test_equals_the_reference(kind: str, heads: tuple[int, int, int], copy: str)
     shares = [check(step(kind, heads, spec, copy)) for spec in SPECS]
     if kind == "decode" and heads[0] < 40:
         assert min(shares) < 0.5 and all(share < 1.0 for share in shares)
+
+
+@pytest.mark.parametrize("copy", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["few rows", "chunk", "padded chunk", "static cache", "any mask"])
+def test_several_steps_at_once(kind: str, copy: str) -> None:
+    """As the predictions for a known text are computed."""
+    torch.manual_seed(5)
+    for spec in SPECS:
+        asked = step(kind, HEADS[0], spec, copy)
+        assert asked.count_steps
+        check(replace(asked, count_rows=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -127,6 +141,6 @@ def test_which_calls_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert chosen("decode", HEADS[0], "int4") == chosen("decode", (8, 2, 80), "int8") == "cpu"
     assert chosen("decode", (8, 2, 80), "int4") is None  # no multiple of 32
-    assert chosen("few rows", HEADS[0], "int8") is None  # several steps at once
+    assert chosen("few rows", HEADS[0], "int8") == "cpu"  # several steps at once
     assert chosen("prefill", HEADS[0], "int4", decode=False) == "cpu"
     assert chosen("decode", HEADS[0], "int4", softcap=20.0) is None

@@ -36,8 +36,6 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"head_dim is {head_dim}, and the kernel does multiples of 16 up to {MAX_HEAD_DIM}"
     if call.kernel is None:
         return f"{call.spec.method.title} has no kernel"
-    if call.key_bits and q.shape[2] > 1:
-        return "the kernel reads a copy of K for one decode step at a time"
     if call.key_bits == 4 and head_dim % 32:
         return f"head_dim is {head_dim}, and the kernel reads 4-bit copies of K in multiples of 32"
     if call.grows_when_compiled:
@@ -57,8 +55,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     assert spec is not None
     arguments: tuple[Any, ...] = (
         *_inputs(call, spec), call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc,
-        spec.sdc_scale, spec.vmc, spec.capk, spec.weighed, spec.key_bits, call.count, call.count_rows,
-        call.count_steps,
+        spec.sdc_scale, spec.vmc, spec.capk, spec.weighed, spec.key_bits, call.count,
+        call.count and call.count_rows, call.count_steps,
     )  # fmt: skip
     attend = _operator if torch.compiler.is_compiling() else _attend  # the operator costs microseconds
     out, attn, vrow, row, row_vrows, keys = attend(*arguments)
@@ -110,6 +108,8 @@ def _attend(
         Selection(selection), placement, k_keep, sdc, sdc_scale, vmc, capk, weighed, key_bits
     )  # fmt: skip
     tensors = (q, k, v, n, mask, real, key_real, theta, table, factor, codes, steps, key_mean, v_sum)
+    if codes is not None and q.shape[2] > 1:
+        return _step_by_step(spec, scale, *tensors, first, count, count_rows, count_steps)
     prepared = _Prepared(spec, scale, *tensors, first)
     out, args = prepared.output(), prepared.args
     (batch, num_heads, q_len, _), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
@@ -131,6 +131,69 @@ def _attend(
     return out.to(q.dtype).transpose(1, 2), attn, vrow, row, row_vrows, keys
 
 
+def _step_by_step(
+    spec: KernelSpec,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: Tensor,
+    mask: Tensor | None,
+    real: Tensor | None,
+    key_real: Tensor | None,
+    theta: Tensor | None,
+    table: Tensor | None,
+    factor: Tensor | None,
+    codes: Tensor | None,
+    steps: Tensor | None,
+    key_mean: Tensor | None,
+    v_sum: Tensor | None,
+    first: int,
+    count: bool,
+    count_rows: bool,
+    count_steps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_attend` of several decode steps with a copy of K, of which the library takes one at a time."""
+    (batch, num_heads, q_len, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
+    out = torch.empty(batch, q_len, num_heads, head_dim, dtype=q.dtype)
+    vrow = torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32)
+    row = torch.zeros(batch, num_heads, q_len, dtype=torch.int32)
+    row_vrows, keys = torch.zeros(2, batch, num_kv_heads, q_len, dtype=torch.int32)
+    room: list[Tensor] = []
+    for i in reversed(range(q_len)):  # the longest step first, so that its memory is enough for the others
+        at, end = slice(i, i + 1), kv_len if first < 0 else first + i + 1
+        prepared = _Prepared(
+            spec, scale, q[:, :, at], k[:, :, :end], v[:, :, :end], n[:, at],
+            None if mask is None else mask[:, :, at, :end],
+            None if real is None else real[:, at],
+            None if key_real is None else key_real[:, :end],
+            theta, table, factor, codes, steps, key_mean,
+            None if v_sum is None else v_sum[:, :, at],
+            first if first < 0 else first + i,
+        )  # fmt: skip
+        step = prepared.output()
+        if count:
+            attn = torch.zeros(batch, num_heads, dtype=torch.int64)
+            kept = torch.zeros(batch, num_kv_heads, end, dtype=torch.int32)
+            prepared.args.attn, prepared.args.vrow = attn.data_ptr(), kept.data_ptr()
+        prepared.run(room)
+        out[:, at] = step.transpose(1, 2)
+        if count:
+            assert prepared.read is not None
+            vrow[:, :, :end] += kept
+            row[:, :, i], row_vrows[:, :, i] = attn, (kept > 0).sum(dim=-1)
+            keys[:, :, i] = prepared.read.sum(dim=-1)
+    none = torch.zeros(0, dtype=torch.int32)
+    return (
+        out,
+        row.sum(dim=-1) if count else torch.zeros(0, dtype=torch.int64),
+        vrow if count else none,
+        row if count_rows or count_steps else none,
+        row_vrows if count_steps else none,
+        keys if count else none,
+    )
+
+
 _operator = torch.library.custom_op("toptheta::cpu_attend", mutates_args=())(_attend)
 
 
@@ -147,7 +210,7 @@ def _(
         q.new_empty((batch, num_kv_heads, kv_len) if count else 0, dtype=torch.int32),
         q.new_empty((batch, num_heads, q_len) if count_rows or count_steps else 0, dtype=torch.int32),
         q.new_empty((batch, num_kv_heads, q_len) if count_steps else 0, dtype=torch.int32),
-        q.new_empty((batch, num_kv_heads, 1) if count and key_bits else 0, dtype=torch.int32),
+        q.new_empty((batch, num_kv_heads, q_len) if count and key_bits else 0, dtype=torch.int32),
     )
 
 
@@ -228,7 +291,7 @@ def _inputs(call: AttentionCall, spec: KernelSpec) -> tuple[Any, ...]:
     v_sum = None
     if spec.vmc and call.v_sum is not None and q_len == 1:
         v_sum = call.v_sum
-    elif spec.vmc and first < 0:  # the mask is arbitrary, so the sums are a matrix product
+    elif spec.vmc and (first < 0 or call.key_bits):  # for any mask, or once for several steps
         v_sum = mean_of_visible(call.v, rows) * rows.n[:, None, :, None]
     factor = call.value_factors() if spec.sparse and spec.weighed else None
     copy = call.key_codes() if spec.key_bits and call.key_bits else None
@@ -329,13 +392,20 @@ class _Prepared:
         self.args.out_batch, self.args.out_head, self.args.out_row = out.stride()[:3]
         return out
 
-    def run(self) -> None:
+    def run(self, room: list[Tensor] | None = None) -> None:
+        """room: working memory of a longer call, or an empty list, to be filled for shorter ones."""
         loaded = library.load()
         if isinstance(loaded, str):
             raise RuntimeError(f"the CPU kernel is missing: {loaded}")
-        sizes = (ctypes.c_int64 * 3)()
-        loaded.workspace(ctypes.byref(self.args), sizes)
+        if not room:
+            sizes = (ctypes.c_int64 * 3)()
+            loaded.workspace(ctypes.byref(self.args), sizes)
+            made = [torch.empty(size, dtype=torch.float32) for size in sizes]
+            if room is None:
+                room = made
+            else:
+                room.extend(made)
         self.args.packed, self.args.sums, self.args.scores = (
-            self.keep(torch.empty(size, dtype=torch.float32)).data_ptr() if size else None for size in sizes
+            self.keep(memory).data_ptr() if memory.numel() else None for memory in room
         )
         loaded.run(ctypes.byref(self.args))
