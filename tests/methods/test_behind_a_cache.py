@@ -1,6 +1,8 @@
 """Methods that drop keys for good, in a model: the state follows the cache, whatever the batch or the
 chunks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,9 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from tests.helpers.models import tokens
 from topk_llama import set_params, update_model
+from toptheta.attention.call import AttentionCall
+from toptheta.kernels import registry
+from toptheta.kernels.cpu import library
 from toptheta.models import generation as chunked
 from toptheta.models.control import reading_prompt, record_statistics
 from toptheta.models.recorder import Recorder
@@ -107,3 +112,45 @@ def test_a_prompt_behind_steps_brings_nothing_back(model: LlamaForCausalLM) -> N
     model(tokens(length=2, seed=4), past_key_values=cache)
     kept = recorder.drain()[0][1].attn
     assert (kept < 2 * 15).all() and (kept > 2 * K).all()  # of 24 and 25
+
+
+@pytest.mark.parametrize("method", ["quest", *METHODS])
+@pytest.mark.parametrize("chunk", [None, 9])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prompt_is_dense(
+    tiny_model: LlamaForCausalLM,
+    method: str,
+    chunk: int | None,
+    padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is computed by the fastest kernel, and the method sees only the rows that it needs: the results are
+    those of plain PyTorch."""
+    update_model(tiny_model)
+    set_params(tiny_model, method=method, K=K)
+    batch, seen, found = left_padded((25, 14) if padded else (25,)), [], []
+    plain = registry.sparse_attention
+
+    def watched(call: AttentionCall, *args: Any) -> Any:
+        if not call.decode:
+            seen.append(call.q.shape[2])
+        return plain(call, *args)
+
+    monkeypatch.setattr(registry, "sparse_attention", watched)
+    for forced in ("reference", None):
+        monkeypatch.setattr(registry, "FORCED", forced)
+        seen.clear()
+        recorder = Recorder()
+        record_statistics(tiny_model, recorder)
+        found.append((chunked.generate(tiny_model, batch, chunk, **NEW), recorder.drain()))
+    assert torch.equal(found[0][0], found[1][0])
+    for layer, (one, two) in enumerate(zip(found[0][1][0].values(), found[1][1][0].values())):
+        for name in ("attn", "vrow", "full", "n", "kv_read"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=f"{layer} {name}")
+    for one, two in zip(found[0][1][1].values(), found[1][1][1].values()):
+        for before, after in zip(one, two, strict=True):
+            np.testing.assert_array_equal(before.attn, after.attn)
+    needed = {"quest": 0, "tova": 1, METHODS[-1]: 3}.get(method)
+    if needed is not None and library.ready() is None:
+        whole = [rows for rows in seen if rows > needed]  # where the last rows of a sequence are padding
+        assert len(whole) == (3 if padded and chunk and needed else 0)

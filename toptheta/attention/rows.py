@@ -4,7 +4,7 @@ A mask of None is the plain causal mask of an unpadded batch, for which no `[Q, 
 """
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,18 @@ class Rows:
             same = torch.equal(self.key_real[:, :end], before[:, :end])
             self._continued = (weakref.ref(before), end, same)
         return self._continued[2]
+
+    def last(self, count: int) -> "Rows":
+        """The last `count` rows."""
+        q_len = self.n.shape[1]
+        return replace(
+            self,
+            n=self.n[:, -count:],
+            real=None if self.real is None else self.real[:, -count:],
+            mask=None if self.mask is None else self.mask[:, :, -count:],
+            first=None if self.first is None else self.first + q_len - count,
+            first_on_device=None if self.first_on_device is None else self.first_on_device + q_len - count,
+        )
 
     def end(self, stop: int, kv_len: int) -> int:
         """The number of leading keys that rows before `stop` can see at most."""

@@ -6,8 +6,9 @@ imported. A backend is one line in BACKENDS.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from toptheta.attention.call import AttentionCall, Counts
@@ -17,6 +18,7 @@ from toptheta.kernels.cpu import backend as cpu
 from toptheta.kernels.triton import backend as triton
 from toptheta.kernels.triton import probe
 from toptheta.kernels.tuned import use_tiles
+from toptheta.methods.params import LayerSpec
 from toptheta.util.errors import UsageError
 
 
@@ -56,8 +58,33 @@ FORCED = os.environ.get("TOPTHETA_KERNEL") or None
 def attend(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     """`sparse_attention` of attention/reference.py, computed by the backend that `choose` selects. Raises
     UsageError if the backend set by TOPTHETA_KERNEL cannot compute this call."""
+    seen = _prompt_rows(call)
+    if seen is not None:
+        return _dense_prompt(call, seen)
     backend = choose(call)
     return sparse_attention(call) if backend is None else backend.run(call)
+
+
+def _dense_prompt(call: AttentionCall, seen: int) -> tuple[Tensor, Counts | None]:
+    """A prompt that the method leaves dense, of which it sees the last `seen` rows in plain PyTorch."""
+    if seen > 0:
+        last = replace(call, q=call.q[:, :, -seen:], rows=call.rows.last(seen), count=False, count_rows=False)
+        sparse_attention(last)
+    return attend(replace(call, spec=LayerSpec(), state=None))
+
+
+def _prompt_rows(call: AttentionCall) -> int | None:
+    """Of a prompt that is dense, how many of the last rows the method has to see; None: the method computes
+    the whole call."""
+    spec, q_len, real = call.spec, call.q.shape[2], call.rows.real
+    if FORCED is not None or torch.compiler.is_compiling() or call.decode:
+        return None
+    if not spec.sparse or not spec.method.decode_only:
+        return None
+    seen = spec.method.prompt_rows(spec.k, call.state)
+    if seen is None or seen >= q_len or seen > 0 and real is not None and not real[:, -seen:].all():
+        return None
+    return seen
 
 
 def keys_read(call: AttentionCall) -> Tensor | None:

@@ -224,6 +224,11 @@ class Method:
         """The number of rows of a block, given that `rows` is a good size."""
         return rows
 
+    def prompt_rows(self, budget: int, state: State | None) -> int | None:
+        """Of a method whose prompts are dense: the number of last rows of a part of a prompt that it has to
+        see, while the part is computed without it; None: all of them."""
+        return None if self.needs_prompt else 0
+
     def after(self, block: Block, weights: Tensor) -> None:
         """Update `block.state` from the rows' final weights `[B, H, R, E]`, which are 0 where not kept."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from toptheta.methods.base import NEG_INF, Block, Method, RowTables, register
-from toptheta.methods.state import State
+from toptheta.methods.state import State, drops_any
 from toptheta.methods.top_k import keep_largest
 from toptheta.methods.top_theta import keep_recent
 from toptheta.util.errors import UsageError
@@ -78,6 +78,11 @@ class SnapKV(Method):
         pooled = POOLS[self.pool](scores, self.pool_size, stride=1, padding=self.pool_size // 2)
         heavy = keep_largest(pooled.masked_fill(~others, NEG_INF), budget - size, earlier=True)
         state.tensors["dropped"] = others & ~heavy
+
+    def prompt_rows(self, budget: int, state: State | None) -> int | None:
+        return (
+            None if drops_any(state) else self._size(budget)
+        )  # what steps have dropped stays away from a prompt, too
 
     def after(self, block: Block, weights: Tensor) -> None:
         state = block.state

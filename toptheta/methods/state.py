@@ -100,3 +100,8 @@ class State:
             if self.owner is not None:
                 self.clear()
             self.owner = method
+
+
+def drops_any(state: State | None) -> bool:
+    """Whether a key was dropped for good, by the tensor of that name."""
+    return state is not None and "dropped" in state.tensors and bool(state.tensors["dropped"].any())

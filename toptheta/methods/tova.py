@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toptheta.methods.base import NEG_INF, Block, Method, RowTables, register
+from toptheta.methods.state import State, drops_any
 from toptheta.methods.top_k import keep_largest
 from toptheta.methods.top_theta import keep_recent
 
@@ -45,6 +46,9 @@ class TOVA(Method):
             ranked = last.masked_fill(~cached, NEG_INF)
             dropped |= cached & ~keep_largest(ranked, block.budget, earlier=True)
         return block.visible & ~dropped[:, None, None]
+
+    def prompt_rows(self, budget: int, state: State | None) -> int | None:
+        return None if drops_any(state) else 1  # what steps have dropped stays away from a prompt, too
 
     def after(self, block: Block, weights: Tensor) -> None:
         assert block.state is not None
