@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.helpers.effective_k import histogram_of
 from tests.helpers.paths import ROOT
@@ -145,3 +146,22 @@ def test_columns_are_what_results_hold() -> None:
     not_run = report.SweepRow("t", "Top-theta", 64, None)
     assert "not run" in report.sweep_csv([]) + report.sweep_markdown("T", "t", [not_run])
     assert report.sweep_csv([not_run]).splitlines()[1] == "t,Top-theta,64" + 11 * ","
+
+
+@pytest.mark.parametrize(
+    "value, stderr, text",
+    [
+        (0.0123, 0.0004, "0.0123 ± 0.0004"),
+        (0.1545, 0.0069, "0.1545 ± 0.0069"),
+        (0.00118, 0.000041, "0.00118 ± 0.00004"),
+        (-9.5e-5, 3.7e-4, "-0.0001 ± 0.0004"),
+        (1.5e-4, 5.0e-6, "0.000150 ± 0.000005"),
+        (1.2e-7, 3.0e-8, "1.2e-07 ± 3.0e-08"),
+        (0.0, 0.0, "0.0000 ± 0.0000"),
+        (0.0023, None, "0.0023"),
+        (9.4e-4, None, "0.00094"),
+        (0.0, None, "0.0000"),
+    ],
+)
+def test_small_numbers_keep_their_standard_error(value: float, stderr: float | None, text: str) -> None:
+    assert report.small(Metric(value, stderr, 10)) == text

@@ -103,9 +103,10 @@ def _calibrate(
 
     def write() -> CalibrationTables:
         checkpoint.save()  # tables may take long, too
+        by_ks: dict[tuple[int, ...] | None, CalibrationTables] = {}
         for target, folder, ks in [*targets, (cell, product.path, own_ks)]:
             folder.mkdir(parents=True, exist_ok=True)
-            tables = calibrated_tables(model, ks)
+            tables = by_ks[ks] = by_ks.get(ks) or calibrated_tables(model, ks)
             tables.meta |= {"task": settings.calibration_task, "method": target.method.spec}
             if target is cell:  # what a resumed run reports; the other cells cost nothing more
                 tables.meta["seconds"] = f"{checkpoint.seconds_so_far():.1f}"

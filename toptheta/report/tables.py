@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, isnan, log
+from math import exp, floor, isnan, log, log10
 from typing import Any
 
 import numpy as np
@@ -126,9 +126,12 @@ def flips(result: CellResult, name: str) -> str:
 
 
 def small(metric: Metric) -> str:
-    """'0.0123 ± 0.0004', or '1.2e-07 ± 3.0e-08' for small values."""
+    """'0.0123 ± 0.0004', or with more digits where needed to show the standard error (or, without one, two
+    digits of the value): '0.00118 ± 0.00004', '1.2e-07 ± 3.0e-08'."""
     numbers = [metric.value] if metric.stderr is None else [metric.value, metric.stderr]
-    spec = ".1e" if 0 < abs(metric.value) < 0.001 else ".4f"
+    least, wanted = abs(numbers[-1]), 1 if metric.stderr is not None else 2
+    digits = 4 if least == 0.0 else max(4, wanted - 1 - floor(log10(least)))
+    spec = f".{digits}f" if digits <= 6 else ".1e"
     return " ± ".join(format(number, spec) for number in numbers)
 
 
