@@ -101,7 +101,7 @@ def kernels(
     rows = sizes | tile | {"BLOCK_G": block_g}
     splits, listing = {"BLOCK_S": triton_decode.part_block(1)}, {"BLOCK_F": triton_decode.BLOCK_F}
     tile, prefill = split_off(triton_prefill.options(about, DTYPES[dtype], block_d, True))
-    _, unskipped = split_off(triton_prefill.options(about, DTYPES[dtype], block_d, False))
+    other_tile, unskipped = split_off(triton_prefill.options(about, DTYPES[dtype], block_d, False))
     blocks = sizes | tile | {"FLAT": about.blackwell, "SUM_BLOCK": triton_prefill.SUM_BLOCK}
     merged = sizes | splits | {"STEP": 16}
     merge: dict[str, int] = {"num_warps": 4}
@@ -174,8 +174,8 @@ def kernels(
                     continue
                 extra = [f"{flag} {value}" for flag, value in chosen.items()] if every else []
                 label = ", ".join([name, *(["masked"] if flags else []), *extra])
-                own = options if chosen.get("SKIP", True) else unskipped
-                found[label] = (function, constants | chosen | mask, own)
+                tile, own = ({}, options) if chosen.get("SKIP", True) else (other_tile, unskipped)
+                found[label] = (function, constants | tile | chosen | mask, own)
     return found
 
 

@@ -54,3 +54,16 @@ def test_dense_prefill_fits_chips_with_little_shared_memory(chip):
     (name,) = (name for name in names if "COUNT True" in name and "SKIP False" in name)
     function, constants, options = kernels(chip, every=True)[name]
     assert fault(function, constants | {"SDC": 0}, options, "bf16", chip) is None
+
+
+@needs_triton
+@pytest.mark.skipif(gpu.INTERPRETED, reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("chip", ["sm_86", "gfx942"])
+def test_tuned_tiles_fit_other_builds(chip):
+    """A tile that is the fastest for one build may be too large for another."""
+    from toptheta.kernels.triton import tiles
+
+    with tiles.configured("prefill", {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}):
+        function, constants, options = kernels(chip)["prefill, masked"]
+        assert fault(function, constants | {"COUNT": True}, options, "bf16", chip) is None
+    assert constants["BLOCK_N"] == (64 if chip == "sm_86" else 128)

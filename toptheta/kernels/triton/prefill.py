@@ -32,7 +32,6 @@ from toptheta.methods.base import KernelSpec
 # Rows and keys of a tile, warps and pipeline stages, for 16-bit types and head_dim up to 128.
 TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 SKIP = True  # `prefill_kernel`'s SKIP in sparse attention; dense attention never skips
-ALL_STAGES = 128 << 10  # bytes of shared memory: K and V of all stages of TILE, counts and any mask fit
 VARYING = ["q_len", "kv_len", "theta_len", "table_len"]  # one build serves every length
 
 
@@ -271,15 +270,30 @@ def prefill_kernel(
 
 
 def options(chip: Chip, dtype: torch.dtype, block_d: int, skip: bool) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages: the tiles of all stages must fit in shared memory, of K and,
-    unless skip (`prefill_kernel`'s SKIP), also of V."""
+    """Tile sizes, warps and pipeline stages. skip: `prefill_kernel`'s SKIP. TILE, which may be tuned on
+    builds with SKIP, gets fewer stages, then fewer keys, until it fits in shared memory."""
     if dtype == torch.float32:  # products without tensor cores
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if block_d > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if not skip and chip.shared < ALL_STAGES:
-        return TILE | {"num_stages": min(2, TILE["num_stages"])}
-    return TILE
+    tile = dict(TILE)
+    while tile["num_stages"] > 2 and shared_bytes(chip, tile, block_d, skip) > chip.shared:
+        tile["num_stages"] -= 1
+    while tile["BLOCK_N"] > 32 and shared_bytes(chip, tile, block_d, skip) > chip.shared:
+        tile["BLOCK_N"] //= 2
+    return tile
+
+
+def shared_bytes(chip: Chip, tile: dict[str, int], block_d: int, skip: bool) -> int:
+    """About how many bytes of shared memory a program of a 16-bit type takes at most, by what Triton 3.7.1
+    builds: q (not on AMD chips), K for each stage of the pipeline, and V for one or, unless skip, for each;
+    AMD chips have one stage less."""
+    keys, stages = tile["BLOCK_N"], tile["num_stages"]
+    if chip.backend == "hip":
+        rows = keys * (stages if skip else 2 * stages - 1)
+    else:
+        rows = tile["BLOCK_M"] + keys * (stages + 1 if skip else 2 * stages)
+    return 2 * block_d * rows
 
 
 def prefill(
