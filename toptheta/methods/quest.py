@@ -76,23 +76,30 @@ class Quest(Method):
         batch, num_kv_heads, end, head_dim = k.shape
         pages, count = -(-end // self.page), visible.sum(dim=-1)
         newest = (count - 1).clamp_min(0)  # [B, R]
-        at = place[:, None, :, None].expand_as(k)
-        of_newest = newest[:, None, :, None].expand(-1, num_kv_heads, -1, head_dim)
+        page = newest // self.page
+        # The visible keys in their order, by page; places behind the last one are empty.
+        seen, index = visible[:, -1], place.new_zeros(len(place), pages * self.page + 1)
+        number = torch.arange(end, device=k.device).expand_as(place)
+        index.scatter_(1, place.masked_fill(~seen, pages * self.page), number)
+        at = index[:, None, :-1, None].expand(batch, num_kv_heads, -1, head_dim)
+        by_page = k.gather(2, at).unflatten(2, (pages, self.page))
+        empty = torch.arange(pages * self.page, device=k.device) >= seen.sum(dim=-1, keepdim=True)
+        empty = empty.view(-1, 1, pages, self.page, 1)
+        of_newest = page[:, None, :, None, None].expand(batch, num_kv_heads, -1, self.page, head_dim)
+        inside = torch.arange(self.page, device=k.device) <= (newest % self.page)[..., None]  # [B, R, page]
         grouped = q.view(batch, num_kv_heads, -1, *q.shape[2:])
         whole, newest_page = [], []
         for sign in (1.0, -1.0):  # the largest, and the largest of -k
-            seen = (sign * k).masked_fill(~visible[:, -1, None, :, None], NEG_INF)
-            start = k.new_full((batch, num_kv_heads, pages * self.page, head_dim), NEG_INF)
-            by_place = start.scatter_reduce(2, at, seen, "amax").unflatten(2, (pages, self.page))
-            running = by_place.cummax(dim=3).values
-            largest = running[:, :, :, -1]
+            keys = (sign * by_page).masked_fill(empty, NEG_INF)
+            largest = keys.amax(dim=3)
             part = (sign * grouped).clamp_min(0.0)
             whole.append(part @ largest.masked_fill(largest == NEG_INF, 0.0).transpose(2, 3)[:, :, None])
-            bound = running.flatten(2, 3).gather(2, of_newest)
+            own = keys.gather(2, of_newest).masked_fill(~inside[:, None, ..., None], NEG_INF)
+            bound = own.amax(dim=3)
             newest_page.append((part * bound.masked_fill(bound == NEG_INF, 0.0)[:, :, None]).sum(dim=-1))
         scores = (whole[0] + whole[1]).flatten(1, 2)
-        page = (newest // self.page)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
-        scores = scores.scatter(-1, page, sum(newest_page).flatten(1, 2)[..., None])
+        own_page = page[:, None, :, None].expand(batch, scores.shape[1], -1, 1)
+        scores = scores.scatter(-1, own_page, sum(newest_page).flatten(1, 2)[..., None])
         beyond = torch.arange(pages, device=q.device) * self.page >= count[..., None]
         return scores.masked_fill(beyond[:, None], NEG_INF)
 
