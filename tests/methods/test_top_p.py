@@ -10,8 +10,9 @@ from tests.helpers.models import tokens
 from topk_llama import set_params, update_model
 from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
-from toptheta.methods.base import parse_method
+from toptheta.methods.base import Block, RowTables, parse_method
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_k import keep_largest
 from toptheta.methods.top_p import TopP
 from toptheta.util.errors import UsageError
 
@@ -92,3 +93,24 @@ def test_its_names() -> None:
     assert method == TopP(0.9) and method.label(64) == "Top-p p=0.9" and method.folder(64) == "top_p_p0.9"
     with pytest.raises(UsageError, match="p is 1.5: give a share"):
         parse_method("top_p:p=1.5")
+
+
+def test_of_equal_weights_the_first_are_kept() -> None:
+    """Here and in every rule that ranks keys (`keep_largest`), as a stable sort decides."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 6, (4, 3, 50), generator=generator).float()  # many are equal
+    x[0, :, 20:] = -torch.inf
+    order = x.sort(dim=-1, descending=True, stable=True)
+    for k in (0, 1, 7, 25, 49, 50, 60):
+        expected = torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order.indices[..., :k], True)
+        assert torch.equal(keep_largest(x, k, earlier=True), expected & (x > -torch.inf)), k
+    weights = x.clamp_min(0.0) / x.clamp_min(0.0).sum(dim=-1, keepdim=True)
+    sums = order.values.clamp_min(0.0).cumsum(dim=-1).double() / x.clamp_min(0.0).sum(dim=-1, keepdim=True)
+    block = Block(weights, weights, torch.full((4, 1), 50), None, 0, 0, are_weights=True)
+    for p in (0.11, 0.53, 0.87):
+        count = (sums < p).sum(dim=-1) + 1
+        for i, j in torch.cartesian_prod(torch.arange(4), torch.arange(3)).tolist():
+            first = order.indices[i, j, : count[i, j]]
+            expected = torch.zeros(50, dtype=torch.bool).index_fill_(0, first, True)
+            kept = TopP(p=p).keep(block, RowTables())[i, j]
+            assert torch.equal(kept, expected), (p, i, j)

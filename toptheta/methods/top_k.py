@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,24 @@ def keep_largest(x: Tensor, k: int, earlier: bool = False) -> Tensor:
     earlier: among ties keep the earlier keys, on every device; otherwise unspecified."""
     if k >= x.shape[-1]:
         return x > NEG_INF
+    if k <= 0:
+        return torch.zeros_like(x, dtype=torch.bool)
     if earlier:
-        index = x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    else:
-        index = x.topk(k, dim=-1, sorted=False).indices
+        least = x.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        return keep_first(x, least, k) & (x > NEG_INF)
+    index = x.topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, index, True) & (x > NEG_INF)
+
+
+def keep_first(x: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
+    """Keep `count` of `x` `[..., E]`: all above `least`, and the first of those that equal it. least: `[...,
+    1]`, the value of the last one kept; count: `[..., 1]`."""
+    above, tied = x > least, x == least
+    return above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+
+
+def sorted_values(x: Tensor) -> Tensor:
+    """`x` sorted along its last dimension, without indices: on a CPU numpy takes a tenth of torch's time."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(dim=-1).values

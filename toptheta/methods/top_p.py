@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toptheta.methods.base import Block, Method, RowTables, register
+from toptheta.methods.top_k import keep_first, sorted_values
 from toptheta.util.errors import UsageError
 
 
@@ -31,10 +32,11 @@ class TopP(Method):
     uses_k = False
 
     def keep(self, block: Block, tables: RowTables) -> Tensor:
-        largest, index = block.weights.sort(dim=-1, descending=True, stable=True)
+        weights = block.weights.detach()
+        largest = sorted_values(weights).flip(-1)
         before = largest.cumsum(dim=-1, dtype=torch.float64) - largest  # of all that are larger
-        keep = torch.zeros_like(block.x, dtype=torch.bool).scatter_(-1, index, before < self.p)
-        return keep & block.visible
+        count = (before < self.p).sum(dim=-1, keepdim=True)
+        return keep_first(weights, largest.gather(-1, count - 1), count) & block.visible
 
     def check(self, flag: Callable[[str], str] = str) -> None:
         if not 0.0 < self.p <= 1.0:
