@@ -291,7 +291,7 @@ def _inputs(call: AttentionCall, spec: KernelSpec) -> tuple[Any, ...]:
     v_sum = None
     if spec.vmc and call.v_sum is not None and q_len == 1:
         v_sum = call.v_sum
-    elif spec.vmc and (first < 0 or call.key_bits):  # for any mask, or once for several steps
+    elif spec.vmc and (first < 0 or call.key_bits and q_len > 1):  # any mask, or once for several steps
         v_sum = mean_of_visible(call.v, rows) * rows.n[:, None, :, None]
     factor = call.value_factors() if spec.sparse and spec.weighed else None
     copy = call.key_codes() if spec.key_bits and call.key_bits else None
