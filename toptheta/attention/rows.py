@@ -5,6 +5,7 @@ A mask of None is the plain causal mask of an unpadded batch, for which no `[Q, 
 
 import weakref
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -133,9 +134,9 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     scaled_dot_product_attention; a single row then sees every key.
     """
     if mask is None:
-        if q_len == 1:
-            return Rows(n=torch.full((1, 1), kv_len, device=device), first=kv_len - 1, causal=True)
-        return Rows(n=torch.arange(1, q_len + 1, device=device)[None], first=0, causal=True)
+        if torch.compiler.is_compiling():
+            return _causal(q_len, kv_len, device)
+        return _causal_of_step(q_len, kv_len, device, torch.is_inference_mode_enabled())
     traced = torch.compiler.is_compiling()  # a traced tensor is no key: counted again in each layer
     known = None if traced else _rows_of_mask.get(mask)
     if known is not None:
@@ -154,6 +155,18 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     if not traced:
         _rows_of_mask[mask] = rows
     return rows
+
+
+def _causal(q_len: int, kv_len: int, device: torch.device) -> Rows:
+    if q_len == 1:
+        return Rows(n=torch.full((1, 1), kv_len, device=device), first=kv_len - 1, causal=True)
+    return Rows(n=torch.arange(1, q_len + 1, device=device)[None], first=0, causal=True)
+
+
+@lru_cache(maxsize=8)  # devices that the layers of a model are spread over
+def _causal_of_step(q_len: int, kv_len: int, device: torch.device, inference: bool) -> Rows:
+    """The same for all layers. inference: whether autograd cannot use its tensors."""
+    return _causal(q_len, kv_len, device)
 
 
 def remember(mask: Tensor, rows: Rows) -> None:

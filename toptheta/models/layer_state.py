@@ -141,14 +141,14 @@ class LayerState(nn.Module):
 
     def complete(self, call: AttentionCall) -> None:
         """Add to a call the layer's tables, on its device, and what the cache stores besides K and V."""
-        for name in ("theta", "sdc_table"):
-            table = getattr(self, name)
-            if table is not None and table.device != call.q.device:  # an offloaded layer computes elsewhere
-                setattr(self, name, table.to(call.q.device))
-        if self.values is not None and self.values.gram.device != call.q.device:
+        tables, device = self._buffers, call.q.device
+        for name, table in tables.items():
+            if table is not None and table.device != device:  # an offloaded layer computes elsewhere
+                setattr(self, name, table.to(device))
+        if self.values is not None and self.values.gram.device != device:
             parts = (self.values.gram, self.values.mean, self.values.scale)
-            self.values = ValueNorms(*(part.to(call.q.device) for part in parts))
-        call.theta, call.sdc_table, call.values = self.theta, self.sdc_table, self.values
+            self.values = ValueNorms(*(part.to(device) for part in parts))
+        call.theta, call.sdc_table, call.values = tables["theta"], tables["sdc_table"], self.values
         extras = self.now.extras
         if extras is not None:
             call.int8 = extras.int8

@@ -42,13 +42,14 @@ class VSum:
             return None
         assert rows.first is not None
         end, key_real = rows.first + 1, rows.key_real
-        start, total = 0, torch.zeros((), dtype=torch.float64)
         if self._sum is not None and self._end == end - 1 and rows.continues(self._key_real, self._end):
-            start, total = end - 1, self._sum
-        new = value.detach()[:, :, start:end]
-        if key_real is not None:
-            new = new * key_real[:, None, start:end, None]
-        self._sum = total + new.sum(dim=2, dtype=torch.float64)
+            new = (value.detach() if value.requires_grad else value)[:, :, end - 1]
+            self._sum = self._sum + (new if key_real is None else new * key_real[:, None, end - 1, None])
+        else:
+            seen = value.detach()[:, :, :end]
+            if key_real is not None:
+                seen = seen * key_real[:, None, :end, None]
+            self._sum = seen.sum(dim=2, dtype=torch.float64)
         self._end, self._key_real = end, key_real
         self._values, self._version = weakref.ref(value), value._version
         return self._sum.float()

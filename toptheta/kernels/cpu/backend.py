@@ -53,13 +53,14 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     H, D]` tensor."""
     spec = call.kernel
     assert spec is not None
-    arguments: tuple[Any, ...] = (
-        *_inputs(call, spec), call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc,
-        spec.sdc_scale, spec.vmc, spec.capk, spec.weighed, spec.key_bits, call.count,
-        call.count and call.count_rows, call.count_steps,
-    )  # fmt: skip
+    steps = call.key_bits > 0 and call.q.shape[2] > 1
+    if not call.count and not steps and not torch.compiler.is_compiling():  # most decode steps
+        prepared = _Prepared(spec, call.scale, *_inputs(call, spec))
+        out = prepared.output()
+        prepared.run()
+        return (out if out.dtype == call.q.dtype else out.to(call.q.dtype)), None
     attend = _operator if torch.compiler.is_compiling() else _attend  # the operator costs microseconds
-    out, attn, vrow, row, row_vrows, keys = attend(*arguments)
+    out, attn, vrow, row, row_vrows, keys = attend(*_arguments(call, spec))
     if not call.count:
         return out.transpose(1, 2), None
     counts = Counts(attn, vrow)
@@ -70,6 +71,15 @@ def run(call: AttentionCall) -> tuple[Tensor, Counts | None]:
     if call.key_bits:
         counts.keys = keys if call.rows.real is None else keys * call.rows.real[:, None]
     return out.transpose(1, 2), counts
+
+
+def _arguments(call: AttentionCall, spec: KernelSpec) -> tuple[Any, ...]:
+    """Those of `_attend`."""
+    return (
+        *_inputs(call, spec), call.scale, int(spec.selection), spec.placement, spec.k, spec.sdc,
+        spec.sdc_scale, spec.vmc, spec.capk, spec.weighed, spec.key_bits, call.count,
+        call.count and call.count_rows, call.count_steps,
+    )  # fmt: skip
 
 
 def _attend(
@@ -158,8 +168,8 @@ def _step_by_step(
     out = torch.empty(batch, q_len, num_heads, head_dim, dtype=q.dtype)
     vrow = torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32)
     row = torch.zeros(batch, num_heads, q_len, dtype=torch.int32)
-    row_vrows, keys = torch.zeros(2, batch, num_kv_heads, q_len, dtype=torch.int32)
-    room: list[Tensor] = []
+    row_vrows, keys = (torch.zeros(batch, num_kv_heads, q_len, dtype=torch.int32) for _ in range(2))
+    room: list[Tensor | None] = []
     for i in reversed(range(q_len)):  # the longest step first, so that its memory is enough for the others
         at, end = slice(i, i + 1), kv_len if first < 0 else first + i + 1
         prepared = _Prepared(
@@ -183,14 +193,13 @@ def _step_by_step(
             vrow[:, :, :end] += kept
             row[:, :, i], row_vrows[:, :, i] = attn, (kept > 0).sum(dim=-1)
             keys[:, :, i] = prepared.read.sum(dim=-1)
-    none = torch.zeros(0, dtype=torch.int32)
-    return (
+    return (  # an operator's outputs share no memory
         out,
-        row.sum(dim=-1) if count else torch.zeros(0, dtype=torch.int64),
-        vrow if count else none,
-        row if count_rows or count_steps else none,
-        row_vrows if count_steps else none,
-        keys if count else none,
+        row.sum(dim=-1) if count else row.new_zeros(0, dtype=torch.int64),
+        vrow if count else vrow.new_zeros(0),
+        row if count_rows or count_steps else row.new_zeros(0),
+        row_vrows if count_steps else row_vrows.new_zeros(0),
+        keys if count else keys.new_zeros(0),
     )
 
 
@@ -303,6 +312,11 @@ def _inputs(call: AttentionCall, spec: KernelSpec) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _plain(table: Tensor) -> Tensor:
+    """As the library reads it. Asking costs less than a conversion that has nothing to do."""
+    return table if table.dtype == torch.float32 and table.is_contiguous() else table.float().contiguous()
+
+
 class _Prepared:
     """A Call of the library, and the tensors that its pointers refer to."""
 
@@ -340,7 +354,7 @@ class _Prepared:
         args.post_softmax = spec.placement == "post-softmax"
         args.sdc, args.sdc_scale = SDC_METHODS.index(spec.sdc), spec.sdc_scale
         args.capk, args.vmc = spec.capk, spec.vmc
-        n = self.keep(n.contiguous())
+        n = self.keep(n if n.is_contiguous() else n.contiguous())
         args.n, args.n_batch = n.data_ptr(), self.batch_stride(n)
         if mask is not None:
             mask = self.keep(mask if mask.stride(3) == 1 else mask.contiguous())
@@ -353,10 +367,10 @@ class _Prepared:
             real = self.keep(real.contiguous())
             args.real, args.real_batch = real.data_ptr(), self.batch_stride(real)
         if theta is not None:
-            theta = self.keep(theta.float().contiguous())
+            theta = self.keep(_plain(theta))
             args.theta, args.theta_len = theta.data_ptr(), theta.shape[1]
         if table is not None:
-            table = self.keep(table.float().contiguous())
+            table = self.keep(_plain(table))
             args.table, args.table_len = table.data_ptr(), table.shape[1]
         if factor is not None:
             factor = self.keep(factor)
@@ -392,7 +406,7 @@ class _Prepared:
         self.args.out_batch, self.args.out_head, self.args.out_row = out.stride()[:3]
         return out
 
-    def run(self, room: list[Tensor] | None = None) -> None:
+    def run(self, room: list[Tensor | None] | None = None) -> None:
         """room: working memory of a longer call, or an empty list, to be filled for shorter ones."""
         loaded = library.load()
         if isinstance(loaded, str):
@@ -400,12 +414,12 @@ class _Prepared:
         if not room:
             sizes = (ctypes.c_int64 * 3)()
             loaded.workspace(ctypes.byref(self.args), sizes)
-            made = [torch.empty(size, dtype=torch.float32) for size in sizes]
+            made = [torch.empty(size, dtype=torch.float32) if size else None for size in sizes]
             if room is None:
                 room = made
             else:
                 room.extend(made)
         self.args.packed, self.args.sums, self.args.scores = (
-            self.keep(memory).data_ptr() if memory.numel() else None for memory in room
+            None if memory is None else self.keep(memory).data_ptr() for memory in room
         )
         loaded.run(ctypes.byref(self.args))
