@@ -103,3 +103,20 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match=r"No space left on device: .*tradeoff.png"):
         draw_tradeoff(tradeoff_results(), path, "t")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+def test_tradeoff_of_paired_results_has_paired_bars() -> None:
+    """Where each sparse result was compared with dense question by question, and there is one dense."""
+    extra = {"paired": {"scores": {"acc_norm": {"value": -0.01, "stderr": 0.005}}}}
+    results = [result if result.dense else replace(result, extra=extra) for result in tradeoff_results()]
+
+    def bars_and_legend(some: list[CellResult]) -> tuple[set[float], str]:
+        figure, _ = tradeoff_figure(some, "t")
+        axes = figure.axes[0]
+        ends = [path.vertices[:, 1] for bars in axes.collections for path in bars.get_paths()]
+        return {round(float(np.ptp(y)), 6) for y in ends}, figure.legends[0].get_texts()[-1].get_text()
+
+    assert bars_and_legend(results) == ({1.0}, "± paired standard error, to dense")
+    unpaired = ({4.0}, "± standard error (band, bars)")
+    assert bars_and_legend([*results, results[0]])[1] == unpaired[1]
+    assert bars_and_legend([*results[:-1], tradeoff_results()[-1]]) == unpaired

@@ -22,6 +22,7 @@ from toptheta.report.plots.style import (
     series_colours,
 )
 from toptheta.report.results import DECODE, PREFILL, CellResult
+from toptheta.report.tables import SCORE_OF
 from toptheta.util.errors import UsageError
 
 MIN_SPAN = 10.0  # of a panel, in % of dense
@@ -35,8 +36,10 @@ def draw_tradeoff(
 ) -> list[str]:
     """Draw accuracy against kept attention elements and kept V rows (% of dense), and write it to `path`.
 
-    results: of one task. Dense ones become a horizontal line with a band of one stderr; of a sparse method
-    the points of several K are joined. phase: the one whose kept shares are drawn; None: decode if every
+    results: of one task. Dense ones become a horizontal line; of a sparse method the points of several K are
+    joined. Error bars are the standard error of the difference from dense on the same questions if all sparse
+    results have it (only then can they tell methods apart), else those of each result and, as a band, of
+    dense. phase: the one whose kept shares are drawn; None: decode if every
     sparse result has it, else prefill. Returns a sentence for each result that is not drawn. Raises
     UsageError if there is nothing to draw, or the results have several tasks or no metric in common.
     """
@@ -75,6 +78,8 @@ def tradeoff_figure(
             "--no_statistics."
         )
 
+    paired = len(dense) == 1 and all(_paired_stderr(result, metric) is not None for result in placed)
+    bar_of = _paired_stderr if paired else _stderr
     families: dict[str, list[CellResult]] = {}
     for result in placed:
         families.setdefault(result.family, []).append(result)
@@ -91,7 +96,7 @@ def tradeoff_figure(
             points.sort(key=lambda point: point[0])
             x = [100.0 * share for share, _ in points]
             y = [scale * r.metrics[metric].value for _, r in points]
-            errors = [scale * _stderr(r, metric) for _, r in points]
+            errors = [scale * (bar_of(r, metric) or 0.0) for _, r in points]
             axes.errorbar(
                 x, y, yerr=errors, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=0.9, capsize=2.5
             )
@@ -102,10 +107,14 @@ def tradeoff_figure(
         value, error = scale * result.metrics[metric].value, scale * _stderr(result, metric)
         style = ("-", "--", ":", "-.")[index % 4]
         for axes in all_axes:
-            axes.axhspan(value - error, value + error, color=GREY, alpha=0.18, lw=0, zorder=0)
+            if not paired:
+                axes.axhspan(value - error, value + error, color=GREY, alpha=0.18, lw=0, zorder=0)
             axes.axhline(value, color="black", lw=1.1, ls=style, zorder=1)
         handles.insert(index, Line2D([], [], color="black", lw=1.1, ls=style, label=result.method))
-    if any(_stderr(result, metric) > 0.0 for result in (*placed, *dense)):
+    if paired:
+        bar = Line2D([], [], color=GREY, marker="|", ms=9, lw=0, label="± paired standard error, to dense")
+        handles.append(bar)
+    elif any(_stderr(result, metric) > 0.0 for result in (*placed, *dense)):
         handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="± standard error (band, bars)"))
     for (kind, words), axes in zip(PANELS, all_axes):
         axes.set_xlabel(f"{words} in {PHASE_NAMES[phase]} (% of dense attention)")
@@ -139,6 +148,12 @@ def _stderr(result: CellResult, metric: str) -> float:
     """The standard error; 0, which draws no bar, if there is none."""
     stderr = result.metrics[metric].stderr
     return stderr if stderr is not None and isfinite(stderr) else 0.0
+
+
+def _paired_stderr(result: CellResult, metric: str) -> float | None:
+    """That of the difference from dense, question by question; None if there is none."""
+    found = result.paired.get("scores", {}).get(SCORE_OF.get(metric, metric))
+    return None if found is None else found["stderr"]
 
 
 def _scale(results: Sequence[CellResult], metric: str) -> float:
