@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from toptheta.methods.base import Block, Method, RowTables, register
-from toptheta.methods.top_k import keep_first, sorted_values
+from toptheta.methods.top_k import keep_first
 from toptheta.util.errors import UsageError
 
 
@@ -41,3 +42,10 @@ class TopP(Method):
     def check(self, flag: Callable[[str], str] = str) -> None:
         if not 0.0 < self.p <= 1.0:
             raise UsageError(f"{flag('p')} is {self.p}: give a share of the weight above 0 and up to 1.")
+
+
+def sorted_values(x: Tensor) -> Tensor:
+    """`x` sorted along its last dimension, without indices: on a CPU numpy takes a tenth of torch's time."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(dim=-1).values
