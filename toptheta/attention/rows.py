@@ -134,7 +134,7 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     scaled_dot_product_attention; a single row then sees every key.
     """
     if mask is None:
-        if torch.compiler.is_compiling():
+        if device.type != "cpu" or torch.compiler.is_compiling():  # a CUDA graph would keep the tensor
             return _causal(q_len, kv_len, device)
         return _causal_of_step(q_len, kv_len, device, torch.is_inference_mode_enabled())
     traced = torch.compiler.is_compiling()  # a traced tensor is no key: counted again in each layer
@@ -163,7 +163,7 @@ def _causal(q_len: int, kv_len: int, device: torch.device) -> Rows:
     return Rows(n=torch.arange(1, q_len + 1, device=device)[None], first=0, causal=True)
 
 
-@lru_cache(maxsize=8)  # devices that the layers of a model are spread over
+@lru_cache(maxsize=1)
 def _causal_of_step(q_len: int, kv_len: int, device: torch.device, inference: bool) -> Rows:
     """The same for all layers. inference: whether autograd cannot use its tensors."""
     return _causal(q_len, kv_len, device)

@@ -81,6 +81,8 @@ def _prompt_rows(call: AttentionCall) -> int | None:
         return None
     if not spec.sparse or not spec.method.decode_only:
         return None
+    if spec.method.needs_prompt and call.q.device.type != "cpu":
+        return None  # what follows would wait for the device in every layer
     seen = spec.method.prompt_rows(spec.k, call.state)
     if seen is None or seen >= q_len or seen > 0 and real is not None and not real[:, -seen:].all():
         return None

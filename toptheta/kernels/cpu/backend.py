@@ -119,7 +119,7 @@ def _attend(
     )  # fmt: skip
     tensors = (q, k, v, n, mask, real, key_real, theta, table, factor, codes, steps, key_mean, v_sum)
     if codes is not None and q.shape[2] > 1:
-        return _step_by_step(spec, scale, *tensors, first, count, count_rows, count_steps)
+        return _step_by_step(spec, scale, tensors, first, count, count_rows, count_steps)
     prepared = _Prepared(spec, scale, *tensors, first)
     out, args = prepared.output(), prepared.args
     (batch, num_heads, q_len, _), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
@@ -144,26 +144,14 @@ def _attend(
 def _step_by_step(
     spec: KernelSpec,
     scale: float,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    n: Tensor,
-    mask: Tensor | None,
-    real: Tensor | None,
-    key_real: Tensor | None,
-    theta: Tensor | None,
-    table: Tensor | None,
-    factor: Tensor | None,
-    codes: Tensor | None,
-    steps: Tensor | None,
-    key_mean: Tensor | None,
-    v_sum: Tensor | None,
+    tensors: tuple[Any, ...],
     first: int,
     count: bool,
     count_rows: bool,
     count_steps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_attend` of several decode steps with a copy of K, of which the library takes one at a time."""
+    q, k, v, n, mask, real, key_real, theta, table, factor, codes, steps, key_mean, v_sum = tensors
     (batch, num_heads, q_len, head_dim), (num_kv_heads, kv_len) = q.shape, k.shape[1:3]
     out = torch.empty(batch, q_len, num_heads, head_dim, dtype=q.dtype)
     vrow = torch.zeros(batch, num_kv_heads, kv_len, dtype=torch.int32)
