@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, StoppingCriteria
 
 from toptheta.models import generation as chunked
 from toptheta.models.control import model_state, record_statistics, set_params
@@ -76,6 +76,59 @@ def test_generation_in_chunks(steered: LlamaForCausalLM, path: str, chunk: int) 
             ]:
                 for name in ("attn", "vrow", "full", "topk", "n"):
                     np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+
+
+class StopAt(StoppingCriteria):
+    """Ends sequence i after stops[i] new tokens. going: the sequences that it is asked about."""
+
+    def __init__(self, start: int, stops: list[int]):
+        self.start, self.stops, self.going = start, stops, list(range(len(stops)))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        new = input_ids.shape[1] - self.start
+        return torch.tensor([new >= self.stops[i] for i in self.going])
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_finished_sequences_leave(steered: LlamaForCausalLM, path: str, chunk: int | None) -> None:
+    """The others' tokens are those of a whole batch, and so are the counts of everybody's own steps."""
+    batch, stops, left = prompts((49, 20, 41)), [6, 2, 4], list[list[int]]()
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": [],
+    }
+    got = []
+    for leaving in (False, True):
+        recorder = Recorder()
+        record_statistics(steered, recorder)
+        if leaving:
+            stop = StopAt(49, stops)
+
+            def go_on(going: list[int], stop: StopAt = stop) -> None:
+                left.append(going)
+                stop.going = going
+
+            out = chunked.generate(steered, batch, chunk, stop, go_on, **options)
+        else:
+            out = chunked.generate(steered, batch, chunk, **options)
+        got.append((out, *recorder.drain()))
+        record_statistics(steered, None)
+    (tokens, prefill, decode), (tokens_2, prefill_2, decode_2) = got
+    assert left == [[0, 2], [0]]
+    for i, stop_at in enumerate(stops):
+        assert torch.equal(tokens[i, :stop_at], tokens_2[i, :stop_at])
+        assert not tokens_2[i, stop_at:].any()
+    for layer in prefill:
+        np.testing.assert_array_equal(prefill[layer].attn, prefill_2[layer].attn)
+        assert len(decode[layer]) == len(decode_2[layer]) == 5
+        for step, (one, two) in enumerate(zip(decode[layer], decode_2[layer])):
+            live = np.array([step + 1 < stop_at for stop_at in stops])
+            for name in ("attn", "vrow", "full", "n"):
+                whole, own = getattr(one, name), getattr(two, name)
+                np.testing.assert_array_equal(whole[live], own[live], err_msg=name)
+                assert not own[~live].any()
 
 
 def test_likelihood_in_chunks(steered: LlamaForCausalLM, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from toptheta.models.control import end_prompt, reading_prompt, recorder_of
 from toptheta.models.families import head_logits
 from toptheta.models.growing_cache import growing_cache
 
+GoingOn = Callable[[list[int]], None]  # called with the numbers of the sequences that are left in a batch
+
 LOGIT_ROWS = 1024  # rows of logits made at once: with 128,000 words a row takes half a megabyte in float32
 
 
@@ -41,22 +43,30 @@ def cache_for(model: Any) -> dict[str, Cache]:
 
 @torch.no_grad()
 def generate(
-    model: Any, tokens: Any, prefill_chunk: int | None, stop: StoppingCriteria | None = None, **arguments
+    model: Any,
+    tokens: Any,
+    prefill_chunk: int | None,
+    stop: StoppingCriteria | None = None,
+    going_on: GoingOn | None = None,
+    **arguments,
 ) -> Tensor:
     """`[B, new]` tokens that a patched model generates after `tokens` (input_ids, attention_mask `[B, Q]`,
     padded at the left).
 
     prefill_chunk: tokens of the prompt that are computed at once; None: all. The last chunk may be a single
-    row, which has the shape of a decode step but is prefill. arguments: for
-    `model.generate`.
+    row, which has the shape of a decode step but is prefill. going_on: greedy decoding calls it when
+    sequences leave the batch; `stop` sees the others only from then on. arguments: for `model.generate`.
     """
     criteria = [_EndOfPrefill(model)] + ([stop] if stop is not None else [])
+    cache = cache_for(model)
+    if going_on is not None and cache and not arguments.get("do_sample"):
+        arguments["custom_generate"] = LeavingGreedy(going_on)
     with reading_prompt(model):
         out = model.generate(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             prefill_chunk_size=prefill_chunk,
-            **cache_for(model),
+            **cache,
             stopping_criteria=StoppingCriteriaList(criteria),
             **arguments,
         )
@@ -85,11 +95,10 @@ class LeavingGreedy:
     when any stopping criterion finishes it: the others are computed faster, and statistics count only a
     sequence's own steps, for any batch.
 
-    lengths: tokens of each reply, its last one included, once the call has returned. going_on: called with
-    the numbers of the sequences that are left.
+    lengths: tokens of each reply, its last one included, once the call has returned.
     """
 
-    def __init__(self, going_on: Callable[[list[int]], None]):
+    def __init__(self, going_on: GoingOn):
         self.going_on = going_on
         self.lengths: list[int] = []
 
@@ -112,14 +121,21 @@ class LeavingGreedy:
         new = input_ids[:, at:]
         positions = arguments.pop("position_ids").expand(batch, -1)[:, at:]
         rows, going, recorder = list(input_ids), torch.arange(batch), recorder_of(model)
+
+        def read(new: Tensor, positions: Tensor) -> Tensor:
+            """The logits `[B, V]` behind some tokens, which are added to the cache."""
+            until = cache.get_seq_length() + new.shape[1]
+            seen = mask if mask is None else mask[:, :until]
+            given = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+            return model(input_ids=new, **given, **arguments).logits[:, -1]
+
+        chunk = generation_config.prefill_chunk_size or new.shape[1]
+        *before, new = new.split(chunk, dim=1)
+        *places, positions = positions.split(chunk, dim=1)
+        for part, place in zip(before, places):
+            read(part, place)
         while True:
-            logits = model(
-                input_ids=new,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                **arguments,
-            ).logits[:, -1]
+            logits = read(new, positions)
             scores = logits_processor(input_ids, logits.float().to(input_ids.device))
             new = scores.argmax(dim=-1, keepdim=True)
             input_ids = torch.cat([input_ids, new], dim=1)

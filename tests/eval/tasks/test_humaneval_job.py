@@ -57,6 +57,32 @@ def test_generation(folder_model: str, here: Path) -> None:
     assert (run / "mode3" / "results.json").stat().st_mtime_ns == before
 
 
+def test_generation_calibrates_on_own_rows(folder_model: str, here: Path) -> None:
+    """A reply that is finished adds no rows while others of its batch go on: thresholds, and how many samples
+    each has, are those of prompts calibrated one by one."""
+    from toptheta.calibration.tables import load_tables
+    from toptheta.eval.runner import evaluate
+
+    values = {"mode": (0,), "k": (40,), "calib_samples": 3, "num_tasks": 3, "calib_sample_frac": 1.0}
+    found = []
+    for size in (1, 3):
+        settings = GenSettings(
+            **values,
+            llama=folder_model,
+            max_seq_len=215,
+            device="cpu",
+            calibrate_only=True,
+            batch_size=size,
+            output_dir=f"by{size}",
+        )
+        evaluate(settings)
+        run = next(here.joinpath(f"by{size}").iterdir())
+        found.append(load_tables(run, 2, 6).theta)
+    for alone, together in zip(*(tables.values() for tables in found)):
+        np.testing.assert_array_equal(alone.samples, together.samples)
+        np.testing.assert_allclose(alone.values, together.values, rtol=1e-4, atol=1e-5)
+
+
 def test_generation_calibrates_on_tasks_not_on_samples(
     folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -225,6 +225,7 @@ def reply(
         model,
         tokens,
         prefill_chunk,
+        going_on=lambda going: begin_prompts(model, [batch[i].key for i in going]),
         max_new_tokens=max_new,
         do_sample=False,
         eos_token_id=ends,

@@ -15,26 +15,29 @@ from toptheta.eval.tasks.humaneval import completion, scoring
 from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ReplyJob, calibration_count, end_tokens
 from toptheta.models import generation as chunked
 from toptheta.models.patch import model_device
+from toptheta.models.planning import begin_prompts
 from toptheta.util.errors import UsageError
 
 SAMPLING = {"temperature": 0.5, "top_p": 0.95, "typical_p": 0.95}  # the published project's, with --do_sample
 
 
 class StopWhenDone(StoppingCriteria):
-    """Stops each sequence of a batch separately when its function is complete; lengths: tokens until then."""
+    """Stops each sequence of a batch separately when its function is complete; lengths: tokens until then.
+    going: numbers of the sequences that are still in the batch."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, items: list[Item], limits: list[int], chat: bool):
         self.tokenizer, self.prompt_length, self.items, self.chat = tokenizer, prompt_length, items, chat
         self.limits = limits  # tokens that each reply may have: prompts of a batch differ in length
         self.lengths: list[int | None] = [None] * len(items)
+        self.going = list(range(len(items)))
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         length = input_ids.shape[1] - self.prompt_length
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        for i, (text, item) in enumerate(zip(texts, self.items)):
-            if self.lengths[i] is None and (length >= self.limits[i] or self._done(text, item)):
+        for i, text in zip(self.going, texts):
+            if self.lengths[i] is None and (length >= self.limits[i] or self._done(text, self.items[i])):
                 self.lengths[i] = length
-        return torch.tensor([n is not None for n in self.lengths], device=input_ids.device)
+        return torch.tensor([self.lengths[i] is not None for i in self.going], device=input_ids.device)
 
     def _done(self, text: str, item: Item) -> bool:
         if not self.chat:
@@ -113,11 +116,17 @@ class HumanEvalJob(ReplyJob):
         limits = [settings.max_seq_len - len(item.ids) for item in batch]
         stop = StopWhenDone(tokenizer, prompt_length, batch, limits, settings.apply_chat_template)
         eos = end_tokens(model, tokenizer)
+
+        def go_on(going: list[int]) -> None:
+            stop.going = going
+            begin_prompts(model, [batch[i].key for i in going])
+
         out = chunked.generate(
             model,
             tokens,
             settings.prefill_chunk,
             stop,
+            go_on,
             max_new_tokens=max(limits),
             do_sample=settings.do_sample,
             eos_token_id=eos,
