@@ -15,7 +15,7 @@ from tests.eval.helpers import interrupt_at, only_run, qa_settings
 from tests.eval.test_several_processes import check_same
 from tests.helpers.processes import run as start_processes
 from topk_llama import set_params
-from toptheta.eval import lm_eval_model, prefixes
+from toptheta.eval import likelihoods, lm_eval_model, prefixes
 from toptheta.eval.cell import Cell
 from toptheta.eval.lm_eval_model import TopThetaLM
 from toptheta.eval.prefixes import in_batches, shared_lengths
@@ -179,16 +179,19 @@ def test_the_same_as_without_sharing(
     method: str, generate: bool, lm: TopThetaLM, tmp_path: Path, reads: list[int], monkeypatch
 ) -> None:
     """Likelihoods and texts, elements and V rows of every head, KV bytes, lengths, effective K, popularity;
-    one by one and in padded batches, and as transformers generates one by one."""
+    one by one and in padded batches, answers of each length by themselves, and as transformers generates one
+    by one."""
     prepare(lm, METHODS[method])
     ratio = METHODS[method].get("mode") in (0, 1)
     for batch_size in (1, 3):
         reads.clear()
+        monkeypatch.setattr(likelihoods, "CALL_TOKENS", {"cpu": 1})
         found, counted = run(lm, tmp_path / str(batch_size), batch_size, generate, ratio)
         assert len(reads) == 1 and reads[0] > 100
         with monkeypatch.context() as patch:
             patch.setattr(lm_eval_model, "can_share", lambda model: False)
             patch.setattr(lm_eval_model, "_is_greedy", lambda options: False)
+            patch.setattr(likelihoods, "CALL_TOKENS", {"cpu": 1000})
             size = 1 if generate else batch_size
             expected, anew = run(lm, tmp_path / f"{batch_size} anew", size, generate, ratio)
         assert len(reads) == 1

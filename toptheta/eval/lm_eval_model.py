@@ -7,19 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import Cache, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from toptheta.eval import processes
 from toptheta.eval.batches import Batches
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
+from toptheta.eval.likelihoods import Group, Scored, score
 from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.models.control import reading_prompt
-from toptheta.models.families import head_logits
 from toptheta.models.finite import checked
 from toptheta.models.generation import (
     LeavingGreedy,
@@ -28,16 +27,14 @@ from toptheta.models.generation import (
     generated_lengths,
     padded_behind,
 )
-from toptheta.models.growing_cache import growing_cache
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.prefix import Prefix, can_share, read_prefix
-from toptheta.models.recorder import Recorder
+from toptheta.models.recorder import LayerRecord, Recorder
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 
 Request = tuple[tuple[str, str], list[int], list[int]]
-Group = tuple[tuple[int, ...], dict[str, tuple[int, ...]]]  # a prompt, and its answers by the request's key
 QUOTED = 60  # characters of a prompt in a message
 Groups = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # many of them
 # Options of generation that ask nothing of the cache, nor for more sequences than prompts.
@@ -99,9 +96,11 @@ class TopThetaLM(HFLM):
 
         def run(batch: list[Group]) -> None:
             with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
-                found = checked(self.model, self._score, batch, lambda group: self._named(group[0]))
-            self._take(found, answers)
-            advance(len(found), sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch))
+                scored = checked(self.model, self._score, batch, lambda group: self._named(group[0]))
+            for one in scored:
+                self._take(one.found, (one.prefill, one.decode), answers)
+            tokens = sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
+            advance(sum(len(one.found) for one in scored), tokens)
 
         def failed(group: Group) -> None:
             if self.progress is None:
@@ -151,14 +150,17 @@ class TopThetaLM(HFLM):
             begin_prompts(self.model, list(keys))
 
     def _take(
-        self, found: dict[str, Any], answers: dict[str, Any], decode_steps: np.ndarray | None = None
+        self,
+        found: dict[str, Any],
+        counts: tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]],
+        answers: dict[str, Any],
+        decode_steps: np.ndarray | None = None,
     ) -> None:
-        """Add a batch's answers and counts to the cell; without a cell, add only the answers to `answers`."""
-        prefill, decode = self.recorder.drain() if self.recorder is not None else ({}, {})
+        """Add answers and counts to the cell; without a cell, add only the answers to `answers`."""
         if self.cell is None:
             answers.update(found)
             return
-        self.cell.add(found, prefill, decode, decode_steps)
+        self.cell.add(found, *counts, decode_steps)
 
     def _bar(
         self, total: int, done: int, unit: str, disable: bool
@@ -207,69 +209,9 @@ class TopThetaLM(HFLM):
         excess = len(context) + len(continuation) - (self.max_length + 1)
         return (context[excess:] if excess > 0 else context), continuation
 
-    @torch.no_grad()
-    def _score(self, batch: list[Group]) -> dict[str, tuple[float, bool]]:
-        """Log-likelihoods of all continuations of a batch of prompts with one shared prefix: one pass over
-        the prompts, one over the answers."""
+    def _score(self, batch: list[Group]) -> list[Scored]:
         prefix = self._read(self._shared(batch[0][0]))
-        at = 0 if prefix is None else len(prefix.ids)
-        tokens, mask = self._padded([list(context[at:]) for context, _ in batch])
-        last_rows = mask.sum(dim=1) - 1
-        mask = torch.cat([mask.new_ones(len(batch), at), mask], dim=1)
-        lengths = mask.sum(dim=1)
-        if prefix is None:
-            cache: Cache = growing_cache(self.config)
-        else:
-            cache = prefix.begin(self.model, len(batch))
-        self._begin(_key(prompt) for prompt, _ in batch)
-        hidden = self.model.model(
-            tokens, attention_mask=_unless_full(mask), past_key_values=cache, use_cache=True
-        )
-        last = hidden.last_hidden_state[torch.arange(len(batch), device=self.device), last_rows]
-        first_logits = self._log_probs(last)
-
-        owner = [i for i, (_, group) in enumerate(batch) for _ in group]
-        answers = [(key, answer) for _, group in batch for key, answer in group.items()]
-        rest_logits: Tensor | None = None
-        if any(len(answer) > 1 for _, answer in answers):
-            index = torch.tensor(owner, device=self.device)
-            cache.batch_select_indices(index)
-            if self.recorder is not None:
-                self.recorder.repeat(index)
-            self._begin(key for key, _ in answers)
-            inputs, own_mask = self._padded([list(answer[:-1]) for _, answer in answers])
-            position_ids = lengths[index][:, None] + torch.arange(inputs.shape[1], device=self.device)
-            full_mask = torch.cat([mask[index], own_mask], dim=1)
-            hidden = self.model.model(
-                inputs,
-                attention_mask=_unless_full(full_mask),
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            rest_logits = self._log_probs(hidden.last_hidden_state)
-        found: dict[str, tuple[float, bool]] = {}
-        for row, (key, answer) in enumerate(answers):
-            logits = first_logits[owner[row]][None]
-            if rest_logits is not None:
-                logits = torch.cat([logits, rest_logits[row, : len(answer) - 1]])
-            target = torch.tensor(answer, device=logits.device)
-            greedy = bool((logits.argmax(dim=-1) == target).all())
-            found[key] = (float(logits.gather(1, target[:, None]).sum()), greedy)
-        return found
-
-    def _log_probs(self, hidden: Tensor) -> Tensor:
-        return torch.log_softmax(head_logits(self.model, hidden), dim=-1, dtype=self.softmax_dtype)
-
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids right-padded to one length, and the mask that is 1 on real tokens; both `[B, L]`."""
-        length = max(len(row) for row in rows)
-        tokens = torch.zeros(len(rows), length, dtype=torch.long)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        return tokens.to(self.device), mask.to(self.device)
+        return score(self.model, batch, prefix, self._begin, _key, self.softmax_dtype)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generated texts, computed in batches and saved as soon as they are finished."""
@@ -299,7 +241,8 @@ class TopThetaLM(HFLM):
             with self._counting(batch):
                 texts = checked(self.model, texts_of, batch, lambda key: self._named(by_key[key].args[0]))
             found = dict(zip(batch, texts))
-            self._take(found, answers, np.array(self._generated_lengths) - 1)
+            counts = ({}, {}) if self.recorder is None else self.recorder.drain()
+            self._take(found, counts, answers, np.array(self._generated_lengths) - 1)
             advance(len(found), sum(sizes[key] for key in batch) + sum(self._generated_lengths))
 
         def failed(key: str) -> None:
@@ -389,11 +332,6 @@ def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Grou
 def _left(batches: list[list[str]], done: Container[str]) -> list[list[str]]:
     """The same for batches of keys."""
     return [kept for kept in ([key for key in batch if key not in done] for batch in batches) if kept]
-
-
-def _unless_full(mask: Tensor) -> Tensor | None:
-    """None for a mask that hides nothing, so that no `[Q, KV]` mask is created."""
-    return None if bool(mask.all()) else mask
 
 
 def _key(context: Sequence[int] = (), continuation: Sequence[int] = (), options: str = "") -> str:

@@ -74,11 +74,23 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
 def branch(cache_: Cache, batch: int) -> Cache:
     """A cache of `batch` sequences that all begin with the only sequence of `cache_`, a DynamicCache, which
     is not changed."""
+    own = _own(cache_)
+    if batch > 1:
+        own.batch_repeat_interleave(batch)
+    return own
+
+
+def selected(cache_: Cache, index: Tensor) -> Cache:
+    """A cache of the sequences `index` of `cache_`, a DynamicCache, which is not changed."""
+    own = _own(cache_)
+    own.batch_select_indices(index)
+    return own
+
+
+def _own(cache_: Cache) -> Cache:
     own = own_copy(cache_)
     for layer in own.layers:
         state = getattr(layer, "method_state", None)
         if state is not None:
             layer.method_state = state.clone()
-    if batch > 1:
-        own.batch_repeat_interleave(batch)
     return own

@@ -88,8 +88,9 @@ class _StepFacts:
 
 @dataclass
 class PrefixCounts:
-    """Counts, by layer, of the rows of a prefix that several prompts share, for `Recorder.begin_behind`.
-    one_call: the prefix was computed in one call, as each whole prompt would have been."""
+    """Counts, by layer, of the rows of a prefix that several prompts share, for `Recorder.begin_behind`, or
+    of prompts that several answers share, for `Recorder.begin_answers`. one_call: the prefix was computed in
+    one call, as each whole prompt would have been."""
 
     opened: dict[int, _Open]
     histograms: dict[int, Tensor]
@@ -253,7 +254,7 @@ class Recorder:
         self._going = (going, batch)
 
     def take_prefix(self, one_call: bool) -> PrefixCounts:
-        """End the prefill of a shared prefix (one sequence), and return its counts."""
+        """End the prefill of a beginning that others share, and return its counts."""
         counts = PrefixCounts(self._open, self._histograms, one_call)
         self._open, self._histograms = {}, {}
         return counts
@@ -268,6 +269,13 @@ class Recorder:
                 o = replace(o, kv_read=torch.zeros_like(o.kv_read), kv_dense=torch.zeros_like(o.kv_dense))
             self._open[layer] = o
         self.repeat(torch.zeros(batch, dtype=torch.int64))
+
+    def begin_answers(self, prompts: PrefixCounts, owner: Tensor) -> None:
+        """Begin prefills that start with the rows of some of the `prompts`. owner: `[B]`, the prompt of each
+        sequence. In histograms the rows of the prompts count in the first call alone."""
+        self._open, self._histograms = dict(prompts.opened), prompts.histograms
+        prompts.histograms = {}
+        self.repeat(owner)
 
     def prefix_of(self, layer: int) -> Tensor | None:
         """`[1, H_kv, P]`, how often the rows of a prefix kept each V row, if the prefix counts as a part of
