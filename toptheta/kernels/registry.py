@@ -15,6 +15,7 @@ from toptheta.attention.call import AttentionCall, Counts
 from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import samples
 from toptheta.kernels.triton import backend as triton
 from toptheta.kernels.triton import probe
 from toptheta.kernels.tuned import use_tiles
@@ -48,7 +49,7 @@ def _ready_on_gpu(call: AttentionCall) -> str | None:
 
 
 BACKENDS = (
-    Backend("cpu", "cpu", cpu.unsupported, cpu.run, cpu.calibrate, cpu.ready),
+    Backend("cpu", "cpu", cpu.unsupported, cpu.run, samples.calibrate, cpu.ready),
     Backend("triton", "cuda", triton.unsupported, triton.run, None, _ready_on_gpu, triton.keys_read),
 )
 CHOICES = ("reference", *(backend.name for backend in BACKENDS))

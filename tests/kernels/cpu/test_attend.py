@@ -17,7 +17,7 @@ from tests.helpers.kernel_cases import KINDS, SCALE, SPECS, K, case, in_float64,
 from toptheta.attention.reference import mean_of_visible, sparse_attention
 from toptheta.attention.rows import Rows, rows_of
 from toptheta.kernels.cpu import backend as cpu
-from toptheta.kernels.cpu import library
+from toptheta.kernels.cpu import library, samples
 from toptheta.methods.params import LayerSpec
 
 HEADS = [(9, 3, 64), (4, 4, 128), (8, 2, 80)]
@@ -154,7 +154,7 @@ def test_thresholds_are_strict(placement):
     q, k, v = inputs(1, (9, 3, 64), 101, 101)
     theta = torch.full((9, 102), -math.inf)
     dense = call(q, k, v, rows, layer_spec(), SCALE)
-    theta[:, K + 1 :] = cpu.sample(dense, [K], placement, output=False).values[0, 0, :, K:]
+    theta[:, K + 1 :] = samples.sample(dense, [K], placement, output=False).values[0, 0, :, K:]
     _, counts = cpu.run(call(q, k, v, rows, layer_spec(0, placement, K), SCALE, theta, count=True))
     assert counts.attn.tolist() == [[rows.n.clamp(max=K).sum().item()] * 9]
 

@@ -10,7 +10,7 @@ from tests.helpers.calls import call, layer_spec
 from tests.helpers.kernel_cases import SCALE, K, case, inputs, needs_kernel
 from toptheta.attention.reference import sparse_attention
 from toptheta.calibration.sampler import LayerCalibration
-from toptheta.kernels.cpu import backend as cpu
+from toptheta.kernels.cpu import samples
 from toptheta.methods.base import Block, of_mode
 
 
@@ -27,7 +27,7 @@ def test_samples_are_the_next_largest(kind, placement):
         seen = _Seen()
         plain = layer_spec(3, placement) if output is None or not output.sparse else output
         asked = call(q, k, v, rows, plain, SCALE)
-        got = cpu.sample(asked, ks, placement, output is not None, chosen=chosen)
+        got = samples.sample(asked, ks, placement, output is not None, chosen=chosen)
         expected, _ = sparse_attention(call(q, k, v, rows, plain, SCALE), seen)
         x = torch.nn.functional.pad(torch.cat(seen.blocks, dim=2), (0, max(ks)), value=-math.inf)
         largest = x.topk(max(ks) + 1, dim=-1).values
@@ -67,7 +67,7 @@ def test_missing_denominators(mode):
     sparse_attention(call(q, k, v, rows, layer_spec(3, "pre-softmax"), SCALE), plain)
     thresholds = [plain.thresholds[k_].threshold(0.0).float() for k_ in ks] if mode == 0 else None
     dense = call(q, k, v, rows, layer_spec(), SCALE)
-    got = cpu.sample(dense, ks, "pre-softmax", False, True, thresholds, chosen=rows.real)
+    got = samples.sample(dense, ks, "pre-softmax", False, True, thresholds, chosen=rows.real)
     for which, k_ in enumerate(ks):
         mine = LayerCalibration((k_,), 8, of_mode(mode), with_sdc=True).missing[k_]
         mine.reserve(kv_len)
