@@ -1,6 +1,7 @@
 """A text read by a method and by dense attention: divergences against sums by hand, and the dense part."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,35 @@ def test_rows_behind_a_prompt_are_decode_steps(tiny_model: LlamaForCausalLM, par
             for step, before in zip(steps, one_by_one[layer], strict=True):
                 for name in ("attn", "vrow", "full", "topk", "n", "kv_read", "kv_dense"):
                     assert (getattr(step, name) == getattr(before, name)).all(), name
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second"),
+    [("h2o", 30 + 10, 10), ("tova", 1 + 10, 1 + 10), ("snapkv:window=4", 4 + 10, 4 + 10), ("top_k", 10, 10)],
+)
+def test_what_is_read_of_a_prompt(
+    tiny_model: LlamaForCausalLM, method: str, first: int, second: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a dense reading only the rows that the method has to see, once for all K where K does not matter;
+    and the predictions are those of the whole prompt."""
+    update_model(tiny_model)
+    ids, read = tokens(batch=2, length=40), list[int]()
+    dense = replace(read_dense(tiny_model, ids, 30, None), prompts={})
+    step = divergence.hidden_states
+
+    def counting(model: Any, input_ids: Tensor, *rest: Any) -> Any:
+        read.append(input_ids.shape[1])
+        return step(model, input_ids, *rest)
+
+    monkeypatch.setattr(divergence, "hidden_states", counting)
+    for k, expected in ((8, first), (6, second), (8, second)):
+        set_params(tiny_model, method=method, K=k)
+        read.clear()
+        found = against_dense(tiny_model, ids, 30, None, dense)
+        assert sum(read) == expected
+        alone = against_dense(tiny_model, ids, 30, 7)
+        torch.testing.assert_close(found.nll, alone.nll, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.kl, alone.kl, rtol=1e-3, atol=1e-6)
 
 
 def test_a_judge_of_another_type(tiny_model: LlamaForCausalLM) -> None:

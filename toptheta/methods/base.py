@@ -175,6 +175,7 @@ class Method:
     by_row: what a decode step keeps does not depend on earlier steps; otherwise several steps in one call are
     computed one by one.
     needs_prompt: its state comes from the prompt, which it has to see.
+    prompt_needs_k: the state that comes from a dense prompt depends on K.
     by_call: what a prompt row keeps depends on the other rows of its call, so that prompts cannot be split at
     any position.
     reads_all_keys: it needs the score of every visible key; otherwise it reads only the K rows that it keeps.
@@ -199,6 +200,7 @@ class Method:
     decode_only: ClassVar[bool] = False
     by_row: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = False
+    prompt_needs_k: ClassVar[bool] = True
     by_call: ClassVar[bool] = False
 
     def leaves_dense(self, layer: int) -> bool:

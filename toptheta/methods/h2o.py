@@ -43,6 +43,7 @@ class H2O(Method):
     has_state = True
     samples_sdc = False
     needs_prompt = True
+    prompt_needs_k = False
     by_row = False
     reads_all_keys = False
     stores = "4 for each query head of the group: the sum of weights"

@@ -80,9 +80,8 @@ class SnapKV(Method):
         state.tensors["dropped"] = others & ~heavy
 
     def prompt_rows(self, budget: int, state: State | None) -> int | None:
-        return (
-            None if drops_any(state) else self._size(budget)
-        )  # what steps have dropped stays away from a prompt, too
+        # What steps have dropped stays away from a prompt, too.
+        return None if drops_any(state) else self._size(budget)
 
     def after(self, block: Block, weights: Tensor) -> None:
         state = block.state

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from toptheta.methods.base import Method
 from toptheta.models.control import (
     get_params,
     reading_prompt,
@@ -22,7 +23,7 @@ from toptheta.models.control import (
 from toptheta.models.families import head_logits
 from toptheta.models.generation import LOGIT_ROWS, hidden_states
 from toptheta.models.kl import kl_divergence
-from toptheta.models.patch import dense_for
+from toptheta.models.patch import dense_for, patched_layers
 
 COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of their logits
 
@@ -30,15 +31,18 @@ COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of
 @dataclass(frozen=True)
 class DenseReading:
     """The results of dense attention on a text. cache: K and V of its first tokens, None if there are none;
-    hidden: `[B, T, E]`, the last layer's output for the others; seconds: that it took."""
+    hidden: `[B, T, E]`, the last layer's output for the others; seconds: that it took; prompts: the cache
+    with what a method remembers of the first tokens for any K, by method, None if that is not kept."""
 
     cache: DynamicCache | None
     hidden: Tensor
     seconds: float = 0.0
+    prompts: dict[Method, DynamicCache] | None = None
 
     @property
     def nbytes(self) -> int:
-        layers = [] if self.cache is None else self.cache.layers
+        caches = [cache for cache in (self.cache, *(self.prompts or {}).values()) if cache is not None]
+        layers = [layer for cache in caches for layer in cache.layers]
         return self.hidden.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
@@ -109,30 +113,49 @@ def _read(
 ) -> Tensor:
     """The last layer's output `[B, T, E]` for the tokens after the first `decode_from`, with the model's
     current method. dense: has the cache of the first tokens; None: compute it."""
-    rest, params = input_ids[:, decode_from:], get_params(model)
+    rest = input_ids[:, decode_from:]
     if not decode_from:
         cache = DynamicCache(config=model.config) if prefill_chunk is not None else None
         return torch.cat(list(hidden_states(model, rest, cache, prefill_chunk)), dim=1)
-    sees_prompt = params.sparse and params.method.needs_prompt
-    if dense is not None and not sees_prompt:
-        cache = copy.deepcopy(dense.cache)
-    else:
-        cache = _read_prompt(model, input_ids[:, :decode_from], prefill_chunk, not sees_prompt)
+    cache = _read_prompt(model, input_ids[:, :decode_from], prefill_chunk, dense)
     return torch.cat(list(hidden_states(model, rest, cache, prefill_chunk, reading_steps)), dim=1)
 
 
-def _read_prompt(model: Any, prompt: Tensor, prefill_chunk: int | None, dense: bool) -> DynamicCache:
-    """The cache of a prompt, of which nothing is counted. dense: whatever the method; else by a method that
-    leaves prompts dense, and remembers something of them."""
-    cache, recorder = DynamicCache(config=model.config), recorder_of(model)
+def _read_prompt(
+    model: Any, prompt: Tensor, prefill_chunk: int | None, dense: DenseReading | None
+) -> DynamicCache:
+    """The cache of a prompt, computed dense, with what the method remembers of it. Nothing is counted. What
+    `dense` has of it is not computed again, and gets what other K can use."""
+    method, seen = get_params(model).method, _rows_seen(model)
+    known = None if dense is None else dense.cache
+    for_all_k = None if dense is None or seen is not None or method.prompt_needs_k else dense.prompts
+    if for_all_k is not None and method in for_all_k:
+        return copy.deepcopy(for_all_k[method])
+    start = 0 if known is None or seen is None else max(0, prompt.shape[1] - seen)
+    cache = copy.deepcopy(known) if known is not None and start else DynamicCache(config=model.config)
+    if 0 < start < prompt.shape[1]:
+        cache.crop(start - prompt.shape[1])
+    recorder = recorder_of(model)
     record_statistics(model, None)
     try:
-        with dense_for(model) if dense else reading_prompt(model):
-            for _ in hidden_states(model, prompt, cache, prefill_chunk):
-                pass
+        with dense_for(model) if seen == 0 else reading_prompt(model):
+            if start < prompt.shape[1]:
+                for _ in hidden_states(model, prompt[:, start:], cache, prefill_chunk):
+                    pass
     finally:
         record_statistics(model, recorder)
+    if for_all_k is not None:
+        for_all_k[method] = copy.deepcopy(cache)
     return cache
+
+
+def _rows_seen(model: Any) -> int | None:
+    """Of how many last rows of a dense prompt the method remembers something; None: of all."""
+    if not get_params(model).sparse or not get_params(model).method.needs_prompt:
+        return 0
+    specs = (layer.toptheta.spec for layer in patched_layers(model))
+    rows = [spec.method.prompt_rows(spec.k, None) for spec in specs if spec.sparse]
+    return None if None in rows else max(rows, default=0)
 
 
 def _log_probs(model: Any, hidden: Tensor) -> Tensor:
