@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.eval.helpers import parse
+from toptheta.eval.cell_params import CellParams
 from toptheta.eval.cli import settings_from_json
 from toptheta.eval.rules import check_settings
-from toptheta.eval.settings import GenSettings, QASettings, Settings, cell_folder, cell_k
-from toptheta.methods.params import AttentionParams, MethodOptions
+from toptheta.eval.settings import GenSettings, QASettings, Settings
+from toptheta.methods.params import MethodOptions
 from toptheta.methods.top_theta import TopTheta
 from toptheta.util.errors import UsageError
-from toptheta.util.options import options_of
+from toptheta.util.options import options_of, to_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,14 +24,14 @@ def test_methods_by_name_are_those_by_number() -> None:
     numbers = parse("--mode 0,1,3 --k 32,64 --sdc exact --vmc --calib_tac")
     names = parse("--method top_theta,top_k,dense --k 32,64 --sdc exact --vmc --calib_tac")
     assert names.method == ("top_theta", "top_k", "dense") and names.cells() == numbers.cells()
-    assert [cell_folder(cell) for cell in names.cells()] == [
+    assert [cell.folder for cell in names.cells()] == [
         "mode0_k32",
         "mode0_k64",
         "mode1_k32",
         "mode1_k64",
         "mode3",
     ]
-    assert [cell_k(cell) for cell in names.cells()] == [32, 64, 32, 64, None]
+    assert [cell.k for cell in names.cells()] == [32, 64, 32, 64, None]
     assert settings_from_json(Settings, names.to_json()) == names
 
 
@@ -38,7 +39,7 @@ def test_options_of_a_method() -> None:
     settings = parse("--method top_theta:capk,top_theta,dense --k 8")
     assert settings.methods()[:2] == [TopTheta(capk=True), TopTheta()]
     assert [cell.label for cell in settings.cells()] == ["Top-theta capk K=8", "Top-theta K=8", "dense"]
-    assert len({cell_folder(cell) for cell in settings.cells()}) == 3
+    assert len({cell.folder for cell in settings.cells()}) == 3
     # The flag is for all methods that have the option.
     assert parse("--method top_theta,top_k --capk").methods()[0] == TopTheta(capk=True)
 
@@ -61,15 +62,63 @@ def test_cells_take_every_option_of_sparse_attention(tmp_path: Path) -> None:
                 given.add(f.name)
     assert given == {f.name for f in fields(MethodOptions)}
     dense = parse("--mode 0,3 --vmc --sdc exact").cells()[1]
-    assert dense == AttentionParams(method=dense.method, placement="none") and dense.method.is_dense
+    assert dense == CellParams(method=dense.method, placement="none") and dense.method.is_dense
     # What serves thresholds alone stays with them.
     topk = parse(f"--mode 0,1 --calib_tac --calib_load_path {tmp_path}").cells()[1]
     assert not topk.calib_tac and not topk.calib_load_path
 
 
+def test_flags_of_one_method() -> None:
+    """They hold in place of the flags, for this method alone, and are in its name and folder."""
+    text = (
+        "dense,top_k:vmc,sdc=exact,top_theta:calib_to=budget,placement=post-softmax,key_copy=int4,top_theta,"
+        "streaming_llm:sinks=2,top_theta:placement=post-softmax"
+    )
+    settings = parse(f"--method {text} --sdc_scale 0.5 --calib_tac --k 8,16")
+    assert settings.method == (
+        "dense",
+        "top_k:sdc=exact,vmc=True",
+        "top_theta:key_copy=int4,placement=post-softmax,calib_to=budget",
+        "top_theta",
+        "streaming_llm:sinks=2",
+        "top_theta:placement=post-softmax",
+    )
+    assert settings_from_json(Settings, settings.to_json()) == settings == parse(" ".join(to_flags(settings)))
+    cells = settings.cells()
+    assert [cell.label for cell in cells[:8:2]] == [
+        "dense",
+        "Top-k sdc=exact vmc K=16",
+        "Top-theta budget key_copy=int4 K=16",
+        "Top-theta K=16",
+    ]
+    assert [cell.folder for cell in cells[:8:2]] == [
+        "mode3",
+        "top_k_sdcexact_vmc_k16",
+        "top_theta_key_copyint4_placementpost-softmax_calib_tobudget_k16",
+        "mode0_k16",
+    ]
+    assert len({cell.folder for cell in cells}) == len({cell.label for cell in cells}) == len(cells) == 11
+    assert [(cell.sdc, cell.placement, cell.calib_to) for cell in (cells[1], cells[5], cells[9])] == [
+        ("exact", "pre-softmax", "k"),
+        ("none", "pre-softmax", "k"),
+        ("none", "post-softmax", "k"),
+    ]
+    assert cells[3].calib_tac and not cells[1].calib_tac and cells[1].vmc and not cells[5].vmc
+    assert {cell.sdc_scale for cell in cells[1:]} == {0.5}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--method top_k:vmc=often", "--method top_k:vmc is 'often': give true or false"),
+        ("--method top_k:sdc=all", "--method top_k:sdc is 'all': choose"),
+        ("--method top_k:sdc_scale=-1 --sdc exact", "--method top_k:sdc_scale is -1.0: give a number"),
+        ("--method dense:vmc", "--method dense has no option 'vmc': it has none"),
+        ("--method top_k:vcm", "--method top_k has no option 'vcm': it has none; of all methods: .*vmc"),
+        ("--method top_k:calib_to=budget", "--method top_k:calib_to applies to calibrated thresholds only"),
+        ("--method top_theta:calib_to=budget", "--method top_theta:calib_to budget .* needs --placement"),
+        ("--method top_theta:placement=post-softmax,sdc=exact", "sdc"),
+        ("--method top_theta:calib_load_path=x", "--method top_theta has no option 'calib_load_path'"),
         ("--method top_k --mode 3", "--method and --mode both name the method: give one of them."),
         ("--method topk", r"--method is 'topk': choose one of .*\(did you mean top_k"),
         ("--method top_theta:caps", "--method top_theta has no option 'caps': its options are capk"),
@@ -96,7 +145,7 @@ def test_runs_of_before() -> None:
         del saved[name]
     loaded = settings_from_json(QASettings, saved)
     assert loaded.to_json() | saved == loaded.to_json()
-    assert [cell_folder(cell) for cell in loaded.cells()] == ["mode0_k64", "mode1_k64"]
+    assert [cell.folder for cell in loaded.cells()] == ["mode0_k64", "mode1_k64"]
     with pytest.raises(UsageError, match=r"run.json there does not fit this script \(its k is 64\)"):
         settings_from_json(QASettings, saved | {"k": 64})
     with pytest.raises(UsageError, match="run.json there .*there is no setting 'dataset'"):

@@ -158,6 +158,18 @@ def test_groups_and_runs_together(tables: Path) -> None:
     together, alone = missing_runs(cells, Found(), "products")
     assert together[together.index("--method") + 1] == "h2o,tova" and "8,16" in together
     assert alone[alone.index("--method") + 1] == "top_p" and alone[alone.index("--seed") + 1] == "1"
+    content["groups"]["peers"][1]["flags"] = {}
+    tables.write_text(json.dumps(content))
+    (all_,) = missing_runs(plan(tables), Found(), "products")
+    assert all_[all_.index("--method") + 1] == "top_p,h2o,tova" and "8,16" in all_  # Top-p has no K
+    for jobs, expected in (
+        (2, ["top_p", "h2o,tova"]),
+        (3, ["top_p", "h2o", "tova"]),
+        (9, ["top_p", "h2o", "tova"]),
+        (None, ["top_p", "h2o", "tova"]),
+    ):
+        runs = missing_runs(plan(tables), Found(), "products", jobs)
+        assert [run[run.index("--method") + 1] for run in runs] == expected
     content["tables"]["tiny"]["parts"][0]["group"] = "pears"
     tables.write_text(json.dumps(content))
     with pytest.raises(

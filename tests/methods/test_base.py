@@ -11,8 +11,8 @@ from toptheta.methods.base import (
     names,
     of_mode,
     parse_method,
-    parse_methods,
     register,
+    split_methods,
 )
 from toptheta.methods.dense import Dense
 from toptheta.methods.params import LayerSpec
@@ -29,7 +29,8 @@ def test_published_numbers() -> None:
 
 
 def test_lists_and_options() -> None:
-    assert parse_methods("top_k, top_theta:capk,dense") == (TopK(), TopTheta(capk=True), Dense())
+    methods = [parse_method(one) for one in split_methods("top_k, top_theta:capk,dense")]
+    assert methods == [TopK(), TopTheta(capk=True), Dense()]
     assert parse_method("top_theta:capk=false") == TopTheta()
     for method in (TopK(), TopTheta(capk=True), Dense()):
         assert parse_method(method.spec) == method
@@ -48,7 +49,7 @@ def test_lists_and_options() -> None:
 )
 def test_what_is_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        parse_methods(text)
+        [parse_method(one) for one in split_methods(text)]
 
 
 def test_a_name_or_number_is_registered_once() -> None:

@@ -15,9 +15,9 @@ from toptheta.calibration.kept_samples import write_calibration_samples
 from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tables, save_tables
 from toptheta.eval import processes
 from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
+from toptheta.eval.cell_params import CellParams
 from toptheta.eval.run import Run, product_folder
 from toptheta.methods.base import Method
-from toptheta.methods.params import AttentionParams
 from toptheta.models.control import (
     begin_calibration,
     calibrated_tables,
@@ -36,7 +36,7 @@ STATE = "partial-calibration"  # how the names of files with a calibration's sta
 
 def prepare(
     run: Run,
-    cell: AttentionParams,
+    cell: CellParams,
     product: Cell,
     model: Any,
     calibrate: Callable[["Checkpoint"], None],
@@ -79,8 +79,8 @@ def _finished_tables(product: Cell, model: Any) -> CalibrationTables | None:
 
 def _calibrate(
     run: Run,
-    cell: AttentionParams,
-    params: AttentionParams,
+    cell: CellParams,
+    params: CellParams,
     product: Cell,
     model: Any,
     calibrate: Callable[["Checkpoint"], None],
@@ -121,7 +121,7 @@ def _calibrate(
     return processes.from_first(write)
 
 
-def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
+def same_pass(run: Run, cell: CellParams) -> list[CellParams]:
     """The other uncalibrated cells that can be calibrated in the same pass as `cell`: those that differ only
     in K, or in options of the method that calibration does not use. With calib_tac there are none, because
     attention during calibration depends on K."""
@@ -137,7 +137,7 @@ def same_pass(run: Run, cell: AttentionParams) -> list[AttentionParams]:
     ]
 
 
-def _take_the_same_samples(cell: AttentionParams, other: Method) -> bool:
+def _take_the_same_samples(cell: CellParams, other: Method) -> bool:
     """Whether the calibration of a cell would be the same with the method `other`."""
     own = cell.method
     return (

@@ -3,8 +3,9 @@ it, in settings.py."""
 
 from pathlib import Path
 
+from toptheta.eval.cell_params import CellParams
 from toptheta.eval.settings import BUNDLED_TASK, PERPLEXITY, AnySettings, GenSettings, Settings
-from toptheta.methods.params import AttentionParams, check
+from toptheta.methods.params import check
 from toptheta.util.errors import UsageError
 from toptheta.util.options import check_options, options_of
 
@@ -18,7 +19,9 @@ def check_settings(settings: AnySettings) -> AnySettings:
     """The settings, unchanged. Raises UsageError for an invalid value or combination."""
     check_options(settings, flag)
     _check_methods(settings)
-    cells = [check(cell, flag) for cell in settings.cells()]
+    cells = settings.cells()
+    for cell in cells:
+        check(cell, cell.flag)
     needing = [cell for cell in cells if cell.needs_calibration]
     _check_calibration(settings, needing)
     _check_statistics(settings, cells)
@@ -70,7 +73,7 @@ def _check_methods(settings: Settings) -> None:
         raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
 
 
-def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> None:
+def _check_calibration(settings: Settings, needing: list[CellParams]) -> None:
     """Flags about calibrated tables need a cell that uses such tables; needing: the cells that do."""
     if settings.calib_load_path:
         if not needing:
@@ -99,7 +102,7 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
             )
         if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
             raise UsageError(f"{given} saves samples of thresholds: use it with --mode 0.")
-        if name == "calib_dump_samples" and settings.calib_to == "budget":
+        if name == "calib_dump_samples" and any(cell.calib_to == "budget" for cell in needing):
             raise UsageError(
                 f"{given} saves threshold samples, but --calib_to budget takes none: leave it out."
             )
@@ -110,7 +113,7 @@ def _check_calibration(settings: Settings, needing: list[AttentionParams]) -> No
         )
 
 
-def _check_statistics(settings: Settings, cells: list[AttentionParams]) -> None:
+def _check_statistics(settings: Settings, cells: list[CellParams]) -> None:
     if settings.vrow_popularity and not settings.statistics:
         raise UsageError("--vrow_popularity needs statistics: leave out --no_statistics.")
     if settings.effective_k:

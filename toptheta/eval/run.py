@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 
 from toptheta.eval import processes
 from toptheta.eval.cell import Cell
+from toptheta.eval.cell_params import CellParams
 from toptheta.eval.cli import command, settings_from_json
-from toptheta.eval.settings import QASettings, Settings, cell_folder
-from toptheta.methods.params import AttentionParams
+from toptheta.eval.settings import QASettings, Settings
 from toptheta.util.console import say
 from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
@@ -146,7 +146,7 @@ def check_resume(resume: str, script: str) -> dict[str, Any]:
     return saved["settings"]
 
 
-def cells(run: Run, num_layers: int) -> Iterator[tuple[AttentionParams, Cell]]:
+def cells(run: Run, num_layers: int) -> Iterator[tuple[CellParams, Cell]]:
     """Each cell's parameters (K of every layer filled in) and product folder; a single cell uses the run's
     own."""
     for cell in run.settings.cells():
@@ -155,11 +155,11 @@ def cells(run: Run, num_layers: int) -> Iterator[tuple[AttentionParams, Cell]]:
         yield cell, Cell(folder, ratio, run.settings.effective_k)
 
 
-def product_folder(run: Run, cell: AttentionParams) -> Path:
+def product_folder(run: Run, cell: CellParams) -> Path:
     """The folder of a cell: a single cell uses the run's own folder."""
     if len(run.settings.cells()) == 1:
         return run.folder
-    folder = run.folder / cell_folder(cell)
+    folder = run.folder / cell.folder
     earlier = run.folder / f"mode{cell.method.mode}_k{cell.K}"  # earlier versions' name, whatever the options
     if not folder.exists() and earlier.is_dir() and run.settings.capk:
         return earlier
@@ -167,9 +167,9 @@ def product_folder(run: Run, cell: AttentionParams) -> Path:
 
 
 def write_config(
-    run: Run, cell: AttentionParams, product: Cell, model: Any, name: str, extra: dict[str, Any]
+    run: Run, cell: CellParams, product: Cell, model: Any, name: str, extra: dict[str, Any]
 ) -> None:
-    """config.json of a cell: every setting, the model's sizes, versions, device, seeds."""
+    """config.json of a cell: every setting as the cell has it, the model's sizes, versions, device, seeds."""
     config = model.config
     write_json(
         product.path / "config.json",
@@ -186,7 +186,7 @@ def write_config(
             "num_kv_heads": config.num_key_value_heads,
             "head_dim": config.head_dim,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "settings": run.settings.to_json(),
+            "settings": run.settings.to_json() | {name: getattr(cell, name) for name in cell.given},
             "environment": environment(run.settings.device),
         }
         | extra,

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from toptheta.eval import processes
 from toptheta.eval.cell import Cell
+from toptheta.eval.cell_params import CellParams
 from toptheta.eval.checkpoint import Checkpoint, prepare
 from toptheta.eval.run import (
     Run,
@@ -29,7 +30,6 @@ from toptheta.eval.settings import (
     GenSettings,
     QASettings,
     Settings,
-    cell_k,
     resolve_device,
 )
 from toptheta.eval.tasks.base import Engine, Job, Outcome
@@ -40,7 +40,6 @@ from toptheta.eval.tasks.longbench import LongBenchJob
 from toptheta.eval.tasks.needle import NeedleJob
 from toptheta.eval.tasks.perplexity import PerplexityJob
 from toptheta.eval.tasks.qa import qa_jobs
-from toptheta.methods.params import AttentionParams
 from toptheta.models.control import record_statistics, take_dense_calls
 from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
 from toptheta.models.recorder import Recorder
@@ -165,7 +164,7 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
 
 
 def _run_cell(
-    run: Run, cell: AttentionParams, product: Cell, engine: Engine, job: Job, model_name: str
+    run: Run, cell: CellParams, product: Cell, engine: Engine, job: Job, model_name: str
 ) -> CellResult | None:
     """Calibrate and evaluate one cell; None with --calibrate_only."""
     settings, model = job.settings, engine.model
@@ -204,7 +203,7 @@ def _run_cell(
 
 def _finish(
     run: Run,
-    cell: AttentionParams,
+    cell: CellParams,
     product: Cell,
     job: Job,
     outcome: Outcome,
@@ -225,7 +224,7 @@ def _finish(
         task=job.task,
         name=cell.method.name,
         mode=cell.method.mode,
-        k=cell_k(cell),
+        k=cell.k,
         dense=not cell.sparse,
         num_fewshot=job.num_fewshot,
         metrics=outcome.metrics,
@@ -243,7 +242,7 @@ def _finish(
     return product.finish(result, outcome.answers)
 
 
-def _append(run: Run, cell: AttentionParams, product: Cell, result: CellResult, outcome: Outcome) -> None:
+def _append(run: Run, cell: CellParams, product: Cell, result: CellResult, outcome: Outcome) -> None:
     """Append to results-<Model>/..., as the published project does."""
     config = json.loads((product.path / "config.json").read_text())
     text = f"{run.top.name}\n{settings_line(config)}\n{outcome.summary}\n"

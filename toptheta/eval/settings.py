@@ -4,7 +4,8 @@ are derived from that (util/options.py). Rules that involve several settings are
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from toptheta.methods.base import Method, of_mode, parse_method, parse_methods
+from toptheta.eval.cell_params import CellParams, Chosen, parse_all_chosen, parse_chosen
+from toptheta.methods.base import Method, of_mode
 from toptheta.methods.params import CALIBRATION_GROUP, AttentionParams, MethodOptions, expand_k
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option
@@ -44,19 +45,20 @@ def _is_device(device: str) -> bool:
 
 @dataclass(frozen=True)
 class CellOptions:
-    """The methods and K to run: every pair is one cell of the table. method: specs as `parse_methods` reads
-    them, instead of `mode`. layerk: K of individual layers."""
+    """The methods and K to run: every pair is one cell of the table. method: specs as `parse_all_chosen`
+    reads them, instead of `mode`. layerk: K of individual layers."""
 
     mode: tuple[int, ...] = option(
         (3,), "0 Top-theta, 1 Top-k, 3 dense (default); a list runs each", metavar="M[,M]", group="method"
     )
     method: tuple[str, ...] = option(
         (),
-        "methods by name, instead of --mode, with options, e.g. top_k or top_theta:capk; a list runs each; "
-        "an unknown name lists all methods",
+        "methods by name, instead of --mode, with options, e.g. top_k or top_theta:capk; --placement, --sdc, "
+        "--calib_to and others can be set for one method, e.g. top_k:sdc=exact,vmc; a list runs each; an "
+        "unknown name lists all methods",
         metavar="NAME[:OPTION=VALUE,...]",
         group="method",
-        parse=lambda text: tuple(method.spec for method in parse_methods(text, "--method")),
+        parse=lambda text: tuple(chosen.spec for chosen in parse_all_chosen(text)),
     )
     k: tuple[int, ...] = option(
         (256,),
@@ -75,12 +77,19 @@ class CellOptions:
     )
 
     def methods(self) -> list[Method]:
+        return [chosen.method for chosen in self.chosen()]
+
+    def chosen(self) -> list[Chosen]:
         """The methods, each once; those with an option `capk` have it set by --capk."""
-        named = [parse_method(spec, "--method") for spec in self.method]
-        methods = named or [of_mode(mode) for mode in self.mode]
+        found = [parse_chosen(spec) for spec in self.method] or [Chosen(of_mode(mode)) for mode in self.mode]
         if self.capk:
-            methods = [replace(one, **{"capk": True}) if hasattr(one, "capk") else one for one in methods]
-        return list(dict.fromkeys(methods))
+            found = [
+                replace(one, method=replace(one.method, **{"capk": True}))
+                if hasattr(one.method, "capk")
+                else one
+                for one in found
+            ]
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -167,16 +176,17 @@ class Settings(MethodOptions, CellOptions):
         False, "Top-theta: report how many elements rows keep, against K", group=RUN, answers=False
     )
 
-    def cells(self) -> list[AttentionParams]:
+    def cells(self) -> list[CellParams]:
         """The parameters of each cell: every method with every K; a method without K once."""
         cells = []
-        for method in self.methods():
-            if method.is_dense or self.placement == "none":
-                cells.append(AttentionParams(method=method, placement="none"))
+        for chosen in self.chosen():
+            method, given = chosen.method, dict(chosen.given)
+            options = {f.name: getattr(self, f.name) for f in fields(MethodOptions)} | given
+            if method.is_dense or options["placement"] == "none":
+                cells.append(CellParams(method=method, placement="none"))
                 continue
-            options = {f.name: getattr(self, f.name) for f in fields(MethodOptions)}
             options["calib_tac"] &= method.needs_thresholds
-            cell = AttentionParams(method=method, **options)
+            cell = CellParams(method=method, given=tuple(given), **options)
             if not cell.needs_calibration:
                 cell = replace(cell, calib_load_path="")
             cells += [replace(cell, K=k) for k in dict.fromkeys(self.k)] if method.uses_k else [cell]
@@ -409,14 +419,3 @@ def resolve_device(settings: AnySettings) -> AnySettings:
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     return replace(settings, device=device, dtype=dtype)
-
-
-def cell_k(cell: AttentionParams) -> int | None:
-    """A cell's K; None if it is dense or its method has no K."""
-    assert isinstance(cell.K, int)
-    return cell.K if cell.sparse and cell.method.uses_k else None
-
-
-def cell_folder(cell: AttentionParams) -> str:
-    """A cell's folder in a run of several: 'mode3', 'mode0_k64', 'streaming_llm_sinks8_k64'."""
-    return cell.method.folder(cell_k(cell))

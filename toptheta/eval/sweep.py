@@ -72,7 +72,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     if options.only:
         cells = only_named(cells, options.only)
     found = scan(Path(options.output_dir), {cell.script for cell in cells})
-    commands = missing_runs(cells, found, options.output_dir)
+    commands = missing_runs(cells, found, options.output_dir, None if options.slurm else options.jobs)
     done = sum(cell.key in found.results for cell in cells)
     say(f"{table['title']}: {done} of {len(cells)} cells are finished, {len(commands)} runs are left.")
     if options.dry_run:
@@ -128,8 +128,12 @@ def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
     return found
 
 
-def missing_runs(cells: list[SweepCell], found: Found, output_dir: str) -> list[list[str]]:
-    """The command lines (without 'python') that finish the cells: resumed runs first, then new ones."""
+def missing_runs(
+    cells: list[SweepCell], found: Found, output_dir: str, jobs: int | None = 1
+) -> list[list[str]]:
+    """The command lines (without 'python') that finish the cells: resumed runs first, then new ones. Methods
+    that differ in --method alone share a run, as far as that leaves one for each of the `jobs`; None: each
+    has its own."""
     wanted = {
         cell.key: cell for cell in cells if cell.key not in found.results | dict.fromkeys(found.under_way)
     }
@@ -139,22 +143,50 @@ def missing_runs(cells: list[SweepCell], found: Found, output_dir: str) -> list[
             commands.append([script, "--resume", str(folder)])
             for key in missing:
                 del wanted[key]
-    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    alike: dict[tuple[str, ...], dict[str | None, list[int]]] = {}  # K by method, of commands without them
     for cell in wanted.values():
-        ks = groups.setdefault((cell.script, cell.arguments), [])
+        command, method = _without_method((cell.script, *cell.arguments))
+        ks = alike.setdefault(command, {}).setdefault(method, [])
         if cell.k is not None:
             ks.append(cell.k)
-    runs: dict[tuple[str, ...], list[str]] = {}  # by all but --method: what differs there alone is one run
-    for (script, arguments), ks in groups.items():
-        k = ["--k", ",".join(map(str, ks))] if ks else []
-        command = [script, *arguments, *k, "--output_dir", output_dir]
-        at = command.index("--method") + 1 if "--method" in command else len(command)
-        same = (*command[:at], *command[at + 1 :])
-        if same in runs:
-            runs[same][at] += f",{command[at]}"
-        else:
-            runs[same] = command
-    return commands + list(runs.values())
+    runs = [(command, *run) for command, methods in alike.items() for run in _with_same_k(methods)]
+    while jobs is None or len(commands) + len(runs) < jobs:
+        most = max(runs, key=lambda run: len(run[2]), default=None)
+        if most is None or len(most[2]) < 2:
+            break
+        at, (command, of_k, methods_) = runs.index(most), most
+        half = len(methods_) // 2
+        runs[at : at + 1] = [(command, of_k, methods_[:half]), (command, of_k, methods_[half:])]
+    return commands + [_command(*run, output_dir) for run in runs]
+
+
+def _without_method(command: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """A command line without the value of --method, and the value."""
+    if "--method" not in command:
+        return command, None
+    at = command.index("--method") + 1
+    return (*command[:at], *command[at + 1 :]), command[at]
+
+
+def _with_same_k(methods: dict[str | None, list[int]]) -> list[tuple[tuple[int, ...], list[str | None]]]:
+    """Methods that are run with the same K. Those without K go with the first of the others."""
+    by_k: dict[tuple[int, ...], list[str | None]] = {}
+    for method, ks in methods.items():
+        by_k.setdefault(tuple(ks), []).append(method)
+    without = by_k.pop((), [])
+    first = next(iter(by_k), ())
+    if without:
+        by_k[first] = without + by_k.get(first, [])
+    return list(by_k.items())
+
+
+def _command(
+    command: tuple[str, ...], ks: tuple[int, ...], methods: list[str | None], output_dir: str
+) -> list[str]:
+    full = [*command, *(["--k", ",".join(map(str, ks))] if ks else []), "--output_dir", output_dir]
+    if "--method" in full:
+        full.insert(full.index("--method") + 1, ",".join(filter(None, methods)))
+    return full
 
 
 def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus: int) -> int:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
+from toptheta.eval.cell_params import CellParams
 from toptheta.eval.cli import Parser, parse_settings
 from toptheta.eval.settings import (
     BUNDLED_TASK,
@@ -17,11 +18,10 @@ from toptheta.eval.settings import (
     GenSettings,
     QASettings,
     Settings,
-    cell_k,
     resolve_device,
 )
 from toptheta.eval.tasks.lm_eval_tasks import check_task
-from toptheta.methods.params import AttentionParams, MethodOptions
+from toptheta.methods.params import MethodOptions
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option, options_of
 from toptheta.util.schema import Count, read_json
@@ -183,7 +183,7 @@ def plan(
                     key = answer_key(settings, cell)
                     shown = part.get("name", task)
                     row = f"{name}: {part['label']}" if "label" in part else name
-                    cells.append(SweepCell(shown, row, cell_k(cell), script, tuple(arguments), key))
+                    cells.append(SweepCell(shown, row, cell.k, script, tuple(arguments), key))
     return cells
 
 
@@ -240,7 +240,7 @@ def only_named(cells: list[SweepCell], only: str) -> list[SweepCell]:
     return [cell for cell in cells if cell in chosen]
 
 
-def answer_key(settings: Settings, cell: AttentionParams) -> str:
+def answer_key(settings: Settings, cell: CellParams) -> str:
     """The key of a cell: everything that changes its answers, i.e. its method and the relevant settings."""
     method_options = [f.name for f in fields(MethodOptions)]
     of_cell = {*method_options, *(f.name for f in fields(CellOptions))}
@@ -248,8 +248,8 @@ def answer_key(settings: Settings, cell: AttentionParams) -> str:
     facts: dict[str, Any] = {name: getattr(settings, name) for name in answering if name not in of_cell}
     if cell.sparse:
         facts |= {name: getattr(cell, name) for name in method_options} | {"method": cell.method.spec}
-    if cell_k(cell) is not None:
-        facts |= {"k": cell_k(cell), "layerk": settings.layerk}
+    if cell.k is not None:
+        facts |= {"k": cell.k, "layerk": settings.layerk}
     if not cell.needs_calibration:
         facts = {name: value for name, value in facts.items() if not name.startswith("calib_")}
     for name in ("data_dir", *TEXT_FLAGS):

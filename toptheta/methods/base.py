@@ -7,7 +7,7 @@ VMC are in compensation.py, thresholds in calibration/.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import IntEnum
@@ -260,21 +260,23 @@ class Method:
         options = ",".join(f"{name}={value}" for name, value in self.options().items())
         return f"{self.name}:{options}" if options else self.name
 
-    def label(self, k: int | None) -> str:
-        """Its name in tables: 'dense', 'Top-k K=64', 'StreamingLLM sinks=8 K=64'."""
-        parts = [self.title, *(self._option_label(*option) for option in self.options().items())]
+    def label(self, k: int | None, more: Sequence[str] = ()) -> str:
+        """Its name in tables: 'dense', 'Top-k K=64', 'StreamingLLM sinks=8 K=64'. more: further parts."""
+        parts = [self.title, *(self.option_label(*option) for option in self.options().items()), *more]
         return " ".join([*parts, f"K={k}"] if self.uses_k and k is not None else parts)
 
     @staticmethod
-    def _option_label(name: str, value: Any) -> str:
+    def option_label(name: str, value: Any) -> str:
         return name if value is True else f"{name}={value}"
 
-    def folder(self, k: int | None) -> str:
-        """Its folder in a run of several cells: 'mode0_k64', 'streaming_llm_sinks8_k64'."""
-        if self.mode is not None and not self.options():
+    def folder(self, k: int | None, more: Sequence[str] = ()) -> str:
+        """Its folder in a run of several cells: 'mode0_k64', 'streaming_llm_sinks8_k64'. more: further
+        parts."""
+        if self.mode is not None and not self.options() and not more:
             parts = [f"mode{self.mode}"]
         else:
-            parts = [self.name, *(name if v is True else f"{name}{v}" for name, v in self.options().items())]
+            own = (name if v is True else f"{name}{v}" for name, v in self.options().items())
+            parts = [self.name, *own, *more]
         return "_".join([*parts, f"k{k}"] if self.uses_k and k is not None else parts)
 
 
@@ -319,9 +321,9 @@ def of_mode(mode: int) -> Method:
     return known["dense"]()
 
 
-def parse_method(text: str, flag: str = "method") -> Method:
+def parse_method(text: str, flag: str = "method", also: Sequence[str] = ()) -> Method:
     """A method from 'NAME[:option=value[,option=value...]]'. Raises UsageError, naming `flag`, for an unknown
-    name or option, or an invalid value."""
+    name or option, or an invalid value. also: other options that the error message names."""
     name, _, rest = text.strip().partition(":")
     known_methods = registered()
     if name not in known_methods:
@@ -335,26 +337,28 @@ def parse_method(text: str, flag: str = "method") -> Method:
         option, equals, value = part.partition("=")
         if option not in known:
             of_it = f"its options are {', '.join(known)}" if known else "it has none"
-            raise UsageError(f"{flag} {name} has no option {option!r}: {of_it}.")
-        options[option] = _value(f"{flag} {name}:{option}", known[option].default, value if equals else None)
+            of_all = f"; of all methods: {', '.join(also)}" if also and not kind.is_dense else ""
+            raise UsageError(f"{flag} {name} has no option {option!r}: {of_it}{of_all}.")
+        shown = f"{flag} {name}:{option}"
+        options[option] = option_value(shown, known[option].default, value if equals else None)
     method = kind(**options)
     method.check(lambda option: f"{flag} {name}:{option}")
     return method
 
 
-def parse_methods(text: str, flag: str = "method") -> tuple[Method, ...]:
-    """Methods from a comma-separated list: 'top_k,streaming_llm:sinks=8,dense'. A part that is not a method's
-    name and has no colon is another option of the method before it. Raises UsageError as `parse_method`."""
+def split_methods(text: str) -> list[str]:
+    """The methods of a comma-separated list: 'top_k,streaming_llm:sinks=8,dense'. A part that is not a
+    method's name and has no colon is another option of the method before it."""
     parts: list[str] = []
     for part in (part.strip() for part in text.split(",")):
         if parts and part not in registered() and ":" not in part and ("=" in part or ":" in parts[-1]):
             parts[-1] += ("," if ":" in parts[-1] else ":") + part
         else:
             parts.append(part)
-    return tuple(parse_method(part, flag) for part in parts)
+    return parts
 
 
-def _value(name: str, default: Any, text: str | None) -> Any:
+def option_value(name: str, default: Any, text: str | None) -> Any:
     """An option's value, of the type of its default; a bool option without a value is True."""
     if isinstance(default, bool):
         words = {None: True, "true": True, "1": True, "false": False, "0": False}

@@ -188,9 +188,14 @@ class AttentionParams(MethodOptions):
     @property
     def label(self) -> str:
         """The name in tables: 'dense', 'Top-k K=64', 'Top-theta K=64', 'Top-theta budget K=64'."""
+        return self.label_with(())
+
+    def label_with(self, more: Sequence[str]) -> str:
+        """The name in tables, with further parts."""
         if not self.sparse:
             return Dense.title
-        label, title = self.method.label(self.K if isinstance(self.K, int) else None), self.method.title
+        title = self.method.title
+        label = self.method.label(self.K if isinstance(self.K, int) else None, more)
         if self.method.needs_thresholds and self.calib_to == "budget":
             return label.replace(title, f"{title} budget", 1)
         return label

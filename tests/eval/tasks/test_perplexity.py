@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.eval.helpers import gen_settings, only_run
+from toptheta.eval.cell_params import Chosen, parse_chosen
 from toptheta.eval.cli import settings_from_json
 from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import GenSettings
@@ -190,6 +191,36 @@ def test_too_much_left_dense(folder_model: str, here_with_text: Path, decode_fro
     settings = gen_settings(folder_model, dataset="perplexity", text="text.txt", decode_from=decode_from)
     with pytest.raises(UsageError, match=words):
         check_settings(settings)
+
+
+def test_methods_with_flags_of_their_own(folder_model: str, here_with_text: Path) -> None:
+    """One run of them has the results of a run for each with those flags, and one report for all."""
+    from toptheta.eval.runner import evaluate
+
+    published = {"sdc": "exact", "vmc": True, "calib_tac": True}
+    budget = {"placement": "post-softmax", "vmc": True, "calib_to": "budget"}
+    chosen = {
+        "top_k": {"sdc": "exact", "vmc": True},
+        "top_theta": published,
+        "top_theta:key_copy=int4": budget,
+        "streaming_llm:sinks=2": {},
+    }
+    base = {"dataset": "perplexity", "text": "text.txt", "num_tasks": 2, "mode": (3,), "k": (16,)}
+    base |= {"sdc": "none", "vmc": False, "calib_tac": False}
+    specs = [Chosen(parse_chosen(name).method, tuple(flags.items())).spec for name, flags in chosen.items()]
+    together = evaluate(gen_settings(folder_model, **base, method=tuple(specs)))
+    assert len({result.method for result in together}) == len({result.folder for result in together}) == 4
+    for (name, flags), one in zip(chosen.items(), together):
+        settings = gen_settings(folder_model, **base | flags, method=(name,), output_dir="alone")
+        (alone,) = evaluate(settings)
+        assert one.metrics == alone.metrics and one.kept == alone.kept and one.kv_bytes == alone.kv_bytes
+        saved, expected = (
+            json.loads((Path(str(result.folder)) / "config.json").read_text())["settings"]
+            for result in (one, alone)
+        )
+        assert {name: saved[name] for name in flags} == {name: expected[name] for name in flags}
+    page = (only_run(here_with_text / "products") / "report.html").read_text()
+    assert all(result.method in page for result in together)
 
 
 def test_perplexity_resumes(folder_model: str, here_with_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
