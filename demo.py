@@ -16,15 +16,18 @@ from typing import Any
 
 from toptheta.eval.cli import run_main
 from toptheta.eval.settings import GenSettings, QASettings, Settings
-from toptheta.report.results import CellResult
 from toptheta.util.files import timestamp, write_text
 from toptheta.util.options import to_flags
 
 MODEL = "smollm2"
 K = 64
-# As published: thresholds on scores, the same K for every row; and ours: one threshold on weights.
-SCORES: dict[str, Any] = {"placement": "pre-softmax", "sdc": "exact", "vmc": True, "calib_tac": True}
 BUDGET: dict[str, Any] = {"placement": "post-softmax", "vmc": True, "calib_to": "budget"}
+METHODS = (
+    "top_k:sdc=exact",
+    "top_theta:sdc=exact,calib_tac",  # as published: thresholds on scores, the same K for every row
+    "top_theta:placement=post-softmax,calib_to=budget",  # ours: one threshold on weights
+    "top_theta:placement=post-softmax,calib_to=budget,key_copy=int4",  # and a 4-bit copy of K
+)
 TEXT = ("types", "compound", "execmodel")  # chapters of Python's language reference, which comes with Python
 WINDOW, WINDOWS = 1024, 5
 PROGRAM, PROGRAM_TOKENS = 35, 512  # a HumanEval task that the small model solves, and its limit
@@ -36,34 +39,29 @@ def main() -> None:
     text = folder / "python_reference.txt"
     write_text(text, "\n\n".join(topics[name] for name in TEXT))
     model: dict[str, Any] = {"llama": MODEL, "k": (K,), "output_dir": str(folder)}
-    on_text = model | {
-        "dataset": "perplexity",
-        "text": str(text),
-        "max_seq_len": WINDOW,
-        "num_tasks": WINDOWS,
-        "calib_samples": 3,
-        "effective_k": True,
-    }
-    published = GenSettings(**on_text, **SCORES, mode=(1, 0), calib_sample_frac=1.0)
-    step(1, "How close to dense attention, and what is kept", "gen_llama.py", published)
+    on_text = GenSettings(
+        **model,
+        dataset="perplexity",
+        text=str(text),
+        max_seq_len=WINDOW,
+        num_tasks=WINDOWS,
+        method=METHODS,
+        vmc=True,
+        calib_samples=3,
+        calib_sample_frac=1.0,
+        effective_k=True,
+    )
+    step(1, "How close to dense attention, and what is kept", "gen_llama.py", on_text)
     from toptheta.eval.runner import evaluate
 
-    on_scores = folder_of(evaluate(published, page=False))
-    budget = GenSettings(**on_text, **BUDGET, method=("top_theta", "top_theta:key_copy=int4"))
-    step(
-        2,
-        "The same, with one threshold for a budget, alone and with a 4-bit copy of K",
-        "gen_llama.py",
-        budget,
-    )
-    on_weights = folder_of(evaluate(budget, page=False))
+    _, on_scores, on_weights, _ = (str(one.folder) for one in evaluate(on_text, page=False))
 
-    print(f"\n3. How fast, next to stock transformers with sdpa (medians, interleaved, K={K})\n")
+    print(f"\n2. How fast, next to stock transformers with sdpa (medians, interleaved, K={K})\n")
     print(speed_table(text.read_text(), on_scores))
 
     carried = model | BUDGET | {"mode": (3, 1, 0), "calib_load_path": on_weights}
     questions = QASettings(**carried, num_fewshot=8, num_samples=4)
-    step(4, "A few questions, with the thresholds of the text above", "test_llama.py", questions)
+    step(3, "A few questions, with the thresholds of the text above", "test_llama.py", questions)
     evaluate(questions, page=False)
 
     program = GenSettings(
@@ -73,14 +71,9 @@ def main() -> None:
         apply_chat_template=True,
         allow_code_execution=True,
     )
-    step(5, "A program, written and run in a sandbox", "gen_llama.py", program)
+    step(4, "A program, written and run in a sandbox", "gen_llama.py", program)
     evaluate(program, page=False)
     finish(folder)
-
-
-def folder_of(results: list[CellResult]) -> str:
-    """Where the thresholds of a run are."""
-    return str(next(one.folder for one in results if one.mode == 0))
 
 
 def step(number: int, title: str, script: str, settings: Settings) -> None:
@@ -156,7 +149,7 @@ def finish(folder: Path) -> None:
 
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     run = write_report(runs, folder / "report.html")
-    print("\n6. The answers")
+    print("\n5. The answers")
     answers = run.answers.dropna(subset=["question"])
     for _, of_question in answers.groupby(["task", "key"], sort=False):
         first = of_question.iloc[0]
