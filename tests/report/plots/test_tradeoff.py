@@ -117,6 +117,8 @@ def test_tradeoff_of_paired_results_has_paired_bars() -> None:
         return {round(float(np.ptp(y)), 6) for y in ends}, figure.legends[0].get_texts()[-1].get_text()
 
     assert bars_and_legend(results) == ({1.0}, "± paired standard error, to dense")
+    rounded = replace(results[0], method="dense bfloat16", extra=extra)
+    assert results[0].dense and bars_and_legend([*results, rounded])[1] == "± paired standard error, to dense"
     unpaired = ({4.0}, "± standard error (band, bars)")
     assert bars_and_legend([*results, results[0]])[1] == unpaired[1]
     assert bars_and_legend([*results[:-1], tradeoff_results()[-1]]) == unpaired

@@ -37,9 +37,9 @@ def draw_tradeoff(
     """Draw accuracy against kept attention elements and kept V rows (% of dense), and write it to `path`.
 
     results: of one task. Dense ones become a horizontal line; of a sparse method the points of several K are
-    joined. Error bars are the standard error of the difference from dense on the same questions if all sparse
-    results have it (only then can they tell methods apart), else those of each result and, as a band, of
-    dense. phase: the one whose kept shares are drawn; None: decode if every
+    joined. Error bars are the standard error of the difference from dense on the same questions if all
+    results but one of dense have it (only then can they tell methods apart), else those of each result; those
+    of dense ones are bands. phase: the one whose kept shares are drawn; None: decode if every
     sparse result has it, else prefill. Returns a sentence for each result that is not drawn. Raises
     UsageError if there is nothing to draw, or the results have several tasks or no metric in common.
     """
@@ -78,7 +78,8 @@ def tradeoff_figure(
             "--no_statistics."
         )
 
-    paired = len(dense) == 1 and all(_paired_stderr(result, metric) is not None for result in placed)
+    baselines = [result for result in dense if _paired_stderr(result, metric) is None]
+    paired = len(baselines) == 1 and all(_paired_stderr(result, metric) is not None for result in placed)
     bar_of = _paired_stderr if paired else _stderr
     families: dict[str, list[CellResult]] = {}
     for result in placed:
@@ -104,10 +105,10 @@ def tradeoff_figure(
                 names = [_k_label(r) for _, r in points]
                 labels[kind] += [Label(*values) for values in zip(x, y, names, [colour] * len(x))]
     for index, result in enumerate(dense):
-        value, error = scale * result.metrics[metric].value, scale * _stderr(result, metric)
+        value, error = scale * result.metrics[metric].value, scale * (bar_of(result, metric) or 0.0)
         style = ("-", "--", ":", "-.")[index % 4]
         for axes in all_axes:
-            if not paired:
+            if error:
                 axes.axhspan(value - error, value + error, color=GREY, alpha=0.18, lw=0, zorder=0)
             axes.axhline(value, color="black", lw=1.1, ls=style, zorder=1)
         handles.insert(index, Line2D([], [], color="black", lw=1.1, ls=style, label=result.method))
