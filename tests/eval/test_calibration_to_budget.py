@@ -72,7 +72,7 @@ def test_layers_by_sensitivity_and_values(folder_model: str, here: Path) -> None
         ("--mode 1 --calib_to budget", "--calib_to budget has no effect without calibration"),
         (
             "--mode 0 --placement post-softmax --calib_to budget --calib_dump_samples",
-            "--calib_dump_samples saves threshold samples, but --calib_to budget takes none",
+            "--calib_dump_samples saves threshold samples, and --calib_to budget takes none",
         ),
         (
             "--mode 0 --placement post-softmax --calib_to half",

@@ -11,6 +11,7 @@ from tests.eval.helpers import parse
 from toptheta.eval.cell_params import CellParams
 from toptheta.eval.cli import settings_from_json
 from toptheta.eval.rules import check_settings
+from toptheta.eval.run import Run, product_folder
 from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.methods.params import MethodOptions
 from toptheta.methods.top_theta import TopTheta
@@ -103,8 +104,22 @@ def test_flags_of_one_method() -> None:
         ("none", "pre-softmax", "k"),
         ("none", "post-softmax", "k"),
     ]
+    offline = parse("--method top_k:sdc=offline-calibrated,calib_sample_frac=0.5,calib_smooth=3").cells()[0]
+    assert (offline.calib_sample_frac, offline.calib_smooth) == (0.5, 3)
+    twice = "--placement post-softmax --method top_theta:calib_to=k,top_theta,top_theta:placement=none,dense"
+    assert [cell.label for cell in parse(twice).cells()] == ["Top-theta K=256", "dense", "dense"]
     assert cells[3].calib_tac and not cells[1].calib_tac and cells[1].vmc and not cells[5].vmc
     assert {cell.sdc_scale for cell in cells[1:]} == {0.5}
+
+
+def test_no_two_cells_share_a_folder(tmp_path: Path) -> None:
+    """Also beside folders that earlier versions named after mode and K alone."""
+    settings = parse("--capk --k 64 --method top_k,top_k:sdc=exact,top_theta:sdc=exact,top_theta")
+    run = Run(tmp_path, settings, "test_llama.py")
+    for name in ("mode1_k64", "mode0_k64"):
+        (tmp_path / name).mkdir()
+    assert len({product_folder(run, cell) for cell in settings.cells()}) == 4
+    assert product_folder(run, settings.cells()[-1]) == tmp_path / "mode0_k64"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +131,11 @@ def test_flags_of_one_method() -> None:
         ("--method dense:vmc", "--method dense has no option 'vmc': it has none"),
         ("--method top_k:vcm", "--method top_k has no option 'vcm': it has none; of all methods: .*vmc"),
         ("--method top_k:calib_to=budget", "--method top_k:calib_to applies to calibrated thresholds only"),
+        ("--method top_k:calib_smooth=3", "--method top_k:calib_smooth has no effect without calibration"),
+        (
+            "--calib_dump_samples --method top_theta:placement=post-softmax,calib_to=budget",
+            "and --method top_theta:calib_to budget takes none",
+        ),
         ("--method top_theta:calib_to=budget", "--method top_theta:calib_to budget .* needs --placement"),
         ("--method top_theta:placement=post-softmax,sdc=exact", "sdc"),
         ("--method top_theta:calib_load_path=x", "--method top_theta has no option 'calib_load_path'"),

@@ -15,7 +15,7 @@ from tests.eval.helpers import interrupt_at, only_run, qa_settings
 from tests.eval.test_several_processes import check_same
 from tests.helpers.processes import run as start_processes
 from topk_llama import set_params
-from toptheta.eval import likelihoods, lm_eval_model, prefixes
+from toptheta.eval import cell, likelihoods, lm_eval_model, partial, prefixes
 from toptheta.eval.cell import Cell
 from toptheta.eval.lm_eval_model import TopThetaLM
 from toptheta.eval.prefixes import in_batches, shared_lengths
@@ -204,6 +204,16 @@ def test_the_same_as_without_sharing(
         assert counted.keys() == anew.keys() and "kept" in counted
         for name in anew:
             assert counted[name] == anew[name], (name, batch_size)
+
+
+def test_a_batch_is_saved_whole(lm: TopThetaLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its groups of answers are in one chunk, however long each took."""
+    prepare(lm, METHODS["Top-k"])
+    monkeypatch.setattr(likelihoods, "CALL_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(cell, "CHECKPOINT_SECONDS", 0.0)
+    run(lm, tmp_path, 2, generate=False, ratio=True)
+    saved = [json.loads(partial.read(chunk, cell.ANSWERS)) for chunk in partial.chunks(tmp_path / "partial")]
+    assert [len(chunk["answers"]) for chunk in saved] == [2 * len(ANSWERS)] * (len(QUESTIONS) // 2)
 
 
 def answers(lm: TopThetaLM, shots: str = SHOTS, **options) -> list[str]:

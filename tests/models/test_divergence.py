@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from tests.helpers.families import make
 from tests.helpers.models import SPARSE, steer, tokens
 from toptheta.models import divergence
 from toptheta.models.control import get_params, record_statistics, set_params
@@ -123,7 +124,13 @@ def test_rows_behind_a_prompt_are_decode_steps(tiny_model: LlamaForCausalLM, par
 
 @pytest.mark.parametrize(
     ("method", "first", "second"),
-    [("h2o", 30 + 10, 10), ("tova", 1 + 10, 1 + 10), ("snapkv:window=4", 4 + 10, 4 + 10), ("top_k", 10, 10)],
+    [
+        ("h2o", 30 + 10, 10),
+        ("h2o:prefill=causal", 40, 40),
+        ("tova", 1 + 10, 1 + 10),
+        ("snapkv:window=4", 4 + 10, 4 + 10),
+        ("top_k", 10, 10),
+    ],
 )
 def test_what_is_read_of_a_prompt(
     tiny_model: LlamaForCausalLM, method: str, first: int, second: int, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +139,8 @@ def test_what_is_read_of_a_prompt(
     and the predictions are those of the whole prompt."""
     update_model(tiny_model)
     ids, read = tokens(batch=2, length=40), list[int]()
-    dense = replace(read_dense(tiny_model, ids, 30, None), prompts={})
+    dense = read_dense(tiny_model, ids, 30, None)
+    dense = replace(dense, room=dense.nbytes)
     step = divergence.hidden_states
 
     def counting(model: Any, input_ids: Tensor, *rest: Any) -> Any:
@@ -148,6 +156,23 @@ def test_what_is_read_of_a_prompt(
         alone = against_dense(tiny_model, ids, 30, 7)
         torch.testing.assert_close(found.nll, alone.nll, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.kl, alone.kl, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["tova", "snapkv:window=4", "h2o"])
+def test_prompts_behind_a_window_are_read_again(method: str) -> None:
+    """A layer with a window, left dense here, cannot forget the last rows of a prompt."""
+    model = update_model(make("qwen2"))
+    ids = tokens(batch=2, length=40)
+    set_params(model, method=method, K={0: 0, 1: 8})
+    dense = read_dense(model, ids, 30, None)
+    found = against_dense(model, ids, 30, None, replace(dense, room=dense.nbytes))
+    assert found.kl.max() > 1e-3
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :30], past_key_values=cache)
+        logits = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)]
+    expected = torch.cat(logits, dim=1)[:, :-1].log_softmax(dim=-1).gather(-1, ids[:, 31:, None])[..., 0]
+    torch.testing.assert_close(found.nll, -expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_judge_of_another_type(tiny_model: LlamaForCausalLM) -> None:

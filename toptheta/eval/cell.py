@@ -98,15 +98,17 @@ class Cell:
         decode: dict[int, list[LayerRecord]],
         decode_steps: np.ndarray | None = None,
         lines: Sequence[Mapping[str, str]] = (),
+        last: bool = True,
     ) -> None:
         """Add a finished request's answers and counts, all or none of them. decode_steps `[B]`: the number of
-        steps of each sequence to count; lines: of product files, by file name."""
+        steps of each sequence to count; lines: of product files, by file name. last: False if more follows
+        that has to be in the same chunk."""
         with uninterrupted():
             for of_answer in lines:
                 for name, line in of_answer.items():
                     self._add_lines(name, [line])
             self._take_all(answers, prefill, decode, decode_steps)
-            if time.monotonic() - self._since > CHECKPOINT_SECONDS:
+            if last and time.monotonic() - self._since > CHECKPOINT_SECONDS:
                 self.checkpoint()
 
     def _take_all(

@@ -10,6 +10,12 @@ from toptheta.util.errors import UsageError
 
 # The flags that a method can have for itself. Tables are read for all methods.
 OF_FLAGS = {f.name: f.default for f in fields(MethodOptions) if f.name != "calib_load_path"}
+OF_THRESHOLDS = (
+    "calib_tac",
+    "calib_to",
+    "calib_layers",
+    "calib_add_sigma",
+)  # the other calib_ are of SDC, too
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def parse_chosen(text: str, flag: str = "--method") -> Chosen:
             continue
         shown = f"{flag} {name}:{option}"
         given[option] = option_value(shown, OF_FLAGS[option], value if equals else None)
-        if option.startswith("calib_") and kind is not None and not kind.needs_thresholds:
+        if option in OF_THRESHOLDS and kind is not None and not kind.needs_thresholds:
             raise UsageError(f"{shown} applies to calibrated thresholds only: leave it out.")
     method = parse_method(f"{name}:{','.join(own)}" if given else text, flag, tuple(OF_FLAGS))
     return Chosen(method, tuple((option, given[option]) for option in OF_FLAGS if option in given))

@@ -59,8 +59,12 @@ def score(
     def log_probs(hidden: Tensor) -> Tensor:
         return torch.log_softmax(head_logits(model, hidden), dim=-1, dtype=softmax_dtype)
 
-    first = log_probs(hidden[torch.arange(len(batch), device=device), last_rows])
+    here = hidden.device  # of the last layer
+    first = log_probs(hidden[torch.arange(len(batch), device=here), last_rows.to(here)])
     answers = [(i, key, answer) for i, (_, group) in enumerate(batch) for key, answer in group.items()]
+    if all(len(answer) == 1 for _, _, answer in answers):
+        found = {key: _likelihood(first[i][None], answer) for i, key, answer in answers}
+        return [Scored(found, *(({}, {}) if recorder is None else recorder.drain()))]
     counts = None if recorder is None else recorder.take_prefix(one_call=False)
     call_tokens = CALL_TOKENS.get(device.type, CALL_TOKENS_ELSEWHERE)
     scored = []
@@ -69,16 +73,18 @@ def score(
         owner = torch.tensor([i for i, _, _ in chosen], device=device)
         if recorder is not None and counts is not None:
             recorder.begin_answers(counts, owner)
-        rest: Sequence[Tensor | None] = [None] * len(chosen)
+        rest: Sequence[Tensor] = [first[:0]] * len(chosen)
         if any(len(answer) > 1 for _, _, answer in chosen):
             begin(key for _, key, _ in chosen)
             inputs, own_mask = _padded([answer[:-1] for _, _, answer in chosen], device)
             places = lengths[owner][:, None] + torch.arange(inputs.shape[1], device=device)
             whole = torch.cat([mask[owner], own_mask], dim=1)
             hidden = _read(model, inputs, whole, selected(cache, owner), places)
-            rest = log_probs(hidden[own_mask.bool()]).split([len(answer) - 1 for _, _, answer in chosen])
+            real = log_probs(hidden[own_mask.bool().to(here)])
+            rest = real.split([len(answer) - 1 for _, _, answer in chosen])
         found = {
-            key: _likelihood(first[i][None], more, answer) for (i, key, answer), more in zip(chosen, rest)
+            key: _likelihood(torch.cat([first[i][None], more]), answer)
+            for (i, key, answer), more in zip(chosen, rest)
         }
         scored.append(Scored(found, *(({}, {}) if recorder is None else recorder.drain())))
     return scored
@@ -111,9 +117,8 @@ def _read(model: Any, tokens: Tensor, mask: Tensor, cache: Any, places: Tensor |
     return model.model(tokens, attention_mask=seen, **arguments).last_hidden_state
 
 
-def _likelihood(first: Tensor, rest: Tensor | None, answer: tuple[int, ...]) -> tuple[float, bool]:
-    """first: `[1, V]`, rest: `[len(answer) - 1, V]` log-probabilities; None: the answer is one token."""
-    logits = first if rest is None else torch.cat([first, rest])
+def _likelihood(logits: Tensor, answer: tuple[int, ...]) -> tuple[float, bool]:
+    """logits: `[len(answer), V]` log-probabilities."""
     target = torch.tensor(answer, device=logits.device)
     greedy = bool((logits.argmax(dim=-1) == target).all())
     return float(logits.gather(1, target[:, None]).sum()), greedy

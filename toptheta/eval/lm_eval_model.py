@@ -33,6 +33,7 @@ from toptheta.models.prefix import Prefix, can_share, read_prefix
 from toptheta.models.recorder import LayerRecord, Recorder
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
+from toptheta.util.interrupts import uninterrupted
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 QUOTED = 60  # characters of a prompt in a message
@@ -97,8 +98,9 @@ class TopThetaLM(HFLM):
         def run(batch: list[Group]) -> None:
             with self._counting(key for _, group in batch for key in group), reading_prompt(self.model):
                 scored = checked(self.model, self._score, batch, lambda group: self._named(group[0]))
-            for one in scored:
-                self._take(one.found, (one.prefill, one.decode), answers)
+            with uninterrupted():  # all of a batch, or nothing
+                for one in scored:
+                    self._take(one.found, (one.prefill, one.decode), answers, last=one is scored[-1])
             tokens = sum(len(prompt) + sum(map(len, group.values())) for prompt, group in batch)
             advance(sum(len(one.found) for one in scored), tokens)
 
@@ -155,12 +157,13 @@ class TopThetaLM(HFLM):
         counts: tuple[dict[int, LayerRecord], dict[int, list[LayerRecord]]],
         answers: dict[str, Any],
         decode_steps: np.ndarray | None = None,
+        last: bool = True,
     ) -> None:
         """Add answers and counts to the cell; without a cell, add only the answers to `answers`."""
         if self.cell is None:
             answers.update(found)
             return
-        self.cell.add(found, *counts, decode_steps)
+        self.cell.add(found, *counts, decode_steps, last=last)
 
     def _bar(
         self, total: int, done: int, unit: str, disable: bool

@@ -22,6 +22,9 @@ def check_settings(settings: AnySettings) -> AnySettings:
     cells = settings.cells()
     for cell in cells:
         check(cell, cell.flag)
+        unused = [name for name in cell.given if name.startswith("calib_") and not cell.needs_calibration]
+        if unused:
+            raise UsageError(f"{cell.flag(unused[0])} has no effect without calibration: leave it out.")
     needing = [cell for cell in cells if cell.needs_calibration]
     _check_calibration(settings, needing)
     _check_statistics(settings, cells)
@@ -102,9 +105,11 @@ def _check_calibration(settings: Settings, needing: list[CellParams]) -> None:
             )
         if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
             raise UsageError(f"{given} saves samples of thresholds: use it with --mode 0.")
-        if name == "calib_dump_samples" and any(cell.calib_to == "budget" for cell in needing):
+        budgets = [cell for cell in needing if cell.calib_to == "budget"]
+        if name == "calib_dump_samples" and budgets:
             raise UsageError(
-                f"{given} saves threshold samples, but --calib_to budget takes none: leave it out."
+                f"{given} saves threshold samples, and {budgets[0].flag('calib_to')} budget takes none: "
+                "leave it out."
             )
     if settings.calibrate_only and (not needing or settings.calib_load_path):
         raise UsageError(

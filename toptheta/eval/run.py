@@ -161,7 +161,7 @@ def product_folder(run: Run, cell: CellParams) -> Path:
         return run.folder
     folder = run.folder / cell.folder
     earlier = run.folder / f"mode{cell.method.mode}_k{cell.K}"  # earlier versions' name, whatever the options
-    if not folder.exists() and earlier.is_dir() and run.settings.capk:
+    if not cell.given and not folder.exists() and earlier.is_dir() and run.settings.capk:
         return earlier
     return folder
 

@@ -177,7 +177,8 @@ class Settings(MethodOptions, CellOptions):
     )
 
     def cells(self) -> list[CellParams]:
-        """The parameters of each cell: every method with every K; a method without K once."""
+        """The parameters of each cell: every method with every K; a method without K once. Of cells that are
+        the same, the first."""
         cells = []
         for chosen in self.chosen():
             method, given = chosen.method, dict(chosen.given)
@@ -190,7 +191,7 @@ class Settings(MethodOptions, CellOptions):
             if not cell.needs_calibration:
                 cell = replace(cell, calib_load_path="")
             cells += [replace(cell, K=k) for k in dict.fromkeys(self.k)] if method.uses_k else [cell]
-        return cells
+        return list({replace(cell, given=()): cell for cell in reversed(cells)}.values())[::-1]
 
     @property
     def calibration_task(self) -> str:

@@ -43,7 +43,6 @@ class H2O(Method):
     has_state = True
     samples_sdc = False
     needs_prompt = True
-    prompt_needs_k = False
     by_row = False
     reads_all_keys = False
     stores = "4 for each query head of the group: the sum of weights"
@@ -51,6 +50,10 @@ class H2O(Method):
     @property
     def decode_only(self) -> bool:  # type: ignore[override]
         return self.prefill == "dense"
+
+    @property
+    def prompt_needs_k(self) -> bool:  # type: ignore[override]
+        return self.prefill == "causal"
 
     def extra_bytes(self, n: Tensor, kept: Tensor, head_dim: int, element_size: int) -> Tensor:
         return 4 * kept.sum(dim=-1)  # the sums of what is there

@@ -83,7 +83,7 @@ def branch(cache_: Cache, batch: int) -> Cache:
 def selected(cache_: Cache, index: Tensor) -> Cache:
     """A cache of the sequences `index` of `cache_`, a DynamicCache, which is not changed."""
     own = _own(cache_)
-    own.batch_select_indices(index)
+    own.batch_select_indices(index.cpu())  # layers may be on several devices
     return own
 
 

@@ -5,7 +5,7 @@ are decode steps then. Logits are made of a few rows at a time.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,18 +32,28 @@ COMPARED_ROWS = LOGIT_ROWS // 4  # at once: there are six tensors of the size of
 class DenseReading:
     """The results of dense attention on a text. cache: K and V of its first tokens, None if there are none;
     hidden: `[B, T, E]`, the last layer's output for the others; seconds: that it took; prompts: the cache
-    with what a method remembers of the first tokens for any K, by method, None if that is not kept."""
+    with what a method remembers of the first tokens for any K, by method; room: bytes that they may take."""
 
     cache: DynamicCache | None
     hidden: Tensor
     seconds: float = 0.0
-    prompts: dict[Method, DynamicCache] | None = None
+    prompts: dict[Method, DynamicCache] = field(default_factory=dict)
+    room: int = 0
 
     @property
     def nbytes(self) -> int:
-        caches = [cache for cache in (self.cache, *(self.prompts or {}).values()) if cache is not None]
-        layers = [layer for cache in caches for layer in cache.layers]
-        return self.hidden.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        """Without the prompts."""
+        return self.hidden.nbytes + _nbytes(self.cache)
+
+    def keep(self, method: Method, cache: DynamicCache) -> None:
+        """Keep a copy of a prompt for other K, if there is room."""
+        if _nbytes(cache) + sum(map(_nbytes, self.prompts.values())) <= self.room:
+            self.prompts[method] = copy.deepcopy(cache)
+
+
+def _nbytes(cache: DynamicCache | None) -> int:
+    layers = [] if cache is None else cache.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -128,10 +138,11 @@ def _read_prompt(
     `dense` has of it is not computed again, and gets what other K can use."""
     method, seen = get_params(model).method, _rows_seen(model)
     known = None if dense is None else dense.cache
-    for_all_k = None if dense is None or seen is not None or method.prompt_needs_k else dense.prompts
-    if for_all_k is not None and method in for_all_k:
-        return copy.deepcopy(for_all_k[method])
+    if dense is not None and method in dense.prompts:
+        return copy.deepcopy(dense.prompts[method])
     start = 0 if known is None or seen is None else max(0, prompt.shape[1] - seen)
+    if seen and known is not None and any(layer.is_sliding for layer in known.layers):
+        start = 0  # such a layer cannot be cropped
     cache = copy.deepcopy(known) if known is not None and start else DynamicCache(config=model.config)
     if 0 < start < prompt.shape[1]:
         cache.crop(start - prompt.shape[1])
@@ -144,8 +155,8 @@ def _read_prompt(
                     pass
     finally:
         record_statistics(model, recorder)
-    if for_all_k is not None:
-        for_all_k[method] = copy.deepcopy(cache)
+    if dense is not None and seen is None and not method.prompt_needs_k:
+        dense.keep(method, cache)
     return cache
 
 

@@ -150,7 +150,7 @@ class LeavingGreedy:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             if len(left) < len(going):
                 going = going[left.cpu()]
-                cache.batch_select_indices(left)
+                cache.batch_select_indices(left.cpu())  # layers may be on several devices
                 input_ids, new, positions = input_ids[left], new[left], positions[left]
                 mask = None if mask is None else mask[left]
                 if recorder is not None:

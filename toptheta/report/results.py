@@ -18,7 +18,7 @@ from toptheta.util.schema import Count, Seconds, Share, parse_json, read_json, t
 
 PHASES = PREFILL, DECODE = "prefill", "generative_decoding"
 ANSWERS = "answers.jsonl"
-NUMBER = re.compile(r" \w+=[\d.e-]+$")  # an option at the end of a method's label
+NUMBER = re.compile(r" \w+=[\d.e-]+(?= |$)")  # an option in a method's label
 OPTIONAL = ("effective_k", "kv_bytes", "computed_dense")  # counts that not every run has
 
 
@@ -107,10 +107,10 @@ class CellResult:
 
     @property
     def family(self) -> str:
-        """The method without its K, or the number of its last option: 'Top-theta' of 'Top-theta K=64',
+        """The method without its K, or its first option that is a number: 'Top-theta' of 'Top-theta K=64',
         'Top-p' of 'Top-p p=0.9'."""
         if self.k is None:
-            return NUMBER.sub("", self.method) or self.method
+            return NUMBER.sub("", self.method, count=1) or self.method
         return self.method.removesuffix(f"K={self.k}").strip() or self.method
 
     @property

@@ -133,12 +133,12 @@ class PerplexityJob(ItemJob):
             found = divergence.read_dense(judge, ids, self.decode_from, self.settings.prefill_chunk)
             finite = bool(found.hidden.isfinite().all())
             found = replace(found, seconds=time.monotonic() - start)
-            kept = sum(one.nbytes for one in self._readings.values())
+            kept = sum(one.nbytes + one.room for one in self._readings.values())
             full = kept + found.nbytes > READINGS_BYTES
             if full or not self._several_cells or not finite:  # that is for `checked` to see again
                 return found
-            if kept + 2 * found.nbytes <= READINGS_BYTES:
-                found = replace(found, prompts={})
+            if len(self.settings.k) > 1 and kept + 2 * found.nbytes <= READINGS_BYTES:
+                found = replace(found, room=found.nbytes)
             self._readings[key] = found
         return self._readings[key]
 
