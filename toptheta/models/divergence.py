@@ -141,7 +141,7 @@ def _read_prompt(
     if dense is not None and method in dense.prompts:
         return copy.deepcopy(dense.prompts[method])
     start = 0 if known is None or seen is None else max(0, prompt.shape[1] - seen)
-    if seen and known is not None and any(layer.is_sliding for layer in known.layers):
+    if seen and known is not None and any(getattr(layer, "is_sliding", False) for layer in known.layers):
         start = 0  # such a layer cannot be cropped
     cache = copy.deepcopy(known) if known is not None and start else DynamicCache(config=model.config)
     if 0 < start < prompt.shape[1]:
