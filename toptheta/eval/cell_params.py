@@ -10,12 +10,8 @@ from toptheta.util.errors import UsageError
 
 # The flags that a method can have for itself. Tables are read for all methods.
 OF_FLAGS = {f.name: f.default for f in fields(MethodOptions) if f.name != "calib_load_path"}
-OF_THRESHOLDS = (
-    "calib_tac",
-    "calib_to",
-    "calib_layers",
-    "calib_add_sigma",
-)  # the other calib_ are of SDC, too
+# Those that only thresholds have. The others of calibration apply to SDC's table, too.
+OF_THRESHOLDS = ("calib_tac", "calib_to", "calib_layers", "calib_add_sigma")
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ def parse_chosen(text: str, flag: str = "--method") -> Chosen:
     """A method from 'NAME[:option=value[,option=value...]]', whose options are the method's own, and those of
     OF_FLAGS. Raises UsageError, naming `flag`, for an unknown name or option, an invalid value, or one that
     has no effect on the method."""
-    name, colon, rest = text.strip().partition(":")
+    name, _, rest = text.strip().partition(":")
     kind, given, own = registered().get(name), dict[str, Any](), list[str]()
     for part in rest.split(",") if kind is not None and not kind.is_dense else []:
         option, equals, value = part.strip().partition("=")

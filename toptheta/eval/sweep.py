@@ -154,9 +154,9 @@ def missing_runs(
         most = max(runs, key=lambda run: len(run[2]), default=None)
         if most is None or len(most[2]) < 2:
             break
-        at, (command, of_k, methods_) = runs.index(most), most
-        half = len(methods_) // 2
-        runs[at : at + 1] = [(command, of_k, methods_[:half]), (command, of_k, methods_[half:])]
+        (command, of_k, several), at = most, runs.index(most)
+        half = len(several) // 2
+        runs[at : at + 1] = [(command, of_k, several[:half]), (command, of_k, several[half:])]
     return commands + [_command(*run, output_dir) for run in runs]
 
 
