@@ -79,8 +79,8 @@ def report_sweep(
     at_vrows: Sequence[float] = (),
 ) -> None:
     """Write table.md, table.csv, results.json and plots of a sweep into `folder`, and print the table: kl.png
-    for texts that are compared with dense attention, <task>.png for each other task. at_vrows: see
-    `tables.sweep_markdown`."""
+    and kl_by_v_rows.png for texts that are compared with dense attention, <task>.png for each other task.
+    at_vrows: see `tables.sweep_markdown`."""
     rows = _compared(rows)
     text = tables.sweep_markdown(title, table_name, rows, at_vrows)
     write_text(folder / "table.md", text)
@@ -121,10 +121,11 @@ def _draw_table(folder: Path, title: str, results: Sequence[CellResult]) -> list
             except UsageError as error:
                 say(f"{task}: no plot, because {error}")
     if texts:
-        from toptheta.report.plots.divergence import draw_divergence
+        from toptheta.report.plots.divergence import V_ROWS, draw_divergence
 
         draw_divergence(texts, folder / "kl.png", title)
-        written.append(folder / "kl.png")
+        draw_divergence(texts, folder / "kl_by_v_rows.png", title, V_ROWS)
+        written += [folder / "kl.png", folder / "kl_by_v_rows.png"]
     return written
 
 

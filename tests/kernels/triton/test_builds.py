@@ -36,6 +36,7 @@ def test_builds_for_hopper_without_spills_in_loops(name):
         ("gfx942", "bf16", 128, "split"),  # maxnreg is no option there
         ("sm_86", "fp32", 256, "gather"),  # shared memory
         ("sm_120", "bf16", 128, "filtered"),
+        ("gfx942", "bf16", 256, "filtered"),  # shared memory
     ],
 )
 def test_builds_for_other_chips(chip, dtype, head_dim, name):

@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toptheta.report.plots.divergence import divergence_figure, draw_divergence
-from toptheta.report.results import DECODE, CellResult, Metric
+from toptheta.report.plots.divergence import V_ROWS, divergence_figure, draw_divergence
+from toptheta.report.results import DECODE, CellResult, Kept, Metric
 from toptheta.util.errors import UsageError
 
 
 def cell(method: str, k: int | None, kl: float, read: float | None, dense: bool = False) -> CellResult:
     kv_bytes = {"prefill": None, DECODE: read}
-    return CellResult(method, k=k, dense=dense, metrics={"kl": Metric(kl, 0.1 * kl, 3)}, kv_bytes=kv_bytes)
+    kept = {"prefill": None, DECODE: None if read is None else Kept(0.01, round(2 * read - 1, 2))}
+    metrics = {"kl": Metric(kl, 0.1 * kl, 3)}
+    return CellResult(method, k=k, dense=dense, metrics=metrics, kv_bytes=kv_bytes, kept=kept)
 
 
 CELLS = [
@@ -48,6 +50,18 @@ def test_lines_points_and_floors(tmp_path: Path) -> None:
     assert (tmp_path / "kl.png").stat().st_size > 10_000
     with pytest.raises(UsageError, match="nothing to draw"):
         draw_divergence({"novel": [CELLS[0], CELLS[-1]]}, tmp_path / "none.png", "a title")
+
+
+def test_by_v_rows() -> None:
+    """The same lines against the V rows; no line for what scoring every key needs."""
+    (axes,) = (figure := divergence_figure({"novel": CELLS}, "a title", V_ROWS)).axes
+    points = [container[0].get_xydata() for container in axes.containers]
+    assert np.allclose(points, [[[4, 0.2], [20, 0.01]], [[4, 0.3], [40, 0.02]]])
+    assert axes.get_xlabel() == "V rows that a decode step reads (% of dense attention)"
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["Top-k", "Top-p", "closer than dense attention in another type"]
+    with pytest.raises(UsageError, match="V rows of decode steps"):
+        divergence_figure({"novel": CELLS[-1:]}, "a title", V_ROWS)
 
 
 def test_floors_of_several_panels() -> None:

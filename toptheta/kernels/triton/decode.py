@@ -105,7 +105,10 @@ def options(chip: Chip, dtype: torch.dtype, block_d: int, group: int) -> dict[st
     if dtype == torch.float32:  # products without tensor cores, unrolled: long tiles take minutes to compile
         return PLAIN | {"BLOCK_N": max(16, min(PLAIN["BLOCK_N"], 4096 // block_d))}
     if block_d > 128:
-        return PLAIN
+        tile = dict(PLAIN)
+        while 4 * block_d * tile["BLOCK_N"] >= chip.shared:  # K and V, and some bytes
+            tile["BLOCK_N"] //= 2
+        return tile
     if chip.backend == "cuda" and group <= 16:
         return TILE | {"maxnreg": REGISTERS}
     return TILE

@@ -1,10 +1,10 @@
-"""Plot of KL to dense attention against the KV bytes that a decode step reads: one line per method, one panel
-per text. Rows of a table that have a label ("method: label") have the method's marker, and a colour for the
-label, explained in the panel."""
+"""Plot of KL to dense attention against what a decode step reads, KV bytes or V rows: one line per method,
+one panel per text. Rows of a table that have a label ("method: label") have the method's marker, and a colour
+for the label, explained in the panel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -37,21 +37,36 @@ ROUNDING = 1e-7  # nats: smaller ones are rounding of float32 alone
 TICKS = (1, 2, 5, 10, 15, 20, 30, 40, 50, 70, 100)
 
 
-def draw_divergence(panels: dict[str, Sequence[CellResult]], path: Path | str, title: str) -> None:
-    """Draw KL(dense || method), with standard errors, against KV bytes in % of dense. panels: results by
-    name, those of one text each. What is closer than dense attention in another type, where rounding is as
-    large as the difference, is grey. Raises UsageError if no result has both numbers."""
+class Price(NamedTuple):
+    """What decode steps read. share: of a result, as a share of dense attention, None if it was not counted;
+    all_of_k: whether methods that score every key have a floor."""
+
+    name: str
+    share: Callable[[CellResult], float | None]
+    all_of_k: bool
+
+
+KV_BYTES = Price("KV bytes", lambda result: (result.kv_bytes or {}).get(DECODE), True)
+V_ROWS = Price("V rows", lambda result: result.kept_share(DECODE, "vrow"), False)
+
+
+def draw_divergence(
+    panels: dict[str, Sequence[CellResult]], path: Path | str, title: str, price: Price = KV_BYTES
+) -> None:
+    """Draw KL(dense || method), with standard errors, against what a decode step reads in % of dense. panels:
+    results by name, those of one text each. What is closer than dense attention in another type, where
+    rounding is as large as the difference, is grey. Raises UsageError if no result has both numbers."""
     with look():
-        figure = divergence_figure(panels, title)
+        figure = divergence_figure(panels, title, price)
     save_figure(figure, path)
 
 
-def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Figure:
+def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str, price: Price = KV_BYTES) -> Figure:
     """The figure that `draw_divergence` writes, for a notebook to show."""
-    panels = {name: found for name, results in panels.items() if (found := _drawable(results))}
+    panels = {name: found for name, results in panels.items() if (found := _drawable(results, price))}
     if not panels:
         raise UsageError(
-            "no result has both a KL to dense attention and the KV bytes of decode steps: there is "
+            f"no result has both a KL to dense attention and the {price.name} of decode steps: there is "
             "nothing to draw."
         )
     lines = list(dict.fromkeys(r.family for results in panels.values() for r in results if not r.dense))
@@ -69,8 +84,9 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
             looks = _labelled_looks(here, methods)
             _explain_labels(axes, looks)
         for line in here:
-            _draw_line(axes, [result for result in results if result.family == line], looks[line])
-        axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
+            _draw_line(axes, [result for result in results if result.family == line], looks[line], price)
+        if price.all_of_k:
+            axes.axvline(ALL_OF_K, color="black", lw=0.9, ls=":", zorder=0)
         axes.set_title(name, parse_math=False)
         axes.set(xscale="log", yscale="log")
     floors = [(axes, floor) for axes, (_, results) in drawn if (floor := _floor(results)) is not None]
@@ -84,7 +100,7 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
         axes.remove()
     for axes in all_axes[len(panels) - columns : len(panels)]:  # nothing is below them
         axes.xaxis.set_tick_params(labelbottom=True)
-    _label(figure, columns)
+    _label(figure, columns, price)
     if labelled:
         plain = {"color": "black", "ls": "none"} | SIZES
         looks = {method: {"marker": MARKERS[i % len(MARKERS)]} | plain for i, method in enumerate(methods)}
@@ -92,15 +108,15 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str) -> Fi
     if floors:
         label = "closer than dense attention in another type"
         handles.append(Patch(color=GREY, alpha=FLOOR_ALPHA, lw=0, label=label))
-    handles.append(
-        Line2D([], [], color="black", lw=0.9, ls=":", label="50 %: all of K, which scoring every key needs")
-    )
+    if price.all_of_k:
+        label = "50 %: all of K, which scoring every key needs"
+        handles.append(Line2D([], [], color="black", lw=0.9, ls=":", label=label))
     add_legend(figure, handles)
     return figure
 
 
-def _drawable(results: Sequence[CellResult]) -> list[CellResult]:
-    return [r for r in results if _kl(r) is not None and (r.kv_bytes or {}).get(DECODE) is not None]
+def _drawable(results: Sequence[CellResult], price: Price) -> list[CellResult]:
+    return [result for result in results if _kl(result) is not None and price.share(result) is not None]
 
 
 def _kl(result: CellResult) -> Metric | None:
@@ -139,11 +155,11 @@ def _explain_labels(axes: Axes, looks: dict[str, dict[str, Any]]) -> None:
         text.set_parse_math(False)
 
 
-def _draw_line(axes: Axes, results: Sequence[CellResult], look_of_it: dict[str, Any]) -> None:
+def _draw_line(axes: Axes, results: Sequence[CellResult], look_of_it: dict[str, Any], price: Price) -> None:
     points = []
     for result in results:
-        metric, read = result.metrics["kl"], (result.kv_bytes or {})[DECODE]
-        points.append((100.0 * (read or 0.0), metric.value, metric.stderr or 0.0))
+        metric = result.metrics["kl"]
+        points.append((100.0 * (price.share(result) or 0.0), metric.value, metric.stderr or 0.0))
     x, y, errors = np.array(sorted(points)).reshape(-1, 3).T
     errors = np.minimum(errors, 0.999 * y)  # the axis is logarithmic
     axes.errorbar(x, y, errors, elinewidth=0.9, capsize=2.0, **look_of_it)
@@ -154,11 +170,11 @@ def _floor(results: Sequence[CellResult]) -> float | None:
     return max((result.metrics["kl"].value for result in results if result.dense), default=None)
 
 
-def _label(figure: Figure, columns: int) -> None:
+def _label(figure: Figure, columns: int, price: Price) -> None:
     for i, axes in enumerate(figure.axes):
         if i % columns == 0:
             axes.set_ylabel("KL(dense || method), nats per token")
-        axes.set_xlabel("KV bytes that a decode step reads (% of dense attention)")
+        axes.set_xlabel(f"{price.name} that a decode step reads (% of dense attention)")
         low, high = axes.get_xlim()
         ticks: list[float] = [tick for tick in TICKS if low <= tick <= high]
         if len(ticks) < 3:  # a narrow range
