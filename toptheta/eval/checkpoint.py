@@ -24,6 +24,7 @@ from toptheta.models.control import (
     calibrates_in_order,
     calibration_samples,
     calibrations,
+    end_calibration,
     use_params,
     use_tables,
 )
@@ -60,7 +61,11 @@ def prepare(
         return 0.0
     tables = processes.from_first(lambda: _finished_tables(product, model))
     if tables is None:
-        tables = _calibrate(run, cell, params, product, model, calibrate)
+        try:
+            tables = _calibrate(run, cell, params, product, model, calibrate)
+        except UsageError:
+            end_calibration(model)  # other cells may follow
+            raise
     use_tables(model, tables)
     use_params(model, params)
     try:
@@ -105,8 +110,14 @@ def _calibrate(
         checkpoint.save()  # tables may take long, too
         by_ks: dict[tuple[int, ...] | None, CalibrationTables] = {}
         for target, folder, ks in [*targets, (cell, product.path, own_ks)]:
+            try:
+                tables = by_ks[ks] = by_ks.get(ks) or calibrated_tables(model, ks)
+            except UsageError:
+                if target is not cell:
+                    continue  # that cell will say so
+                checkpoint.remove()  # the same samples would fail again
+                raise
             folder.mkdir(parents=True, exist_ok=True)
-            tables = by_ks[ks] = by_ks.get(ks) or calibrated_tables(model, ks)
             tables.meta |= {"task": settings.calibration_task, "method": target.method.spec}
             if target is cell:  # what a resumed run reports; the other cells cost nothing more
                 tables.meta["seconds"] = f"{checkpoint.seconds_so_far():.1f}"

@@ -64,7 +64,7 @@ DATA_SETS: dict[str, type[ItemJob]] = {
 def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -> list[CellResult]:
     """Run every cell of the settings that a run to `resume` has not finished; returns the results of all, and
     prints a table for each task. page: write the run's report.html. All processes that were started together
-    share the work. Raises UsageError."""
+    share the work. Raises UsageError, for a cell that fails after the others have run."""
     source = find_model(settings.llama)
     settings = resolve_device(settings)
     config = load_config(source)
@@ -89,7 +89,7 @@ def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -
 def _run_parts(
     run: Run, jobs: list[Job], source: ModelSource, num_layers: int, page: bool
 ) -> list[CellResult]:
-    parts, results = task_parts(run), []
+    parts, results, failed = task_parts(run), list[CellResult](), dict[str, str]()
     engine: Engine | None = None
     progress = RunProgress(_stages(parts, jobs))
     for part, job in zip(parts, jobs):
@@ -99,8 +99,15 @@ def _run_parts(
                 of_task.append(product.result())
                 continue
             engine = engine or _load(job, source)
-            with progress.shown():
-                result = _run_cell(part, cell, product, engine, job, source.name)
+            try:
+                with progress.shown():
+                    result = _run_cell(part, cell, product, engine, job, source.name)
+            except UsageError as error:
+                if processes.world_size() > 1:  # the others are not where this one is
+                    raise
+                failed[cell.label] = str(error)
+                say(failed[cell.label])
+                continue
             if result is not None:
                 of_task.append(result)
         results += processes.from_first(lambda: _report(part, job, of_task, source.name))  # noqa: B023
@@ -108,7 +115,18 @@ def _run_parts(
         processes.from_first(lambda: report_tasks(run.folder, [part.folder for part in parts], results))
     if results and page:
         processes.from_first(lambda: write_page(run.folder))
+    if failed:
+        raise _joined(failed, whole=not results)
     return results
+
+
+def _joined(failed: dict[str, str], whole: bool) -> UsageError:
+    """The errors of cells, by label, as one. whole: no cell has a result."""
+    reasons = " ".join(dict.fromkeys(failed.values()))
+    if whole and len(failed) == 1:
+        return UsageError(reasons)
+    others = "" if whole else "; the other cells are finished"
+    return UsageError(f"{', '.join(failed)} could not be computed{others}. {reasons}")
 
 
 def _report(part: Run, job: Job, results: list[CellResult], model_name: str) -> list[CellResult]:

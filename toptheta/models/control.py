@@ -135,7 +135,7 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
         longest = max(config.max_position_embeddings, MAX_FIT_LENGTH)
         use_tables(model, load_tables(params.calib_load_path, *sizes, max_length=longest))
     if not params.calibrate:
-        _end_calibration(model)
+        end_calibration(model)
         _install(layers, params, k_per_layer, shared.tables)
     shared.params = params
     choose_implementation(layers)
@@ -359,10 +359,11 @@ def use_tables(model: nn.Module, tables: CalibrationTables) -> None:
     """Give tables to the model, and end any calibration; the next `set_params` checks that they match and
     uses them."""
     model_state(model).tables = tables
-    _end_calibration(model)
+    end_calibration(model)
 
 
-def _end_calibration(model: nn.Module) -> None:
+def end_calibration(model: nn.Module) -> None:
+    """End a calibration under way, without its tables."""
     for layer in patched_layers(model):
         layer.toptheta.calibration = None
     _end_prompt_hook(model_state(model))
