@@ -196,6 +196,9 @@ def test_k_above_every_prompt(tiny_model: LlamaForCausalLM) -> None:
     calibrated(tiny_model, K=50)
     with pytest.raises(UsageError, match="no row longer than K=50 in layer 0: .* at most 39 tokens"):
         calibrated_tables(tiny_model)
+    with pytest.raises(UsageError, match="no row longer than K=50"):
+        set_params(tiny_model, calibrate=False)
+    set_params(tiny_model, mode=3, calibrate=False)  # needs no tables
 
 
 def test_a_resumed_calibration_ends_the_same(tiny_model: LlamaForCausalLM) -> None:

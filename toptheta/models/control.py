@@ -126,7 +126,11 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
             f"test_layer is {params.test_layer}, but the model has layers 0 to {len(layers) - 1}."
         )
     if calibrations(model) and not params.calibrate and not params.calib_load_path:
-        use_tables(model, calibrated_tables(model))
+        try:
+            use_tables(model, calibrated_tables(model))
+        except UsageError:
+            if params.needs_calibration:
+                raise
     if params.calibrate:
         begin_calibration(model, params)
     elif params.calib_load_path:
