@@ -168,12 +168,9 @@ def run(lm: TopThetaLM, folder: Path, batch_size: int, generate: bool, ratio: bo
         record_statistics(lm.model, None)
 
 
-IN_STEPS = ["h2o", "tova", "snapkv", "quest"]  # whose prompts are dense
-
-
 @pytest.mark.parametrize(
     ("method", "generate"),
-    [(name, generate) for name in METHODS for generate in (False, True) if generate or name not in IN_STEPS],
+    [(name, generate) for name in METHODS for generate in (False, True)],
 )
 def test_the_same_as_without_sharing(
     method: str, generate: bool, lm: TopThetaLM, tmp_path: Path, reads: list[int], monkeypatch

@@ -22,6 +22,7 @@ Group = tuple[tuple[int, ...], dict[str, tuple[int, ...]]]  # a prompt, and its 
 # weights, on a GPU it also launches some hundred kernels.
 CALL_TOKENS = {"cpu": 32}
 CALL_TOKENS_ELSEWHERE = 256
+MOST_ANSWERS = 32  # to a prompt in one computation; more only if as many prompts make a batch
 
 
 @dataclass
@@ -34,6 +35,24 @@ class Scored:
     decode: dict[int, list[LayerRecord]] = field(default_factory=dict)
 
 
+def split(groups: Iterable[Group], batch_size: int) -> list[Group]:
+    """The same groups, but for those of very many answers, which are divided: all questions of some tasks
+    have one prompt."""
+    most, parts = max(MOST_ANSWERS, batch_size), list[Group]()
+    for prompt, answers in groups:
+        items = list(answers.items())
+        parts += [(prompt, dict(items[at : at + most])) for at in range(0, len(items), most)]
+    return parts
+
+
+def unpadded_length(config: Any, groups: Sequence[Group]) -> Callable[[Group], int]:
+    """Returns the length of a prompt that can share a batch only with others as long, 0 for other prompts: a
+    sliding window counts places, of which padding before an answer would take some."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    longest = max((len(answer) for _, answers in groups for answer in answers.values()), default=0)
+    return lambda group: len(group[0]) if window and len(group[0]) + longest > window else 0
+
+
 @torch.no_grad()
 def score(
     model: Any,
@@ -43,9 +62,9 @@ def score(
     key_of: Callable[[tuple[int, ...]], str],
     softmax_dtype: torch.dtype | None,
 ) -> list[Scored]:
-    """All answers to a batch of prompts, which begin with `prefix`, if any. begin: called before each call of
-    the model with the keys of its sequences; key_of: the key of a prompt; softmax_dtype: None for that
-    of the logits."""
+    """All answers to a batch of prompts, which begin with `prefix`, if any, and are equally long where
+    `unpadded_length` asks for it. begin: called before each call of the model with the keys of its sequences;
+    key_of: the key of a prompt; softmax_dtype: None for that of the logits."""
     device, recorder = model_device(model), recorder_of(model)
     at = 0 if prefix is None else len(prefix.ids)
     tokens, mask = _padded([prompt[at:] for prompt, _ in batch], device)

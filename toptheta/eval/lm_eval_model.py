@@ -2,6 +2,7 @@
 and saves finished answers."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from toptheta.eval import processes
 from toptheta.eval.batches import Batches
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
-from toptheta.eval.likelihoods import Group, Scored, score
+from toptheta.eval.likelihoods import Group, Scored, score, split, unpadded_length
 from toptheta.eval.prefixes import in_batches, shared_lengths
 from toptheta.models.control import reading_prompt
 from toptheta.models.finite import checked
@@ -63,6 +64,11 @@ class TopThetaLM(HFLM):
         if not isinstance(self.pretrained, str):
             self._device = model_device(self.pretrained)
 
+    @property
+    def _grows(self) -> bool:
+        """Whether the model leaves the kind of its cache to us."""
+        return self.model.generation_config.cache_implementation is None
+
     def _create_model(self, *args, **kwargs) -> None:
         super()._create_model(*args, **kwargs)
         update_model(self._model)
@@ -90,9 +96,11 @@ class TopThetaLM(HFLM):
         self._announce(groups)
         batches = Batches(self.batch_size)
         # Longest first: then memory runs out at once or not at all.
-        order = sorted(groups.items(), key=lambda item: (-len(item[0]), item[0]))
+        order = split(sorted(groups.items(), key=lambda item: (-len(item[0]), item[0])), batches.size)
         self._lengths = shared_lengths(groups) if can_share(self.model) else {}
-        todo = _without(in_batches(order, lambda group: self._shared(group[0]), batches.size), done)
+        length = unpadded_length(self.model.config, order)
+        together = in_batches(order, lambda group: (self._shared(group[0]), length(group)), batches.size)
+        todo = _without(together, done)
         total, left = len(set(keys)), sum(len(group) for batch in todo for _, group in batch)
 
         def run(batch: list[Group]) -> None:
@@ -210,7 +218,19 @@ class TopThetaLM(HFLM):
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Truncate the prompt from the left if prompt and answer exceed the model's context."""
         excess = len(context) + len(continuation) - (self.max_length + 1)
+        if excess >= len(context):
+            raise UsageError(
+                f"an answer of {len(continuation)} tokens leaves no room for a prompt in the model's context "
+                f"of {self.max_length} tokens: choose a model with a longer context, or another task."
+            )
         return (context[excess:] if excess > 0 else context), continuation
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        size, self.batch_size_per_gpu = self.batch_size_per_gpu, Batches(self.batch_size).size
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = size
 
     def _score(self, batch: list[Group]) -> list[Scored]:
         prefix = self._read(self._shared(batch[0][0]))
@@ -219,7 +239,14 @@ class TopThetaLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generated texts, computed in batches and saved as soon as they are finished."""
         prompts = [self.tok_encode(r.args[0]) for r in requests]
-        keys = [_key([], ids, repr(sorted(r.args[1].items()))) for ids, r in zip(prompts, requests)]
+        keys, drawn = list[str](), Counter[str]()
+        for ids, request in zip(prompts, requests):
+            options = request.args[1]
+            key = _key([], ids, repr(sorted(options.items())))
+            drawn[key] += 1
+            if drawn[key] > 1 and not _is_greedy(options):  # a reply that is drawn anew
+                key = _key([], ids, f"{sorted(options.items())!r} {drawn[key]}")
+            keys.append(key)
         answers: dict[str, Any] = {}
         if self.cell is not None:
             answers = self.cell.answers
@@ -232,7 +259,8 @@ class TopThetaLM(HFLM):
         batches = Batches(self.batch_size)
         order = sorted(by_key, key=lambda key: (-len(by_key[key].args[0]), key))
         ids_of = dict(zip(keys, map(tuple, prompts)))
-        self._lengths = shared_lengths(ids_of.values()) if can_share(self.model) else {}
+        if can_share(self.model) and self._grows:
+            self._lengths = shared_lengths(ids_of.values())
         todo = _left(in_batches(order, lambda key: self._shared(ids_of[key]), batches.size), done)
         sizes = dict(zip(keys, map(len, prompts)))
 
@@ -292,7 +320,7 @@ class TopThetaLM(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs
     ) -> Tensor:
-        plain = generation_kwargs.keys() <= PLAIN and self.mixed_precision_dtype is None
+        plain = generation_kwargs.keys() <= PLAIN and self.mixed_precision_dtype is None and self._grows
         if self._begins_with is not None and plain:
             generation_kwargs["past_key_values"] = self._begins_with.begin(self.model, len(context))
         elif plain:

@@ -5,7 +5,7 @@ all prefixes would take more memory and save hardly any more tokens: the example
 prompt, are one level, and only a few tokens are shared above or below it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
@@ -69,10 +69,10 @@ def shared_lengths(prompts: Iterable[Prompt]) -> dict[Prompt, int]:
     return lengths
 
 
-def in_batches(items: Iterable[T], prefix: Callable[[T], Prompt], size: int) -> list[list[T]]:
-    """Batches of at most `size` items with the same prefix. Those of one prefix follow each other, in place
-    of the first; otherwise the order is kept."""
-    together: dict[Prompt, list[T]] = {}
+def in_batches(items: Iterable[T], prefix: Callable[[T], Hashable], size: int) -> list[list[T]]:
+    """Batches of at most `size` items with the same prefix, or whatever else makes them go together. Those of
+    one prefix follow each other, in place of the first; otherwise the order is kept."""
+    together: dict[Hashable, list[T]] = {}
     for item in items:
         together.setdefault(prefix(item), []).append(item)
     return [group[i : i + size] for group in together.values() for i in range(0, len(group), size)]

@@ -50,24 +50,24 @@ def recorder_of(model: nn.Module) -> Recorder | None:
 @contextmanager
 def reading_prompt(model: nn.Module) -> Iterator[None]:
     """Within the context all rows belong to a prompt; otherwise a last chunk of one row would look like a
-    decode step. `end_prompt` ends it earlier."""
+    decode step. `end_prompt` ends it earlier. Contexts may be nested."""
     shared = model_state(model)
-    shared.in_prompt = True
+    outer, shared.in_prompt = shared.in_prompt, True
     try:
         yield
     finally:
-        shared.in_prompt = False
+        shared.in_prompt = outer
 
 
 @contextmanager
 def reading_steps(model: nn.Module) -> Iterator[None]:
     """Within the context all rows are decode steps: for a known text, many can be computed in one call."""
     shared = model_state(model)
-    shared.in_steps = True
+    outer, shared.in_steps = shared.in_steps, True
     try:
         yield
     finally:
-        shared.in_steps = False
+        shared.in_steps = outer
 
 
 def take_dense_calls(model: nn.Module) -> tuple[int, int]:

@@ -236,6 +236,8 @@ def _answer(key: str, sample: dict[str, Any], scores: dict[str, float]) -> Answe
     first, words = sample["resps"][0][0], _last_shot(str(arguments[0][0]))
     if isinstance(first, str):
         return Answer(key, asked, first, scores, target=target, question=words)
+    if len(arguments[0]) == 1:  # a whole text, whose perplexity was measured
+        return Answer(key, asked, None, scores, question=words)
     likelihoods = [
         float(one[0] if isinstance(one, (tuple, list)) else one) for one in sample["filtered_resps"]
     ]
