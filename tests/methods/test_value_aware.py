@@ -1,6 +1,7 @@
 """Value-aware thresholds: the factor of a key against slow loops, behind a cache, in files; what is
 refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,26 @@ def test_another_method_was_at_work_before(tiny_model: LlamaForCausalLM) -> None
     model(ids[:, 30:31], past_key_values=cache)
     factor = cache.layers[1].method_state.tensors["factor"]
     assert factor.shape == (1, 6, 31) and (factor > 0).all()
+
+
+@pytest.mark.parametrize("crop", [0, -31])
+def test_keys_that_came_while_the_layer_was_dense(tiny_model: LlamaForCausalLM, crop: int) -> None:
+    """They are weighed with the next sparse step, also if they came behind a cropped cache."""
+    model = calibrated(tiny_model)
+    turns = [tokens(length=40, seed=5), tokens(length=1, seed=6), tokens(length=40, seed=7)]
+
+    def replied(forget: bool) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        for i, ids in enumerate([*turns, tokens(length=30, seed=8)]):
+            with dense_for(model) if i in (0, 2) or crop and i == 3 else nullcontext():
+                model(ids, past_key_values=cache)
+            if crop and i == 2:
+                cache.crop(crop)
+        for layer in cache.layers if forget else ():
+            layer.method_state.tensors.pop("factor")
+        return model(tokens(length=1, seed=9), past_key_values=cache).logits
+
+    torch.testing.assert_close(replied(False), replied(True), rtol=1e-5, atol=1e-6)
 
 
 def test_the_caches_factors_after_another_method(tiny_model: LlamaForCausalLM) -> None:

@@ -1,12 +1,16 @@
-"""set_params by layer: one sparse layer only, and K of each."""
+"""set_params by layer: one sparse layer only, and K of each; what a refused call leaves as it was."""
+
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from tests.helpers.models import tokens
-from topk_llama import set_params, update_model
-from toptheta.models.control import record_statistics
-from toptheta.models.patch import layer_states
+from topk_llama import restore_model, set_params, update_model
+from toptheta.calibration.tables import save_tables
+from toptheta.models.control import calibrations, get_params, reading_prompt, record_statistics, tables_of
+from toptheta.models.patch import layer_states, model_state
 from toptheta.models.recorder import Recorder
 from toptheta.util.errors import UsageError
 
@@ -34,8 +38,70 @@ def test_k_per_layer(tiny_model: LlamaForCausalLM) -> None:
     for k, message in (
         ([3, 4], "lists 2 values"),
         ({5: 3}, "layer 5"),
+        ({"1": 3}, "layer '1': the keys are the numbers"),
         ("64", "K is '64'"),
         (2.5, "K is 2.5"),
     ):
         with pytest.raises(UsageError, match=message):
             set_params(tiny_model, K=k)
+
+
+BUDGET = {"mode": 0, "K": 6, "placement": "post-softmax", "calib_to": "budget", "calib_sample_frac": 1.0}
+
+
+def calibrate(model: LlamaForCausalLM, **params) -> None:
+    set_params(model, **params, calibrate=True)
+    for seed in range(2):
+        model(tokens(length=40, seed=seed))
+
+
+def test_a_refused_call_changes_nothing(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Tables that do not fit, found in the last check; and what worked before still works."""
+    model = update_model(tiny_model)
+    calibrate(model, **BUDGET)
+    set_params(model, calibrate=False)
+    save_tables(tables_of(model), tmp_path)
+    set_params(model, mode=3)
+    with pytest.raises(UsageError, match="value_aware needs thresholds that were calibrated with it"):
+        weighed = BUDGET | {"method": "top_theta:value_aware"}
+        weighed.pop("mode")
+        set_params(model, **weighed, calib_load_path=str(tmp_path))
+    assert get_params(model).label == "dense" and not any(layer.spec.sparse for layer in layer_states(model))
+    model(tokens(length=20))
+
+    own = {"mode": 0, "K": 6, "placement": "pre-softmax", "calib_to": "k", "calib_sample_frac": 1.0}
+    calibrate(model, **own)
+    set_params(model, calibrate=False)
+    before = model(tokens(length=40)).logits
+    with pytest.raises(UsageError, match="calibrated with calib_to budget"):
+        set_params(model, calib_load_path=str(tmp_path))
+    set_params(model, vmc=False)
+    assert torch.equal(model(tokens(length=40)).logits, before)
+
+
+def test_a_calibration_goes_on_after_a_refused_end(tiny_model: LlamaForCausalLM) -> None:
+    model = update_model(tiny_model)
+    calibrate(model, mode=0, K=6, calib_sample_frac=1.0)
+    with pytest.raises(UsageError, match="calibrated for K=6, not for K=8"):
+        set_params(model, K=8, calibrate=False)
+    assert get_params(model).calibrate and len(calibrations(model)) == 3
+    set_params(model, calibrate=False)
+    assert get_params(model).label == "Top-theta K=6" and not calibrations(model)
+
+
+def test_restoring_ends_a_calibration_that_keeps_prompts(tiny_model: LlamaForCausalLM) -> None:
+    model = update_model(tiny_model)
+    set_params(model, **BUDGET, calib_layers="sensitivity", calibrate=True)
+    hooks = model.get_input_embeddings()._forward_pre_hooks
+    assert hooks
+    restore_model(model)
+    assert not hooks
+
+
+def test_a_prompt_within_a_prompt(tiny_model: LlamaForCausalLM) -> None:
+    shared = model_state(update_model(tiny_model))
+    with reading_prompt(tiny_model):
+        with reading_prompt(tiny_model):
+            pass
+        assert not shared.is_decode(1, 9)
+    assert shared.is_decode(1, 9)

@@ -226,7 +226,8 @@ class TopThetaLM(HFLM):
         return (context[excess:] if excess > 0 else context), continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        size, self.batch_size_per_gpu = self.batch_size_per_gpu, Batches(self.batch_size).size
+        size = self.batch_size
+        self.batch_size_per_gpu = Batches(size).size  # lm-eval's loop over windows needs a number
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:

@@ -252,6 +252,8 @@ def expand_k(
         return (k,) * num_layers
     if isinstance(k, Mapping):
         for layer in k:
+            if not isinstance(layer, int):
+                raise UsageError(f"{name} names layer {layer!r}: the keys are the numbers of layers.")
             if not 0 <= layer < num_layers:
                 raise UsageError(
                     f"{name} names layer {layer}, but the model has layers 0 to {num_layers - 1}: "

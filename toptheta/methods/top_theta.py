@@ -151,16 +151,18 @@ class TopTheta(Method):
 
 def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) -> Tensor:
     """`[B, H, E]`, the relative norm of each key's value: from `state`, except for the last `own` keys, which
-    are new.
+    are new, and for those that came while the layer was dense.
 
     v: `[B, H_kv, E, D]`. own: None if it is unknown which keys are new.
     """
-    end = v.shape[2]
-    if own is None or "factor" not in state.tensors:  # another method was at work before: weigh all keys
+    end, first = v.shape[2], 0
+    if own is not None and "factor" in state.tensors:
+        first = min(state.numbers["weighed"], state.tensors["factor"].shape[-1], end - own)
+    state.numbers["weighed"] = end
+    if first == 0:
         state.tensors["factor"] = values.of(v)
         return state.tensors["factor"]
     state.grow(end)
-    first = end - own
     state.tensors["factor"][:, :, first:end] = values.of(v[:, :, first:])
     return state.tensors["factor"][:, :, :end]
 

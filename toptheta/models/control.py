@@ -24,7 +24,6 @@ from toptheta.calibration.tables import (
 )
 from toptheta.methods.base import NEG_INF, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec, check
-from toptheta.models.layer_state import ModelState
 from toptheta.models.patch import choose_implementation, execution_device, model_state, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import keep_prompts, measure
@@ -116,7 +115,8 @@ def set_params(model: nn.Module, **params) -> None:
 
 
 def use_params(model: nn.Module, params: AttentionParams) -> None:
-    """`set_params` with all parameters at once."""
+    """`set_params` with all parameters at once. A UsageError leaves the model as it was, and a calibration
+    under way."""
     check(params)
     layers = patched_layers(model)
     shared = model_state(model)
@@ -125,22 +125,24 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
         raise UsageError(
             f"test_layer is {params.test_layer}, but the model has layers 0 to {len(layers) - 1}."
         )
-    if calibrations(model) and not params.calibrate and not params.calib_load_path:
-        try:
-            use_tables(model, calibrated_tables(model))
-        except UsageError:
-            if params.needs_calibration:
-                raise
+    tables = shared.tables
     if params.calibrate:
         begin_calibration(model, params)
-    elif params.calib_load_path:
-        config = layers[0].config
-        sizes = len(layers), config.num_attention_heads
-        longest = max(config.max_position_embeddings, MAX_FIT_LENGTH)
-        use_tables(model, load_tables(params.calib_load_path, *sizes, max_length=longest))
-    if not params.calibrate:
+    else:
+        if params.calib_load_path:
+            config = layers[0].config
+            sizes = len(layers), config.num_attention_heads
+            longest = max(config.max_position_embeddings, MAX_FIT_LENGTH)
+            tables = load_tables(params.calib_load_path, *sizes, max_length=longest)
+        elif calibrations(model):
+            try:
+                tables = calibrated_tables(model)
+            except UsageError:
+                if params.needs_calibration:
+                    raise
+        _install(layers, params, k_per_layer, tables)
+        shared.tables = tables
         end_calibration(model)
-        _install(layers, params, k_per_layer, shared.tables)
     shared.params = params
     choose_implementation(layers)
 
@@ -159,7 +161,8 @@ def _install(
     k_per_layer: tuple[int, ...],
     tables: CalibrationTables | None,
 ) -> None:
-    """Give every layer its spec and look-up tables."""
+    """Give every layer its spec and look-up tables. Raises UsageError, without any change, if tables do not
+    fit."""
     sparse = _sparse_layers(params, k_per_layer)
     for kind, needed in (("theta", params.needs_thresholds), ("sdc", params.needs_sdc_table)):
         if not needed:
@@ -171,6 +174,7 @@ def _install(
                 "calib_load_path."
             )
         check_fit(tables, kind, k_per_layer, params.placement, sparse, params.calib_to)
+    values = _value_norms(layers, sparse, tables) if params.method.needs_values else {}
     for i, layer in enumerate(layers):
         state = layer.toptheta
         state.theta = state.sdc_table = state.values = None
@@ -181,20 +185,28 @@ def _install(
         if tables is not None and params.needs_thresholds:
             within = (0.0, 1.0) if params.placement == "post-softmax" else (-np.inf, np.inf)
             state.theta = _lookup(layer, tables.theta[i], params, NEG_INF, within)
-        if tables is not None and params.method.needs_values:
-            refuse(state.mesh, "value_aware", "use thresholds without it")
-            if i not in tables.values:
-                raise UsageError(
-                    "value_aware needs thresholds that were calibrated with it, which th.txt alone does not "
-                    "contain: calibrate with it, or load a folder with the calibration.safetensors of such "
-                    "a run."
-                )
-            parts = (torch.from_numpy(part) for part in (tables.values[i].mean, tables.values[i].scale))
-            state.values = ValueNorms(
-                value_gram(layer), *(part.to(execution_device(layer)) for part in parts)
-            )
+        state.values = values.get(i)
         if tables is not None and params.needs_sdc_table:
             state.sdc_table = _lookup(layer, tables.sdc[i], params, 0.0, (0.0, np.inf))
+
+
+def _value_norms(
+    layers: list[Any], sparse: Sequence[int], tables: CalibrationTables | None
+) -> dict[int, ValueNorms]:
+    """By layer. Raises UsageError for tables without them."""
+    found = {}
+    for i in sparse if tables is not None else ():
+        assert tables is not None
+        layer = layers[i]
+        refuse(layer.toptheta.mesh, "value_aware", "use thresholds without it")
+        if i not in tables.values:
+            raise UsageError(
+                "value_aware needs thresholds that were calibrated with it, which th.txt alone does not "
+                "contain: calibrate with it, or load a folder with the calibration.safetensors of such a run."
+            )
+        parts = (torch.from_numpy(part) for part in (tables.values[i].mean, tables.values[i].scale))
+        found[i] = ValueNorms(value_gram(layer), *(part.to(execution_device(layer)) for part in parts))
+    return found
 
 
 def _lookup(
@@ -248,6 +260,8 @@ def begin_calibration(
     plan = None
     if params.calib_sample_frac < 1.0:
         plan = RowPlan(params.calib_sample_frac, seed, layers[0].config.max_position_embeddings)
+    budget = params.calib_to == "budget" and params.needs_thresholds
+    grams = {i: value_gram(layers[i]) for i in sparse} if budget and params.method.needs_values else {}
     for i, layer in enumerate(layers):
         state = layer.toptheta
         state.theta = state.sdc_table = state.calibration = None
@@ -260,9 +274,9 @@ def begin_calibration(
         state.spec = LayerSpec(computes, params.placement, k_per_layer[i], vmc=vmc)
         ks = sorted({k_per_layer[i], *(ks[i] for ks in more_k)})
         num_heads, device = state.heads.stop - state.heads.start, execution_device(layer)
-        if params.calib_to == "budget" and params.needs_thresholds:
-            gram = value_gram(layer) if params.method.needs_values else None
-            state.calibration = BudgetCalibration(ks, num_heads, params.calib_sample_frac, seed, device, gram)
+        if budget:
+            sampled = params.calib_sample_frac
+            state.calibration = BudgetCalibration(ks, num_heads, sampled, seed, device, grams.get(i))
             state.calibration.plan = plan
             continue
         state.calibration = LayerCalibration(
@@ -279,7 +293,7 @@ def begin_calibration(
         )
         state.calibration.plan = plan
     shared = model_state(model)
-    _end_prompt_hook(shared)  # of a calibration before
+    shared.end_prompt_hook()  # of a calibration before
     found = next(iter(calibrations(model).values()), None)
     if params.calib_layers == "sensitivity" and isinstance(found, BudgetCalibration):
         shared.prompt_hook = keep_prompts(model, found)
@@ -370,13 +384,7 @@ def end_calibration(model: nn.Module) -> None:
     """End a calibration under way, without its tables."""
     for layer in patched_layers(model):
         layer.toptheta.calibration = None
-    _end_prompt_hook(model_state(model))
-
-
-def _end_prompt_hook(shared: ModelState) -> None:
-    if shared.prompt_hook is not None:
-        shared.prompt_hook.remove()
-        shared.prompt_hook = None
+    model_state(model).end_prompt_hook()
 
 
 def record_statistics(model: nn.Module, recorder: Recorder | None) -> None:

@@ -43,6 +43,12 @@ class ModelState:
         self.extremes: list[tuple[float, Tensor, Tensor, Tensor, Tensor]] | None = None
         self.sparse_calls = self.dense_calls = 0
 
+    def end_prompt_hook(self) -> None:
+        """Stop keeping the prompts of a calibration."""
+        if self.prompt_hook is not None:
+            self.prompt_hook.remove()
+            self.prompt_hook = None
+
     def is_decode(self, q_len: int, kv_len: int) -> bool:
         """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single row after others
         is, unless it is the last chunk of a prompt."""
