@@ -4,12 +4,14 @@ Every method is captured as a CUDA graph, so that launching costs what it costs 
 replayed one after the other, many times, and the numbers are medians. Keys and values come from memory: a
 graph goes over as many copies of them as fill several times the L2 cache. The best dense is the fastest of
 torch's scaled_dot_product_attention, FlashAttention and FlashInfer where they are installed, and our kernel
-without thresholds. Thresholds come with VMC. Leaves out the rest of the model and the growing of caches.
+without thresholds. Thresholds come with VMC; "int8 copy" and "int4 copy" are thresholds on weights with
+key_copy, whose steps code their own key and find those before coded. Leaves out the rest of the model and the
+growing of caches.
 
 Scores are normal with standard deviation 1.5; the query heads of a group share most of their variance, as
 heads of a model do (the table says how many V rows a group keeps). Thresholds are calibrated for K=512 on
-other draws or, in the sweep, set to keep a fraction f. Bytes are what an ideal kernel moves: K or its int8
-copy, the K rows in question, the V rows kept; their share of the bandwidth of a plain copy is beside them.
+other draws or, in the sweep, set to keep a fraction f. Bytes are what an ideal kernel moves: K or its copy,
+the K rows in question, the V rows kept; their share of the bandwidth of a plain copy is beside them.
 """
 
 from collections.abc import Callable
@@ -19,11 +21,14 @@ from typing import Any
 import torch
 
 from bench.attention import MODELS, Case, calibrated
+from toptheta.attention.call import AttentionCall
 from toptheta.kernels.drawn import COLD_BYTES, Drawn, Sizes, threshold
 from toptheta.kernels.int8_keys import candidate_keys
 from toptheta.kernels.timing import Call, captured, median_times
 from toptheta.kernels.triton import backend as gpu
+from toptheta.methods.key_copy import BITS, STEP_BYTES
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.state import State
 from toptheta.methods.top_k import TopK
 from toptheta.methods.top_theta import TopTheta
 
@@ -63,10 +68,21 @@ class Problem(Drawn):
         self.bytes_k = self.sizes.bytes_k
         self.thetas = {spec.placement: calibrated(case, spec.placement, device, K) for spec in (THETA, POST)}
         if fraction is not None:
-            self.thetas["pre-softmax"][:, K + 1 :] = threshold(fraction, "pre-softmax", case.kv_len)
+            for placement, theta in self.thetas.items():
+                theta[:, K + 1 :] = threshold(fraction, placement, case.kv_len)
+        # A state for each copy of K and V, as each layer of a model has its own.
+        self.states = {key_copy: [State() for _ in self.k] for key_copy in BITS}
 
     def method(self, spec: LayerSpec, two_tier: bool = False) -> Call:
         return self.ours(spec, self.thetas.get(spec.placement), two_tier)
+
+    def copied(self, key_copy: str, index: int, count: bool = False) -> AttentionCall:
+        spec = replace(POST, method=TopTheta(key_copy=key_copy))
+        state = self.states[key_copy][index]
+        return self.call(spec, self.thetas[spec.placement], index, count=count, decode=True, state=state)
+
+    def with_copy(self, key_copy: str) -> Call:
+        return self.over_copies(lambda index: gpu.run(self.copied(key_copy, index))[0])
 
     def flash_attention(self) -> Call:
         """Its own layout, `[B, N, H, D]`. Raises ImportError where it is not installed."""
@@ -116,12 +132,14 @@ class Problem(Drawn):
         }
         if self.case.phase == "decode":
             found["Top-theta int8 K"] = lambda: self.method(THETA, two_tier=True)
+            found["int8 copy"] = lambda: self.with_copy("int8")
+            found["int4 copy"] = lambda: self.with_copy("int4")
             found["Top-k"] = lambda: self.method(TOPK)
         return found
 
     def shares(self) -> dict[str, float]:
-        """f of elements, and of V rows that some head of a group keeps; in decode also of K rows that the
-        int8 copy leaves in question."""
+        """f of elements, and of V rows that some head of a group keeps; in decode also of K rows that two
+        tiers and the copies of K leave in question, and of the V rows kept with these."""
         theta = self.thetas["pre-softmax"]
         _, counts = gpu.run(self.call(THETA, theta, 0, count=True))
         assert counts is not None
@@ -131,6 +149,11 @@ class Problem(Drawn):
             found["kept V rows"] = float((counts.vrow > 0).float().mean())
             candidates = candidate_keys(self.q, self.int8[0], theta, self.rows, self.scale)
             found["K rows in question"] = float(candidates.float().mean())
+            for key_copy in BITS:
+                _, counts = gpu.run(self.copied(key_copy, 0, count=True))
+                assert counts is not None and counts.keys is not None
+                found[f"K rows, {key_copy} copy"] = float(counts.keys.float().mean()) / self.case.kv_len
+                found[f"V rows, {key_copy} copy"] = float((counts.vrow > 0).float().mean())
         return found
 
     def ideal_bytes(self, shares: dict[str, float]) -> dict[str, float]:
@@ -140,6 +163,10 @@ class Problem(Drawn):
         found = dict.fromkeys(("sdpa", "flash-attn", "flashinfer", "dense, ours"), float(dense))
         found["Top-theta"] = self.bytes_k * (1 + f)
         found["Top-theta int8 K"] = self.bytes_k * ((1 + 8 / head_dim) / 2 + c + f)
+        for key_copy, bits in BITS.items():
+            coded = (bits / 8 + STEP_BYTES / head_dim) / self.k.element_size()
+            rows = shares[f"K rows, {key_copy} copy"] + shares[f"V rows, {key_copy} copy"]
+            found[f"{key_copy} copy"] = self.bytes_k * (coded + rows)
         return found
 
 

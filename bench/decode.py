@@ -76,6 +76,11 @@ METHODS: dict[str, tuple[dict[str, Any], type[StaticCache], dict[str, bool]]] = 
     "dense, ours": ({"mode": 0, "sdc": "none", "vmc": False}, TopThetaCache, {}),
     "Top-theta": (THETA, TopThetaCache, {}),
     "Top-theta, int8 K": (THETA, TopThetaCache, {"two_tier": True}),
+    "Top-theta, int4 copy": (
+        {"method": "top_theta:key_copy=int4", "sdc": "exact", "vmc": True},
+        TopThetaCache,
+        {},
+    ),
     "Top-k": (THETA | {"mode": 1}, TopThetaCache, {}),
 }
 BASELINES = list(METHODS)[:5]

@@ -67,7 +67,8 @@ def parts(tiny: bool) -> list[Part]:
         ]  # fmt: skip
     found = [
         tests("tests-calls", "attend", "value_aware", "splits", "refusals"),
-        tests("tests-models", "operators", "whole_models"),
+        tests("tests-copies", "key_copy", "append"),
+        tests("tests-models", "operators", "whole_models", "when_slower"),
         Part("tests-int8", ("-m", "pytest", "-q", "tests/kernels/test_int8_keys.py"), table=False),
     ]
     found += [bench(f"tune-{kind}", "tune_gpu.py", kind) for kind in ("decode", "int8", "prefill")]
