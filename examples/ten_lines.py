@@ -1,4 +1,4 @@
-"""The ten lines of README on the small model: what Top-theta keeps of a prompt and in decode, and its text.
+"""The lines of README on the small model: what Top-theta keeps of a prompt and in decode, and its text.
 
 python examples/ten_lines.py [MODEL]
 """
@@ -16,7 +16,8 @@ tokenizer = load_tokenizer(source)
 texts = [topics[name] for name in ("with", "raise", "class")]
 prompts = [tokenizer(text, truncation=True, max_length=400, return_tensors="pt") for text in texts]
 
-model = update_model(load_model(source))
+model = load_model(source).requires_grad_(False)
+update_model(model)
 set_params(model, mode=1, K=64, sdc="exact", vmc=True)  # Top-k: no calibration needed
 set_params(model, mode=0, K=64, sdc="exact", vmc=True, calib_tac=True, calibrate=True)
 for prompt in prompts:  # calibrate; a prompt is tokenizer(text, return_tensors="pt")

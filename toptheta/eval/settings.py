@@ -308,7 +308,7 @@ class GenSettings(Settings):
     )
     do_sample: bool = option(
         False,
-        "sample tokens (temperature 0.5) instead of greedy decoding",
+        "sample tokens (temperature 0.5, top_p 0.95, typical_p 0.95) instead of greedy decoding",
         group=GENERATION,
         serves=(HUMANEVAL,),
     )

@@ -151,7 +151,10 @@ class MethodOptions:
         ),
     )
     calib_load_path: str = option(
-        "", "load th.txt / sdc.txt from DIR instead of calibrating", metavar="DIR", group=CALIBRATION_GROUP
+        "",
+        "load the tables in DIR (calibration.safetensors, else th.txt / sdc.txt) instead of calibrating",
+        metavar="DIR",
+        group=CALIBRATION_GROUP,
     )
 
 
