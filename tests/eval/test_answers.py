@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from tests.eval.helpers import gen_settings, interrupt_at, qa_settings
+from tests.eval.helpers import gen_settings, interrupt_at, only_run, qa_settings
 from toptheta.report.results import Answer, CellResult, read_answers
 
 
@@ -109,3 +110,54 @@ def test_programs_scored_later(folder_model: str, here: Path) -> None:
     assert {a.score["passed"] for a in answers_by_key(result).values()} == {0.0}
     lines = (Path(str(result.folder)) / "samples.jsonl_results.jsonl").read_text().splitlines()
     assert [json.loads(line)["passed"] for line in lines] == [False] * 4
+    root = only_run(here / "products")
+    assert "pass@1" in (root / "summary.md").read_text() and (root / "report.html").is_file()
+
+
+def test_files_of_replies_are_in_the_order_of_the_questions(
+    folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches, which are sorted by length, and with a prompt that does not fit in memory; samples that are
+    drawn differ, whatever the seed."""
+    from toptheta.eval.runner import evaluate
+    from toptheta.eval.tasks.humaneval.job import HumanEvalJob
+
+    once = HumanEvalJob.run
+
+    def running(self, model, batch):
+        if any(item.key == "HumanEval/1#0" for item in batch):
+            raise torch.OutOfMemoryError
+        return once(self, model, batch)
+
+    monkeypatch.setattr(HumanEvalJob, "run", running)
+    (result,) = evaluate(
+        gen_settings(
+            folder_model, mode=(3,), num_tasks=3, num_samples_per_task=2, do_sample=True, batch_size=2,
+            max_seq_len=400, prefill_chunk=None, seed=1234,
+        )
+    )  # fmt: skip
+    folder, answers = Path(str(result.folder)), answers_by_key(result)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["reply"] for sample in samples] == [answer.answer for answer in answers.values()]
+    assert [sample["task_id"] for sample in samples] == [key.partition("#")[0] for key in answers]
+    lengths = np.loadtxt(folder / "prompt_completion_lengths_per_sample.csv", dtype=int)
+    assert [tuple(row) for row in lengths] == [
+        (a.tokens["prompt"], a.tokens["reply"]) for a in answers.values()
+    ]
+    assert samples[2]["reply"] == "" and lengths[2, 1] == 0 and lengths[3, 1] > 0
+    assert samples[0]["reply"] != samples[1]["reply"]
+
+
+def test_choices_of_beginnings() -> None:
+    """Several prompts with one end, as in winogrande: the prompts are the choices."""
+    from toptheta.eval.tasks.harness import answers_of
+
+    for right in (False, True):
+        sample = {
+            "doc_id": 0, "doc": {}, "filter": "none", "metrics": ["acc"], "acc": float(right), "target": " ate.",
+            "arguments": [("The cat", " ate."), ("The stone", " ate.")],
+            "resps": [[(-1.0, False)], [(-2.0, False)]], "filtered_resps": [(-1.0, False), (-2.0, False)],
+        }  # fmt: skip
+        (answer,) = answers_of({"samples": {"w": [sample]}}, {}, {})
+        assert answer.choices == ["The cat", "The stone"] and answer.answer == 0
+        assert answer.target == (0 if right else 1)

@@ -44,6 +44,8 @@ def test_flags_that_give_a_value() -> None:
     given = Colours(3, 1.0, 2.5, "x", "water", True, False, (4, 5), {0: 7, 1: 8})
     assert to_flags(Colours()) == [] and read(" ".join(to_flags(given))) == given
     assert to_flags(Colours(share=1.0)) == ["--share", "1"]
+    assert to_flags(Colours(name="Chat-v1.0")) == ["--name", "Chat-v1.0"]
+    assert read(" ".join(to_flags(Colours(name="-x")))).name == "-x"
 
 
 def test_help_shows_groups_and_metavars() -> None:

@@ -28,6 +28,7 @@ from toptheta.util.interrupts import uninterrupted
 CHECKPOINT_SECONDS = 20.0
 ANSWERS = "answers.json"  # of a chunk
 HISTOGRAMS = "effective_k.npz"  # of a chunk: arrays {phase}/{layer}
+NO_FILES: Mapping[str, str] = {}
 EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0, "kv_read": 0, "kv_dense": 0}
 
 
@@ -97,16 +98,11 @@ class Cell:
         prefill: dict[int, LayerRecord],
         decode: dict[int, list[LayerRecord]],
         decode_steps: np.ndarray | None = None,
-        lines: Sequence[Mapping[str, str]] = (),
         last: bool = True,
     ) -> None:
         """Add a finished request's answers and counts, all or none of them. decode_steps `[B]`: the number of
-        steps of each sequence to count; lines: of product files, by file name. last: False if more follows
-        that has to be in the same chunk."""
+        steps of each sequence to count; last: False if more follows that has to be in the same chunk."""
         with uninterrupted():
-            for of_answer in lines:
-                for name, line in of_answer.items():
-                    self._add_lines(name, [line])
             self._take_all(answers, prefill, decode, decode_steps)
             if last and time.monotonic() - self._since > CHECKPOINT_SECONDS:
                 self.checkpoint()
@@ -234,21 +230,26 @@ class Cell:
                 self._take_chunk(self._partial / name)
         self._written.clear()
 
-    def finish(self, result: CellResult, answers: Sequence[Answer]) -> CellResult:
-        """Join the chunks into the product files, write answers.jsonl and, last, results.json.
+    def finish(
+        self, result: CellResult, answers: Sequence[Answer], files: Mapping[str, str] = NO_FILES
+    ) -> CellResult:
+        """Join the chunks into the product files, write `files` (texts by name), answers.jsonl and, last,
+        results.json.
 
         Returns the result, with effective_k if it is counted: `effective.overall` for each phase.
         """
         self.checkpoint()
         chunks = partial.chunks(self._partial)
         for name in sorted(
-            {name for chunk in chunks for name in partial.names(chunk)} - {ANSWERS, HISTOGRAMS}
+            {name for chunk in chunks for name in partial.names(chunk)} - {ANSWERS, HISTOGRAMS, *files}
         ):
             with atomic_path(self.path / name) as temporary, open(temporary, "wb") as joined:
                 for chunk in chunks:
                     joined.write(partial.read(chunk, name))  # gzip members may simply follow each other
         if self.effective_k:
             result = replace(result, effective_k=self._write_effective_k(chunks))
+        for name, text in files.items():
+            write_text(self.path / name, text)
         write_answers(self.path, answers)
         write_json(self.path / "results.json", result.to_json())
         shutil.rmtree(self._partial, ignore_errors=True)

@@ -48,7 +48,7 @@ from toptheta.report.summary import draw_cell, report_run, report_tasks, write_p
 from toptheta.report.tables import settings_line
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import append_result, write_text
+from toptheta.util.files import append_result
 from toptheta.util.progress import CALIBRATING, EVALUATING, RunProgress, Stage, begin
 
 SCRIPTS: dict[type[Settings], str] = {QASettings: "test_llama.py", GenSettings: "gen_llama.py"}
@@ -253,11 +253,9 @@ def _finish(
         computed_dense=None if product.take_calls is None else ComputedDense(*product.calls),
         extra=outcome.extra | ({"failed": len(product.failed)} if product.failed else {}),
     )
-    for name, text in outcome.files.items():
-        write_text(product.path / name, text)
     draw_cell(result, product.path)
     _append(run, cell, product, result, outcome)  # once it is finished, nothing is done again
-    return product.finish(result, outcome.answers)
+    return product.finish(result, outcome.answers, outcome.files)
 
 
 def _append(run: Run, cell: CellParams, product: Cell, result: CellResult, outcome: Outcome) -> None:

@@ -8,6 +8,7 @@ from toptheta.eval.sandbox.run import isolation_notice
 from toptheta.eval.tasks.humaneval import scoring
 from toptheta.report.paired import paired_with_dense
 from toptheta.report.results import ANSWERS, CellResult, read_answers, read_result, write_answers
+from toptheta.report.summary import report_run, write_page
 from toptheta.report.tables import results_table
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
@@ -27,7 +28,7 @@ def score_folder(folder: str) -> None:
     notice = isolation_notice()
     if notice:
         say(notice)
-    results = []
+    by_run: dict[Path, list[CellResult]] = {}
     for path in found:
         samples, per_task = _samples(path / "samples.jsonl")
         say(f"\n{path}")
@@ -42,8 +43,17 @@ def score_folder(folder: str) -> None:
         extra = {name: value for name, value in result.extra.items() if name != "judged_together"}
         result = replace(result, metrics=metrics, extra=extra | together)
         write_json(results_file, result.to_json())
-        results.append(replace(result, folder=str(path)))
-    print("\n" + results_table(paired_with_dense(results)[0]))
+        run = path if (path / "run.json").is_file() else path.parent
+        by_run.setdefault(run, []).append(replace(result, folder=str(path)))
+    for run, of_run in by_run.items():
+        summary = run / "summary.md"
+        if len(of_run) == len(list(run.glob("**/samples.jsonl"))) and summary.is_file():
+            # From now on the run's table and report show the scores.
+            title = summary.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            report_run(run, of_run, title)
+            write_page(run)
+        else:
+            print("\n" + results_table(paired_with_dense(of_run)[0]))
 
 
 class Sample(TypedDict):

@@ -32,14 +32,15 @@ SHARE_OR_COUNT = (_is_share_or_count, "give a count, or a share between 0 and 1"
 
 def _batch_size(text: str) -> int:
     """Raises UsageError."""
-    if text != "auto" and not text.lstrip("-").isdigit():
-        raise UsageError(f"--batch_size is {text!r}: give a whole number, or auto.")
-    return AUTO if text == "auto" else int(text)
+    try:
+        return AUTO if text == "auto" else int(text)
+    except ValueError:
+        raise UsageError(f"--batch_size is {text!r}: give a whole number, or auto.") from None
 
 
 def _is_device(device: str) -> bool:
     return device in ("auto", "cpu", "cuda", "mps") or (
-        device.startswith("cuda:") and device.removeprefix("cuda:").isdigit()
+        device.startswith("cuda:") and device.removeprefix("cuda:").isdecimal()
     )
 
 

@@ -39,9 +39,12 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
     if any(not result.dense and result.metrics and result.kept for result in results):
         from toptheta.report.plots.tradeoff import draw_tradeoff
 
-        for left_out in draw_tradeoff(results, folder / "tradeoff.png", title):
-            say(left_out)
-        print(f"Plot: {folder / 'tradeoff.png'}")
+        try:
+            for left_out in draw_tradeoff(results, folder / "tradeoff.png", title):
+                say(left_out)
+            print(f"Plot: {folder / 'tradeoff.png'}")
+        except UsageError as error:
+            say(f"No plot tradeoff.png, because {error}")
     if by_length:
         from toptheta.report.plots.perplexity import draw_perplexity
 
@@ -58,7 +61,9 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
 
 def report_tasks(folder: Path, parts: Sequence[Path], results: Sequence[CellResult]) -> None:
     """Join the summaries of a run's tasks, each in its own folder, into that of the run."""
-    write_text(folder / "summary.md", "\n".join((part / "summary.md").read_text() for part in parts))
+    write_text(
+        folder / "summary.md", "\n".join((part / "summary.md").read_text(encoding="utf-8") for part in parts)
+    )
     write_json(folder / "summary.json", [result.to_json() for result in results])
     say(f"All tasks: {folder / 'summary.md'}")
 

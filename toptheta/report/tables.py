@@ -16,6 +16,7 @@ from toptheta.report.results import DECODE, PHASES, PREFILL, CellResult, Metric
 WORST_LAYERS = 3
 PHASE_WORDS = {PREFILL: "prefill", DECODE: "decode"}
 PLAIN_METRICS = ("ppl", "perplexity", "bits_per_byte", "kl", "nll")  # parts of names of metrics not in %
+HUNDREDS = ("bleu", "rouge1", "rouge2", "rougeL", "ter", "chrf")  # how metrics begin that lm-eval has in %
 PAIRED = ("acc_norm", "acc", "passed")  # the first of these scores is compared in tables
 SCORE_OF = {"pass@1": "passed"}  # a question's score, where it has another name than the metric
 PAIRED_FIELDS = {  # columns of table.csv, and their keys in a comparison with dense
@@ -60,7 +61,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share from 0 to 1, which tables show in %."""
-    return not any(name in metric for name in PLAIN_METRICS)
+    return not metric.startswith(HUNDREDS) and not any(name in metric for name in PLAIN_METRICS)
 
 
 def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> str:

@@ -112,14 +112,14 @@ def append_result(results_dir: Path, name: str, text: str) -> None:
     path = results_dir / name
     if path.is_file() and text.encode() in path.read_bytes():
         return
-    with open(path, "a") as file:  # one write call: runs in parallel do not mix their lines
+    with open(path, "a", encoding="utf-8") as file:  # one write call: runs in parallel do not mix their lines
         file.write(text)
 
 
 def log_line(path: Path, text: str) -> None:
     """Append one dated line to a run's log."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
 

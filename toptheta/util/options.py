@@ -106,8 +106,11 @@ def to_flags(values: Any) -> list[str]:
             flags += [f"--{name}", ",".join(f"{key}:{one}" for key, one in value.items())]
         elif isinstance(value, tuple):
             flags += [f"--{name}", ",".join(map(str, value))]
+        elif isinstance(value, str) and value.startswith("-"):  # else it would be read as a flag
+            flags.append(f"--{name}={value}")
         elif value is not None:
-            flags += [f"--{name}", str(value).removesuffix(".0")]
+            whole = isinstance(value, float) and value.is_integer()
+            flags += [f"--{name}", str(int(value) if whole else value)]
     return flags
 
 

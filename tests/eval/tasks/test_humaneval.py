@@ -105,6 +105,12 @@ def test_importing_starts_nothing_and_needs_no_torch():
         PROMPT + BODY,
         f"Here is the function:\n\n{WHOLE}\n\nThis function adds up the numbers. It's simple.",
         f"{BODY}\n\nThis adds the numbers up.",
+        f"{BODY}\n```",  # the message's own block, closed
+        fenced(
+            "TABLE = []\n\ndef build():\n    TABLE.append(0)\n\nbuild()\n"
+            + WHOLE.replace("s = 0", "s = TABLE[0]")
+        ),
+        fenced(f"{WHOLE}\n\ndef test():\n    assert total([1]) == 7\n\ntest()"),
     ],
 )
 def test_a_right_reply_becomes_a_right_program(reply):

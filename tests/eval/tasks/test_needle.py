@@ -1,6 +1,7 @@
 """The needle task end to end on a small folder model: prompts, scoring, table and picture."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def test_needle(folder_model: str, here_with_text: Path, small_tokenizer) -> Non
     reply = f"1,{'234,567'}. That is it"
     job.items[0].facts["number"] = "1234567"
     assert score(job, reply)[0]["found"] and not score(job, "123456")[0]["found"]
+
+
+def test_haystacks_of_any_text(folder_model: str, here: Path, small_tokenizer) -> None:
+    """Rows of LongBench, words without a full stop, a language without spaces: the prompts have their
+    length."""
+    from toptheta.eval.tasks.needle import NeedleJob
+
+    Path("rows.jsonl").write_text(json.dumps({"context": "A quiet river. " * 400, "answers": ["x"]}) + "\n")
+    Path("words.txt").write_text("river " * 3000)
+    Path("japanese.txt").write_text("静かな川が流れている。" * 600)
+    for text in ("rows.jsonl", "words.txt", "japanese.txt"):
+        settings = gen_settings(
+            folder_model, dataset="needle", needle_lengths=(512,), text=text, mode=(3,), max_seq_len=512
+        )
+        for item in NeedleJob(settings, small_tokenizer).items:
+            assert 512 - 24 - 120 < len(item.ids) <= 512 - 24
+            assert "context" not in small_tokenizer.decode(item.ids)
 
 
 def score(job, reply: str) -> list[dict[str, Any]]:

@@ -244,9 +244,14 @@ def _answer(key: str, sample: dict[str, Any], scores: dict[str, float]) -> Answe
     if len(arguments) > 1 and arguments[-1][0] == "" != arguments[0][0]:
         likelihoods = likelihoods[: len(likelihoods) // 2]  # the second half are the choices without a prompt
     choices = [str(one[1]).strip() for one in arguments[: len(likelihoods)]]
-    if isinstance(target, str) and target.strip() in choices:
-        target = choices.index(target.strip())
     chosen = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    if len(likelihoods) > 1 and len(set(choices)) == 1:  # several beginnings of one end, as in winogrande
+        choices = [_last_shot(str(one[0])) for one in arguments[: len(likelihoods)]]
+        target = None  # lm-eval's is the end; only whether the choice was right is known
+        if "acc" in scores and (scores["acc"] or len(choices) == 2):
+            target = chosen if scores["acc"] else 1 - chosen
+    elif isinstance(target, str) and target.strip() in choices:
+        target = choices.index(target.strip())
     return Answer(
         key, asked, chosen, scores, loglikelihoods=likelihoods, target=target, question=words, choices=choices
     )

@@ -138,9 +138,8 @@ class ItemJob(Job):
         def run(batch: list[Item]) -> None:
             answers = checked(engine.model, lambda some: self.run(engine.model, some), batch, lambda i: i.key)
             by_key = {item.key: answer for item, answer in zip(batch, answers)}
-            lines = [self.lines(answer) for answer in answers]
             prefill, decode = drain()
-            product.add(by_key, prefill, decode, self.decode_steps(answers), lines)
+            product.add(by_key, prefill, decode, self.decode_steps(answers))
             advance(len(batch), sum(len(item.ids) for item in batch) + _reply_tokens(answers))
 
         def failed(item: Item) -> None:
@@ -153,7 +152,13 @@ class ItemJob(Job):
         return processes.from_first(lambda: self._scored(product))
 
     def _scored(self, product: Cell) -> Outcome:
-        outcome = self.outcome([product.answers[item.key] for item in self.items])
+        answers = [product.answers[item.key] for item in self.items]
+        outcome = self.outcome(answers)
+        lines: dict[str, list[str]] = {}
+        for answer in answers:  # in the order of the items, whatever that of the batches was
+            for name, line in self.lines(answer).items():
+                lines.setdefault(name, []).append(line)
+        outcome.files |= {name: "".join(of_file) for name, of_file in lines.items()}
         rows = [[name, f"{metric.value:1.4f}"] for name, metric in outcome.metrics.items()]
         options = " ".join(f"{name}:{getattr(self.settings, name)!r}" for name in self.options)
         outcome.summary = f"dataset:{self.task} {options}\n{table(rows, ['Metric', 'Score'])}\n"

@@ -15,11 +15,12 @@ from typing import Any
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.tasks.base import Outcome
 from toptheta.eval.tasks.items import CALIBRATION_ITEMS, Item, ReplyJob, calibration_count, mean_and_stderr
+from toptheta.eval.tasks.texts import text_of
 from toptheta.util.errors import UsageError
-from toptheta.util.files import read_text
 
 SHORTEST = 512  # of the default lengths
 REPLY_TOKENS = 24
+MOST_WORDS, MOST_CHARACTERS = 40, 100  # of a sentence, and of a word
 THINGS = ("the lighthouse", "the old mill", "the north gate", "the observatory", "the harbour", "the archive")
 INTRODUCTION = "One sentence in the following text tells a secret number. Remember that number.\n\n"
 QUESTION = "\n\nWhat is the secret number of {thing}, according to the text above?"
@@ -71,8 +72,8 @@ class NeedleJob(ReplyJob):
         super().__init__(settings, tokenizer)
         self.lengths = sorted(set(settings.needle_lengths)) or default_lengths(settings.max_seq_len)
         self.depths = sorted(set(settings.needle_depths))
-        text = read_text(settings.text, "--text") if settings.text else _filler(settings.seed)
-        self.sentences = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
+        text = text_of(settings.text, "--text") if settings.text else _filler(settings.seed)
+        self.sentences = sentences_of(text)
         with_space = [" " + sentence for sentence in self.sentences]
         self.sizes = [len(ids) for ids in tokenizer(with_space, add_special_tokens=False)["input_ids"]]
         if sum(self.sizes) < max(self.lengths):
@@ -152,6 +153,20 @@ def default_lengths(max_seq_len: int) -> list[int]:
         lengths.append(length)
         length *= 2
     return [*lengths, max_seq_len]
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text. Very long ones, of code or of a language without spaces, are cut, because
+    prompts of a given length consist of whole sentences."""
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？])", " ".join(text.split())):
+        words = [
+            word[at : at + MOST_CHARACTERS]
+            for word in sentence.split()
+            for at in range(0, len(word), MOST_CHARACTERS)
+        ]
+        found += [" ".join(words[at : at + MOST_WORDS]) for at in range(0, len(words), MOST_WORDS)]
+    return found
 
 
 def _filler(seed: int) -> str:

@@ -17,7 +17,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +32,13 @@ from toptheta.eval.tasks.items import (
     mean_and_stderr,
     split_off,
 )
+from toptheta.eval.tasks.texts import text_of
 from toptheta.models import divergence
 from toptheta.models import generation as chunked
 from toptheta.models.loading import ModelSource
 from toptheta.models.patch import model_device, update_model
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
-from toptheta.util.files import read_text
-from toptheta.util.schema import parse_json, typed
 
 SHORTEST_BUCKET = 64  # contexts of 1 to 64 tokens
 READINGS_BYTES = 2 << 30  # of windows as dense attention reads them, kept for the cells that follow
@@ -63,7 +62,13 @@ class PerplexityJob(ItemJob):
         first, rest = split_off(windows, settings, usual, "windows")
         if settings.calib_text:
             others = self._windows(settings.calib_text, "--calib_text", 1)
-            first = others[: calibration_count(settings, usual, len(others))]
+            count = calibration_count(settings, usual, len(others))
+            if settings.calib_samples and count > len(others):
+                raise UsageError(
+                    f"--calib_samples {count}: --calib_text {settings.calib_text} has only {len(others)} "
+                    f"windows of {settings.max_seq_len} tokens; give at most that."
+                )
+            first = others[:count]
         self.calibration = [
             self._item(f"calibration{i}", window, settings.calib_seq_len) for i, window in enumerate(first)
         ]
@@ -77,7 +82,7 @@ class PerplexityJob(ItemJob):
 
     def _windows(self, path: str, flag: str, least: int) -> list[list[int]]:
         """The text cut into windows of --max_seq_len tokens. Raises UsageError for fewer than `least`."""
-        ids = self.tokenizer(_text(path, flag), add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text_of(path, flag), add_special_tokens=False)["input_ids"]
         width = self.settings.max_seq_len - len(self.start)
         windows = [ids[at : at + width] for at in range(0, len(ids) - width + 1, width)]
         if len(windows) < least:
@@ -193,30 +198,6 @@ class PerplexityJob(ItemJob):
 
     def title(self, model_name: str) -> str:
         return f"{model_name}, perplexity of {Path(str(self.settings.text)).name}"
-
-
-class Row(TypedDict):
-    """The fields of a LongBench row that are read."""
-
-    context: str
-
-
-def _text(path: str, flag: str) -> str:
-    """A text file, or the contexts of LongBench's rows. Raises UsageError for any other file."""
-    text = read_text(path, flag)
-    if not path.endswith(".jsonl"):
-        return text
-    contexts = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028
-        try:
-            if line.strip():
-                contexts.append(typed(parse_json(line), Row)["context"])
-        except ValueError as error:
-            raise UsageError(
-                f"{flag} {path} has no LongBench rows (line {number}: {error}): each line must be JSON with "
-                "a 'context'."
-            ) from None
-    return "\n\n".join(contexts)
 
 
 def bucket_bounds(max_seq_len: int, decode_from: int = 0) -> list[int]:

@@ -273,7 +273,11 @@ def options(chip: Chip, dtype: torch.dtype, block_d: int, skip: bool) -> dict[st
     """Tile sizes, warps and pipeline stages. skip: `prefill_kernel`'s SKIP. TILE, which may be tuned on
     builds with SKIP, gets fewer stages, then fewer keys, until it fits in shared memory."""
     if dtype == torch.float32:  # products without tensor cores
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        tile = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        rows = 2 * tile["BLOCK_N"] + (0 if chip.backend == "hip" else tile["BLOCK_M"])  # K, V, and q
+        if 4 * block_d * rows + 4 * 32 * 32 + 1024 > chip.shared:
+            tile["BLOCK_N"] = 16
+        return tile
     if block_d > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     tile = dict(TILE)

@@ -55,8 +55,8 @@ def render(run: LoadedRun) -> str:
         notes=run.notes,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         data=_packed(page_data),
-        css=Markup((HERE / "page.css").read_text()),
-        script=Markup((HERE / "page.js").read_text()),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         vega=Markup(_vega()),
     )
 
@@ -178,4 +178,4 @@ def _vega() -> str:
     if not kept.is_file():
         bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
         write_text(kept, bundle.replace("</script", "<\\/script"))
-    return kept.read_text()
+    return kept.read_text(encoding="utf-8")

@@ -211,7 +211,7 @@ class Samples {
       element("td", {}, choice, ...(i === question.target ? [" ", element("span", { class: "badge right", textContent: "right" })] : [])),
       ...pair.map((one) => {
         const chosen = one.choice === i, verdict = i === question.target ? "right" : "wrong";
-        const cell = element("td", {}, one.logp[i] === undefined ? "" : one.logp[i].toFixed(2));
+        const cell = element("td", {}, (one.logp[i] ?? null) === null ? "" : one.logp[i].toFixed(2));
         if (chosen) cell.append(" ", element("span", { class: `badge ${verdict}`, textContent: "chosen" }));
         return cell;
       })));

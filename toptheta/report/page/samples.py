@@ -1,6 +1,7 @@
 """Answers of all cells of a task to the same questions, next to each other."""
 
 from collections.abc import Sequence
+from math import isfinite
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def _shown(first: Answer, one: Answer, outcome: str) -> dict[str, Any]:
     if outcome:
         shown["outcome"] = outcome
     if isinstance(one.answer, int):
-        return shown | {"choice": one.answer, "logp": [round(x, 3) for x in one.loglikelihoods or ()]}
+        return shown | {
+            "choice": one.answer,
+            "logp": [round(x, 3) if isfinite(x) else None for x in one.loglikelihoods or ()],
+        }
     text, base = str(one.answer), str(first.answer)
     shown["text"] = _cut(text)
     if not shown["same"]:

@@ -131,7 +131,8 @@ def open_run(request: Request) -> Run:
     _check_ids("--head-ids", request.head_ids, "heads", num_heads)
     words = [config[key] for key in ("model", "method") if isinstance(config.get(key), str)]
     title = request.title if request.title is not None else ", ".join(words) or request.folder.resolve().name
-    placement = config.get("placement")
+    settings = config.get("settings")
+    placement = settings.get("placement") if isinstance(settings, dict) else None
     return Run(
         request.folder,
         title,

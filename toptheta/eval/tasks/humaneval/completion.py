@@ -71,8 +71,12 @@ def _code_blocks(reply: str) -> list[tuple[str, bool]]:
             current = None
         else:
             current.append(line)
-    if current is not None:
+    if current is not None and ("\n".join(current).strip() or blocks):
         blocks.append(("\n".join(current), False))
+    elif current is not None:  # a single fence, behind the code
+        before = reply.replace("\r\n", "\n").rstrip().removesuffix(FENCE)
+        if before.strip():
+            blocks.append((before, True))
     return blocks
 
 
@@ -145,17 +149,20 @@ def _without_uses(code: str, entry_point: str) -> str:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code
-    lines = code.split("\n")
+    lines, functions = code.split("\n"), {}
     for node in tree.body:
-        if _is_use(node, entry_point):
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = node
+        if _is_use(node, entry_point, functions):
             for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                 lines[number] = ""
     without = "\n".join(lines)
     return without if _parses(without) else code
 
 
-def _is_use(node: ast.stmt, entry_point: str) -> bool:
-    """Whether a statement only shows the function's use, or cannot stand in the middle of a program."""
+def _is_use(node: ast.stmt, entry_point: str, functions: dict[str, ast.FunctionDef]) -> bool:
+    """Whether a statement only shows the function's use, or cannot stand in the middle of a program.
+    functions: those defined above it."""
     if isinstance(node, ast.ImportFrom):
         return node.module == "__future__"
     if isinstance(node, (ast.Import, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -167,9 +174,16 @@ def _is_use(node: ast.stmt, entry_point: str) -> bool:
         and isinstance(node.value, ast.Call)
         and isinstance(node.value.func, ast.Name)
     ):
-        return True  # print(...), main(), test(), but not sys.setrecursionlimit(...)
+        # print(...), main(), test(), but not sys.setrecursionlimit(...), nor what prepares a table.
+        called = functions.get(node.value.func.id)
+        return called is None or node.value.func.id == entry_point or _shows(called, entry_point)
+    return _shows(node, entry_point)
+
+
+def _shows(node: ast.stmt, entry_point: str) -> bool:
+    """Whether a statement, or a function, calls the function of the task, prints or tests."""
     for child in ast.walk(node):
-        if isinstance(child, ast.Name) and child.id == "__name__":
+        if isinstance(child, ast.Assert) or isinstance(child, ast.Name) and child.id == "__name__":
             return True
         if isinstance(child, ast.Call):
             called = child.func

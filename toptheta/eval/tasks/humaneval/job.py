@@ -1,5 +1,6 @@
 """The HumanEval job: prompts, generation and scoring."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -111,8 +112,8 @@ class HumanEvalJob(ReplyJob):
             )
         if settings.do_sample:
             # The same text for the same batch, whatever was generated before: a resumed run must not differ.
-            first = f"{batch[0].key}{settings.seed}".encode()
-            set_seed(int.from_bytes(first, "big") % (1 << 32))
+            first = hashlib.sha256(f"{batch[0].key} {settings.seed}".encode())
+            set_seed(int.from_bytes(first.digest()[:4], "big"))
         limits = [settings.max_seq_len - len(item.ids) for item in batch]
         stop = StopWhenDone(tokenizer, prompt_length, batch, limits, settings.apply_chat_template)
         eos = end_tokens(model, tokenizer)
