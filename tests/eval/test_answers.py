@@ -154,8 +154,8 @@ def test_choices_of_beginnings() -> None:
 
     for right in (False, True):
         sample = {
-            "doc_id": 0, "doc": {}, "filter": "none", "metrics": ["acc"], "acc": float(right), "target": " ate.",
-            "arguments": [("The cat", " ate."), ("The stone", " ate.")],
+            "doc_id": 0, "doc": {}, "filter": "none", "metrics": ["acc"], "acc": float(right),
+            "target": " ate.", "arguments": [("The cat", " ate."), ("The stone", " ate.")],
             "resps": [[(-1.0, False)], [(-2.0, False)]], "filtered_resps": [(-1.0, False), (-2.0, False)],
         }  # fmt: skip
         (answer,) = answers_of({"samples": {"w": [sample]}}, {}, {})
