@@ -27,3 +27,23 @@ def test_additive_masks(hidden: float):
         wrong[0, 0, 2, 1] = bias
         with pytest.raises(UsageError, match="adds a bias to the scores, which top_theta does not support"):
             rows_of(wrong, 4, 4, mask.device)
+
+
+def test_masks_that_are_broadcast_or_of_heads() -> None:
+    """One row for all queries is expanded, as sdpa does; a mask for each head is refused."""
+    mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    mask[0, ..., 0] = False
+    rows = rows_of(mask, 3, 6, torch.device("cpu"))
+    assert rows.n.tolist() == [[5, 5, 5], [6, 6, 6]]
+    assert rows.mask is not None and rows.mask.shape == (2, 1, 3, 6)
+    with pytest.raises(UsageError, match=r"shape \[2, 4, 3, 6\]"):
+        rows_of(torch.ones(2, 4, 3, 6, dtype=torch.bool), 3, 6, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_is_changed_in_place(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        mask = torch.zeros(1, 1, 1, 6, dtype=torch.bool)
+        for count in range(1, 7):
+            mask[..., :count] = True
+            assert rows_of(mask, 1, 6, torch.device("cpu")).n.item() == count

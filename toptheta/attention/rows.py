@@ -139,21 +139,27 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
         return _causal_of_step(q_len, kv_len, device, torch.is_inference_mode_enabled())
     traced = torch.compiler.is_compiling()  # a traced tensor is no key: counted again in each layer
     known = None if traced else _rows_of_mask.get(mask)
-    if known is not None:
-        return known
+    if known is not None and known[0] == _version(mask):
+        return known[1]
+    if not traced and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, q_len)):
+        raise UsageError(
+            f"the attention mask has shape {list(mask.shape)}, which top_theta does not support: give "
+            "[batch, 1, rows, keys], the same for all heads."
+        )
     bool_mask = mask if mask.dtype == torch.bool else mask >= 0
     if mask.dtype != torch.bool and not traced and bool(((mask > HIDDEN) & (mask != 0)).any()):
         raise UsageError(
             "the attention mask adds a bias to the scores, which top_theta does not support: give a bool "
             "mask, or one of 0 and minus infinity."
         )
+    bool_mask = bool_mask.expand(-1, -1, q_len, -1)
     n = bool_mask.sum(dim=-1)[:, 0]
     # The queries are the last rows of the keys, so a real row sees itself: the diagonal that ends at the
     # corner.
     itself = bool_mask[:, 0].diagonal(offset=kv_len - q_len, dim1=-2, dim2=-1)
     rows = Rows(n=n, real=itself & (n > 0), mask=bool_mask)
-    if not traced:
-        _rows_of_mask[mask] = rows
+    if not traced and not mask.is_inference():  # whose changes cannot be seen
+        remember(mask, rows)
     return rows
 
 
@@ -171,4 +177,9 @@ def _causal_of_step(q_len: int, kv_len: int, device: torch.device, inference: bo
 
 def remember(mask: Tensor, rows: Rows) -> None:
     """Store the Rows of a mask for the layers that will receive it."""
-    _rows_of_mask[mask] = rows
+    _rows_of_mask[mask] = (_version(mask), rows)
+
+
+def _version(mask: Tensor) -> int | None:
+    """How often a mask has been changed in place; None if that is not known."""
+    return None if mask.is_inference() else mask._version

@@ -21,6 +21,7 @@ from toptheta.util.schema import typed
 
 FORMAT = "toptheta-calibration-1"
 PAPER = "https://arxiv.org/abs/2502.08363"
+MOST_TOKENS = 1 << 24  # in a row of a table that is read: more are taken for damage
 SHAPING = ("calib_tac", "calib_add_sigma", "calib_sample_frac", "calib_layers")  # options of the calibration
 # The options that a calibration is used with, besides the method and K, by name and type
 OPTIONS = {
@@ -111,7 +112,8 @@ class Calibration(
         unknown = config.params.keys() - Params.__annotations__
         if unknown:
             raise ValueError(f"its params have the unknown {', '.join(sorted(unknown))}")
-        return cls(load_tables(folder, config.num_layers, config.num_heads, "the calibration"), config)
+        sizes = config.num_layers, config.num_heads
+        return cls(load_tables(folder, *sizes, "the calibration", max_length=MOST_TOKENS), config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card, from card.md.j2."""

@@ -91,13 +91,26 @@ class BudgetCalibration(RowSampler):
         assert self.gram is not None and self.values is not None
         if not self.weighed:  # the first prompt; its padding is excluded from the mean
             self.weighed = True
-            real = call.rows.key_real
+            real = self._seen(call)
             rows = call.v.float().transpose(1, 2)  # [B, N, H_kv, D]
             rows = rows.flatten(0, 1) if real is None else rows[real]
             mean = rows.mean(dim=0)
             one = ValueNorms(self.gram, mean, torch.ones_like(self.values.scale))
             self.values = ValueNorms(self.gram, mean, one.of(rows.transpose(0, 1)[None]).mean(dim=(0, 2)))
         return self.values.of(call.v).clamp_min(1e-12).log()
+
+    @staticmethod
+    def _seen(call: AttentionCall) -> Tensor | None:
+        """`[B, N]` bool, keys that are neither padding nor the unused end of a static cache; None: all."""
+        rows, (batch, kv_len), q_len = call.rows, (call.k.shape[0], call.k.shape[2]), call.q.shape[2]
+        if rows.mask is not None and rows.key_real is None and rows.first is None:
+            return rows.mask.any(dim=2)[:, 0].expand(batch, -1)
+        at = torch.arange(kv_len, device=call.k.device)
+        first = rows.first if rows.first is not None else rows.first_on_device
+        there = None if first is None or q_len == kv_len else (at < first + q_len).expand(batch, -1)
+        if there is None or rows.key_real is None:
+            return rows.key_real if there is None else there
+        return there & rows.key_real
 
     def add(self, log_weights: Tensor, n: Tensor, sampled: Tensor) -> None:
         """Add rows: log_weights `[B, H, R, E]`, -inf where not visible; n, sampled: `[B, R]`."""
@@ -231,11 +244,17 @@ def _most(counts: np.ndarray, rows: int) -> float:
 def histogram(
     budgets: Mapping[int, BudgetCalibration], layers: Sequence[int], k: int
 ) -> tuple[np.ndarray, int]:
-    """`[layers, H, BINS]`, the counts of these layers, and the number of sampled rows of each."""
-    rows = int(budgets[layers[0]].rows[k])
-    if rows == 0:
-        raise no_long_row(k, layers[0], budgets[layers[0]].longest)
-    return np.stack([budgets[i].counts[k].cpu().numpy() for i in layers]), rows
+    """`[layers, H, BINS]`, the counts of these layers, and the number of sampled rows of the first, to which
+    those of the others are scaled: layers with a sliding window are sampled by themselves."""
+    rows = {i: int(budgets[i].rows[k]) for i in layers}
+    for i in layers:
+        if rows[i] == 0:
+            raise no_long_row(k, i, budgets[i].longest)
+    first = rows[layers[0]]
+    counts = [budgets[i].counts[k].cpu().numpy() for i in layers]
+    if len(set(rows.values())) > 1:
+        counts = [own * (first / rows[i]) for i, own in zip(layers, counts)]
+    return np.stack(counts), first
 
 
 def constant_table(theta: float, k: int, num_heads: int, rows: int) -> LayerTable:

@@ -63,6 +63,7 @@ class RowSampler:
         self.longest = 0  # longest row seen, sampled or not: for the error if no row is longer than K
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
         self.plan: RowPlan | None = None
+        self.window: int | None = None  # of the layer: the most keys that a row sees
         self.chosen: Tensor | None = None  # `[B, Q]` bool, the rows of this call that are sampled
 
     def start_call(self, n: Tensor, real: Tensor | None, batch: int, kv_len: int) -> None:
@@ -77,7 +78,9 @@ class RowSampler:
         if self.sample_frac >= 1.0:
             self.chosen = eligible
             return
-        planned = None if self.plan is None else self.plan.rows(min(self.ks), n)
+        # The plan tells rows apart by their lengths; behind a window all have the same.
+        beyond = self.window is not None and bool((n >= self.window).any())
+        planned = None if self.plan is None or beyond else self.plan.rows(min(self.ks), n)
         if planned is not None:
             self.chosen = eligible & planned
             return

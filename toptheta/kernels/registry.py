@@ -20,6 +20,8 @@ from toptheta.kernels.triton import backend as triton
 from toptheta.kernels.triton import probe
 from toptheta.kernels.tuned import use_tiles
 from toptheta.methods.params import LayerSpec
+from toptheta.methods.top_k import TopK
+from toptheta.methods.top_theta import TopTheta
 from toptheta.util.errors import UsageError
 
 
@@ -110,7 +112,8 @@ def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
         return attend(call)[0]
     assert isinstance(calibration, LayerCalibration)
     backend = None if FORCED == "triton" else choose(call)
-    if backend is None or backend.calibrate is None:
+    largest = isinstance(calibration.method, (TopK, TopTheta))  # whose dropped keys backends know
+    if backend is None or backend.calibrate is None or calibration.with_sdc and not largest:
         return sparse_attention(call, calibration)[0]
     return backend.calibrate(call, calibration)
 

@@ -52,6 +52,8 @@ class State:
     def crop(self, length: int) -> None:
         """Remove all keys from `length` on."""
         self.tensors = {name: x[..., :length] for name, x in self.tensors.items()}
+        if "weighed" in self.numbers:
+            self.numbers["weighed"] = min(self.numbers["weighed"], length)
         if self.key_codes is not None:
             self.key_codes.crop(length)
 

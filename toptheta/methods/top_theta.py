@@ -157,7 +157,7 @@ def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) 
     """
     end, first = v.shape[2], 0
     if own is not None and "factor" in state.tensors:
-        first = min(state.numbers["weighed"], state.tensors["factor"].shape[-1], end - own)
+        first = min(state.numbers["weighed"], end - own)
     state.numbers["weighed"] = end
     if first == 0:
         state.tensors["factor"] = values.of(v)

@@ -158,7 +158,7 @@ class TopThetaLayer(StaticLayer):
 class TopThetaCache(StaticCache):
     """A StaticCache for `model(..., past_key_values=cache)` or `model.generate(..., past_key_values=cache)`:
     decode steps with VMC read only the V rows that they keep. Layers with a sliding window are those of a
-    StaticCache.
+    StaticCache. On a GPU a step beyond `max_cache_len` is dropped in silence, unless TRITON_DEBUG=1.
 
     two_tier: also keep an int8 copy of K, which lets a decode step with thresholds on scores read K only
     where the copy leaves it open whether a key is kept; what is kept stays the same. It costs head_dim + 8

@@ -24,6 +24,7 @@ from toptheta.calibration.tables import (
 )
 from toptheta.methods.base import NEG_INF, ValueNorms
 from toptheta.methods.params import AttentionParams, LayerSpec, check
+from toptheta.models.families import sliding_window
 from toptheta.models.patch import choose_implementation, execution_device, model_state, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import keep_prompts, measure
@@ -147,12 +148,21 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
     choose_implementation(layers)
 
 
-def _sparse_layers(params: AttentionParams, k_per_layer: tuple[int, ...]) -> list[int]:
+def _sparse_layers(layers: list[Any], params: AttentionParams, k_per_layer: tuple[int, ...]) -> list[int]:
     return [
         i
         for i, k in enumerate(k_per_layer)
-        if params.layer(k).sparse and params.test_layer in (None, i) and not params.method.leaves_dense(i)
+        if params.layer(k).sparse
+        and params.test_layer in (None, i)
+        and not params.method.leaves_dense(i)
+        and not _window(layers[i], k) <= k  # whose rows never see more keys
     ]
+
+
+def _window(layer: Any, otherwise: int) -> int:
+    """The most keys that a row of a layer sees; `otherwise` + 1 without a sliding window."""
+    window = sliding_window(layer)
+    return otherwise + 1 if window is None else window
 
 
 def _install(
@@ -163,7 +173,7 @@ def _install(
 ) -> None:
     """Give every layer its spec and look-up tables. Raises UsageError, without any change, if tables do not
     fit."""
-    sparse = _sparse_layers(params, k_per_layer)
+    sparse = _sparse_layers(layers, params, k_per_layer)
     for kind, needed in (("theta", params.needs_thresholds), ("sdc", params.needs_sdc_table)):
         if not needed:
             continue
@@ -255,7 +265,7 @@ def begin_calibration(
         refuse(mesh, "calib_to budget", "calibrate in one process, and load the folder with calib_load_path")
     if keep_samples:
         refuse(mesh, "calib_dump_samples", "leave it out")
-    sparse = _sparse_layers(replace(params, test_layer=None), k_per_layer)
+    sparse = _sparse_layers(layers, replace(params, test_layer=None), k_per_layer)
     computes = params.method.while_calibrating(params.calib_tac)
     plan = None
     if params.calib_sample_frac < 1.0:
@@ -277,7 +287,7 @@ def begin_calibration(
         if budget:
             sampled = params.calib_sample_frac
             state.calibration = BudgetCalibration(ks, num_heads, sampled, seed, device, grams.get(i))
-            state.calibration.plan = plan
+            state.calibration.plan, state.calibration.window = plan, sliding_window(layer)
             continue
         state.calibration = LayerCalibration(
             ks=ks,
@@ -291,7 +301,7 @@ def begin_calibration(
             device=device,
             keep_samples=keep_samples,
         )
-        state.calibration.plan = plan
+        state.calibration.plan, state.calibration.window = plan, sliding_window(layer)
     shared = model_state(model)
     shared.end_prompt_hook()  # of a calibration before
     found = next(iter(calibrations(model).values()), None)

@@ -136,3 +136,11 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     if scaling is not None:
         logits = logits / scaling
     return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def sliding_window(layer: Any) -> int | None:
+    """The most keys that a row of an attention layer sees, by the layer's config; None: all."""
+    window, kinds = getattr(layer.config, "sliding_window", None), getattr(layer.config, "layer_types", None)
+    if window is None or kinds is not None and kinds[layer.layer_idx] != "sliding_attention":
+        return None
+    return int(window)

@@ -125,8 +125,8 @@ def load_config(source: ModelSource):
     source = unpacked(source)
     try:
         config = AutoConfig.from_pretrained(source.location, **source.kwargs())
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(_why_not_loaded(source, error)) from None
+    except Exception as error:
+        raise _not_loaded(source, error) from None
     if config.model_type not in MODEL_TYPES:
         raise UsageError(
             f"{source.flag} {source.location} is a model of type {config.model_type!r}: use one of "
@@ -142,8 +142,8 @@ def load_tokenizer(source: ModelSource):
     source = unpacked(source)
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.kwargs())
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(_why_not_loaded(source, error)) from None
+    except Exception as error:
+        raise _not_loaded(source, error) from None
 
 
 def load_model(
@@ -169,8 +169,8 @@ def load_model(
         kwargs["device_map"] = device
     try:
         model = AutoModelForCausalLM.from_pretrained(source.location, **source.kwargs(), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(_why_not_loaded(source, error)) from None
+    except Exception as error:
+        raise _not_loaded(source, error) from None
     model.config._name_or_path = source.name  # goes into the metadata of calibrated tables
     return model.eval() if spread else model.eval().to(device)
 
@@ -182,6 +182,20 @@ def spread_notice(model: Any) -> str:
     if slow in (0, len(places)):
         return ""
     return f"The model does not fit on the GPUs: {slow} of its {len(places)} parts are on CPU or disk (slow)."
+
+
+def _not_loaded(source: ModelSource, error: Exception) -> Exception:
+    """The UsageError for a model that cannot be had, or whose files are damaged or do not fit each other;
+    any other error as it is."""
+    import struct
+
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    damaged = (SafetensorError, StrictDataclassError, struct.error, TypeError, IndexError)
+    if isinstance(error, (OSError, ValueError, KeyError, *damaged)) or "mismatched" in str(error):
+        return UsageError(_why_not_loaded(source, error))
+    return error
 
 
 def _why_not_loaded(source: ModelSource, error: Exception) -> str:
@@ -238,8 +252,8 @@ def unpacked(source: ModelSource) -> ModelSource:
                     source.location, dtype=torch.float32, **arguments
                 )
                 tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
-            except (OSError, ValueError, KeyError) as error:
-                raise UsageError(_why_not_loaded(source, error)) from None
+            except Exception as error:
+                raise _not_loaded(source, error) from None
             # The weights are plain float32 by now, but the model still calls itself quantized and refuses to
             # be saved.
             model.hf_quantizer = None

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,3 +76,24 @@ def test_missing_denominators(mode):
         mine.add(got.missing[which], rows.n, sampled)
         assert torch.equal(mine.count, plain.missing[k_].count)
         assert torch.allclose(mine.mean(), plain.missing[k_].mean(), rtol=1e-5, equal_nan=True)
+
+
+def test_sdc_of_a_method_that_keeps_other_keys(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean sum that StreamingLLM's dropped keys have is not that of Top-k's."""
+    from tests.helpers.models import tokens
+    from topk_llama import set_params, update_model
+    from toptheta.kernels import registry
+    from toptheta.models.control import tables_of
+
+    found, model = [], update_model(tiny_model)
+    for forced in (None, "reference"):
+        monkeypatch.setattr(registry, "FORCED", forced)
+        set_params(
+            model, method="streaming_llm:sinks=2", K=8, sdc="offline-calibrated", calibrate=True,
+            calib_sample_frac=1.0,
+        )  # fmt: skip
+        model(tokens(length=40))
+        set_params(model, calibrate=False)
+        found.append(tables_of(model).sdc[0].values)
+        set_params(model, mode=3, sdc="none")
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)

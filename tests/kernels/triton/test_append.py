@@ -120,3 +120,13 @@ def test_a_kernel_that_does_not_build(monkeypatch):
     with pytest.warns(UserWarning, match="on a chip, as its own does not build there: no such instruction"):
         assert not cache_updates._append_works(torch.device("cpu"), torch.float16, 32)
     assert not cache_updates._append_works(torch.device("cpu"), torch.float16, 32)
+
+
+@here
+def test_a_full_cache_is_not_written_beyond(monkeypatch):
+    """The kernel cannot say so, but in debug builds; it overwrites neither the next head nor other memory."""
+    k = torch.ones(1, 2, 4, 16, device=DEVICE)
+    layer = TopThetaLayer(4)
+    layer.update(k, k)
+    layer.update(0 * k[:, :, :1], 0 * k[:, :, :1])
+    assert torch.equal(layer.keys, k) and torch.equal(layer.values, k)

@@ -30,11 +30,13 @@ def append_kernel(
     d = tl.arange(0, BLOCK_D)
     in_dim = d < HEAD_DIM
     at = tl.load(end)
+    tl.device_assert(at < room, "the cache is full")
     row = group * room + at
+    in_room = in_dim & (at < room)  # only debug builds have the assertion
     k = tl.load(new_k + batch * new_k_batch + kv_head * new_k_head + d, mask=in_dim, other=0.0)
     v = tl.load(new_v + batch * new_v_batch + kv_head * new_v_head + d, mask=in_dim, other=0.0)
-    tl.store(keys + row * HEAD_DIM + d, k, mask=in_dim)
-    tl.store(values + row * HEAD_DIM + d, v, mask=in_dim)
+    tl.store(keys + row * HEAD_DIM + d, k, mask=in_room)
+    tl.store(values + row * HEAD_DIM + d, v, mask=in_room)
     if INT8:  # see `quantized` of int8_keys.py
         k = k.to(tl.float32)
         mean = tl.load(k_mean + group * HEAD_DIM + d, mask=in_dim, other=0.0)
@@ -50,9 +52,9 @@ def append_kernel(
         sizes = tl.sqrt(tl.sum(k * k, axis=0)) + tl.sqrt(tl.sum(copy * copy, axis=0))
         sizes += tl.sqrt(tl.sum(mean * mean, axis=0))
         slack = tl.sqrt(tl.sum(rest * rest, axis=0)) * (1 + rounding) + sizes * rounding + TINY
-        tl.store(codes + row * HEAD_DIM + d, code.to(tl.int8), mask=in_dim)
-        tl.store(steps + row, step)
-        tl.store(slacks + row, slack)
+        tl.store(codes + row * HEAD_DIM + d, code.to(tl.int8), mask=in_room)
+        tl.store(steps + row, step, mask=at < room)
+        tl.store(slacks + row, slack, mask=at < room)
     if tl.atomic_add(finished, 1) == tl.num_programs(0) - 1:  # all have read `end`
         tl.store(finished, 0)
         tl.store(end, at + 1)
