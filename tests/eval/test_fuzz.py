@@ -38,8 +38,8 @@ from toptheta.eval.cli import settings_from_json
 from toptheta.eval.run import check_resume
 from toptheta.eval.settings import GenSettings
 from toptheta.eval.table_cells import SweepOptions
-from toptheta.eval.tasks import perplexity
 from toptheta.eval.tasks.rows import SCHEMAS, read_rows
+from toptheta.eval.tasks.texts import text_of
 from toptheta.kernels import profile
 from toptheta.methods.params import AttentionParams
 from toptheta.models.sharing import find_calibration, used
@@ -272,7 +272,7 @@ def test_chunks(tmp_path: Path, fuzz: Callable, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(files, "flush", lambda path: None)
     cell = Cell(tmp_path)
     for n in range(3):
-        cell.add({str(n): [float(-n), True]}, {}, {}, lines=[{"lines.txt": f"{n}\n"}])
+        cell.add({str(n): [float(-n), True]}, {}, {})
     cell.checkpoint()
     (path,) = (tmp_path / "partial").iterdir()
     answers = dict(cell.answers)
@@ -509,7 +509,7 @@ def test_texts_of_rows(tmp_path: Path, fuzz: Callable) -> None:
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
-        text = perplexity._text(str(path), "--text")
+        text = text_of(str(path), "--text")
         rows = [json.loads(line) for line in re.split(r"\r\n|\r|\n", data.decode()) if line.strip()]
         assert text == "\n\n".join(row["context"] for row in rows)
 
