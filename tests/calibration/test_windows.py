@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from tests.helpers.families import make
 from topk_llama import set_params, update_model
-from toptheta.models.control import calibrations, record_statistics
+from toptheta.models.control import calibrations, get_params, record_statistics, same_sparse_layers
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.recorder import Recorder
 
@@ -65,3 +66,13 @@ def test_k_above_the_window(calib_to: str) -> None:
     dense = (sum(range(WINDOW)) + (LENGTH - WINDOW) * WINDOW + WINDOW) / LENGTH
     assert kept[0] == kept[2] == pytest.approx(dense, abs=0.2)
     assert 0.8 * WINDOW < kept[1] < 1.3 * WINDOW and 0.8 * WINDOW < kept[3] < 1.3 * WINDOW
+
+
+def test_a_k_on_each_side_of_the_window() -> None:
+    """They need thresholds of different layers, so no calibration serves both."""
+    model = update_model(make("gemma2"))
+    window, layers = model.config.sliding_window, model.config.num_hidden_layers
+    params = get_params(model).changed({"mode": 0})
+    below, above, further = ((k,) * layers for k in (window - 1, window, window + 9))
+    assert same_sparse_layers(model, params, above, further)
+    assert not same_sparse_layers(model, params, below, above)

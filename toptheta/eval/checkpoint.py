@@ -25,6 +25,7 @@ from toptheta.models.control import (
     calibration_samples,
     calibrations,
     end_calibration,
+    same_sparse_layers,
     use_params,
     use_tables,
 )
@@ -93,7 +94,12 @@ def _calibrate(
     """Calibrate a cell, and others that can use the same pass; all processes get its tables."""
     settings, num_layers = run.settings, model.config.num_hidden_layers
     checkpoint = Checkpoint(product.path, model)
-    others = processes.from_first(lambda: same_pass(run, cell))
+    own_ks = settings.layer_ks(cell, num_layers)
+    others = [
+        other
+        for other in processes.from_first(lambda: same_pass(run, cell))
+        if same_sparse_layers(model, params, own_ks, settings.layer_ks(other, num_layers))
+    ]
     other_ks = [settings.layer_ks(other, num_layers) for other in others]
     dump = settings.calib_dump_samples and cell.needs_thresholds
     begin_calibration(model, params, other_ks, seed=settings.seed, keep_samples=dump)
@@ -103,7 +109,6 @@ def _calibrate(
     else:
         calibrate(checkpoint)
         checkpoint.join()
-    own_ks = settings.layer_ks(cell, num_layers)
     targets = [(other, product_folder(run, other), ks) for other, ks in zip(others, other_ks)]
 
     def write() -> CalibrationTables:

@@ -155,14 +155,14 @@ def _sparse_layers(layers: list[Any], params: AttentionParams, k_per_layer: tupl
         if params.layer(k).sparse
         and params.test_layer in (None, i)
         and not params.method.leaves_dense(i)
-        and not _window(layers[i], k) <= k  # whose rows never see more keys
+        and k < (sliding_window(layers[i]) or k + 1)  # else no row sees more than K keys
     ]
 
 
-def _window(layer: Any, otherwise: int) -> int:
-    """The most keys that a row of a layer sees; `otherwise` + 1 without a sliding window."""
-    window = sliding_window(layer)
-    return otherwise + 1 if window is None else window
+def same_sparse_layers(model: nn.Module, params: AttentionParams, *ks: tuple[int, ...]) -> bool:
+    """Whether the same layers are sparse with each of these K per layer: one calibration can serve them."""
+    layers = patched_layers(model)
+    return len({tuple(_sparse_layers(layers, params, of_layers)) for of_layers in ks}) == 1
 
 
 def _install(
