@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.attention import device_name
 from toptheta.calibration.tables import CalibrationTables
 from toptheta.kernels import registry as kernels
-from toptheta.models.control import calibrated_tables, record_statistics, set_params, use_tables
+from toptheta.models.calibrate import calibrated_tables, use_tables
+from toptheta.models.control import record_statistics, set_params
 from toptheta.models.loading import find_model, load_model, load_tokenizer
 from toptheta.models.patch import update_model
 from toptheta.models.recorder import Recorder

@@ -25,7 +25,8 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.attention import device_name
-from toptheta.models.control import calibrated_tables, record_statistics, set_params, use_tables
+from toptheta.models.calibrate import calibrated_tables, use_tables
+from toptheta.models.control import record_statistics, set_params
 from toptheta.models.kl import kl_divergence
 from toptheta.models.loading import find_model, load_model, load_tokenizer
 from toptheta.models.patch import update_model

@@ -15,16 +15,9 @@ from toptheta.calibration.budget import BINS, LOWEST, WIDTH, kept_above, share_o
 from toptheta.calibration.tables import load_tables, save_tables
 from toptheta.methods.base import NEG_INF
 from toptheta.methods.params import AttentionParams
-from toptheta.models import control
-from toptheta.models.control import (
-    begin_calibration,
-    calibrated_tables,
-    calibrations,
-    get_params,
-    record_statistics,
-    tables_of,
-    use_tables,
-)
+from toptheta.models import calibrate
+from toptheta.models.calibrate import begin_calibration, calibrated_tables, calibrations, use_tables
+from toptheta.models.control import get_params, record_statistics, tables_of
 from toptheta.models.patch import choose_implementation
 from toptheta.models.recorder import Recorder
 from toptheta.models.sensitivity import measure
@@ -222,8 +215,8 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
     assert [len(one.prompts) for one in found.values()] == [2, 0, 0]
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        real = control.measure
-        patch.setattr(control, "measure", lambda *args: calls.append(1) or real(*args))
+        real = calibrate.measure
+        patch.setattr(calibrate, "measure", lambda *args: calls.append(1) or real(*args))
         tables = calibrated_tables(tiny_model)
         assert calibrations(tiny_model) == found  # still calibrating
         use_tables(tiny_model, tables)  # which ends the calibration: nothing is measured twice

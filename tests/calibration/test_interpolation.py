@@ -10,10 +10,8 @@ from transformers import LlamaForCausalLM
 from topk_llama import set_params, update_model
 from toptheta.calibration.interpolation import lookup_table, nearest_lookup
 from toptheta.calibration.tables import CalibrationTables, LayerTable
-from toptheta.models.control import (
-    get_params,
-    use_tables,
-)
+from toptheta.models.calibrate import use_tables
+from toptheta.models.control import get_params
 from toptheta.models.patch import layer_states
 
 NEG_INF = float("-inf")

@@ -14,12 +14,8 @@ from toptheta.calibration.kept_samples import (
     read_calibration_samples,
     write_calibration_samples,
 )
-from toptheta.models.control import (
-    begin_calibration,
-    calibrated_tables,
-    calibration_samples,
-    get_params,
-)
+from toptheta.models.calibrate import begin_calibration, calibrated_tables, calibration_samples
+from toptheta.models.control import get_params
 from toptheta.models.patch import layer_states
 from toptheta.util.errors import UsageError
 

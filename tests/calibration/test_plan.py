@@ -12,12 +12,8 @@ from tests.eval.helpers import calibrating_settings, gen_settings, only_run
 from topk_llama import set_params, update_model
 from toptheta.calibration.plan import RowPlan
 from toptheta.calibration.tables import CalibrationTables, load_tables
-from toptheta.models.control import (
-    begin_calibration,
-    calibrated_tables,
-    get_params,
-    reading_prompt,
-)
+from toptheta.models.calibrate import begin_calibration, calibrated_tables
+from toptheta.models.control import get_params, reading_prompt
 from toptheta.models.planning import announce_prompts, begin_prompts
 
 K, FRAC = 6, 0.3

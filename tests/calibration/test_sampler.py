@@ -11,7 +11,8 @@ from tests.helpers.calibration import calibrated, prompts
 from topk_llama import set_params, update_model
 from toptheta.calibration.draw import draw_rows, sample_count
 from toptheta.calibration.statistics import RunningSums
-from toptheta.models.control import begin_calibration, calibrated_tables, get_params
+from toptheta.models.calibrate import begin_calibration, calibrated_tables
+from toptheta.models.control import get_params
 from toptheta.models.patch import layer_states
 from toptheta.util.errors import UsageError
 

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.helpers.calibration import calibrated, prompts
-from topk_llama import set_params
+from topk_llama import set_params, update_model
 from toptheta.calibration.tables import BINARY_NAME, load_tables, save_tables
-from toptheta.models.control import calibrated_tables
+from toptheta.models.calibrate import calibrated_tables
 from toptheta.util.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -92,6 +92,28 @@ def test_tables_that_do_not_fit(tiny_model: LlamaForCausalLM, tmp_path: Path) ->
     (tmp_path / "ours" / BINARY_NAME).write_bytes(b"not a table")
     with pytest.raises(UsageError, match="cannot be read"):
         set_params(tiny_model, mode=0, K=6, calib_load_path=str(tmp_path / "ours"))
+
+
+def test_text_tables_of_another_k(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """sdc.txt does not tell its K, but its row lengths do; a curve needs lengths above K. A refusal changes
+    nothing."""
+    every_head = [(layer, head) for layer in range(3) for head in range(6)]
+    (tmp_path / "sdc.txt").write_text(
+        "".join(f"L{i}_H{h}:{n} 0.5 2\n" for i, h in every_head for n in (7, 9))
+    )
+    tables = str(tmp_path)
+    update_model(tiny_model)
+    set_params(tiny_model, mode=1, K=6, sdc="offline-calibrated", calib_load_path=tables)
+    ids = prompts(1)[0]
+    expected = tiny_model(ids).logits
+    with pytest.raises(UsageError, match="layer 0 has row length 7, so .* a smaller K than 8: use that K"):
+        set_params(tiny_model, K=8, calib_load_path=tables)
+    (tmp_path / "th.txt").write_text("".join(f"L{i}_H{h}:{7 - i} 0.5 2 6\n" for i, h in every_head))
+    fitted = {"mode": 0, "placement": "post-softmax", "sdc": "none", "calib_load_path": tables}
+    with pytest.raises(UsageError, match="fit needs a calibrated row length above K=6 .* head 0 has none"):
+        set_params(tiny_model, calib_interp="fit", **fitted)
+    assert torch.equal(tiny_model(ids).logits, expected)
+    set_params(tiny_model, **fitted)  # the nearest length will do
 
 
 @pytest.mark.parametrize("kind", ["theta", "sdc"])

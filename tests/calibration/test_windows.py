@@ -6,7 +6,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tests.helpers.families import make
 from topk_llama import set_params, update_model
-from toptheta.models.control import calibrations, get_params, record_statistics, same_sparse_layers
+from toptheta.models.calibrate import calibrations, same_sparse_layers
+from toptheta.models.control import get_params, record_statistics
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.recorder import Recorder
 

@@ -361,7 +361,7 @@ def test_a_calibration_under_way(tiny_model: Any, tmp_path: Path, fuzz: Callable
     from tests.helpers.calibration import prompts
     from topk_llama import set_params, update_model
     from toptheta.eval.checkpoint import Checkpoint
-    from toptheta.models.control import calibrations
+    from toptheta.models.calibrate import calibrations
 
     update_model(tiny_model)
     set_params(tiny_model, mode=0, K=6, sdc="offline-calibrated", calibrate=True)

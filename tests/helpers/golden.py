@@ -9,7 +9,7 @@ import torch
 
 from topk_llama import set_params
 from toptheta.calibration.tables import CalibrationTables, LayerTable
-from toptheta.models.control import calibrated_tables
+from toptheta.models.calibrate import calibrated_tables
 
 SWITCHED_OFF = {
     "calibrate": False,

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 from tests.helpers.models import tokens
 from topk_llama import restore_model, set_params, update_model
 from toptheta.calibration.tables import save_tables
-from toptheta.models.control import calibrations, get_params, reading_prompt, record_statistics, tables_of
+from toptheta.models.calibrate import calibrations
+from toptheta.models.control import get_params, reading_prompt, record_statistics, tables_of
 from toptheta.models.patch import layer_states, model_state
 from toptheta.models.recorder import Recorder
 from toptheta.util.errors import UsageError

@@ -16,7 +16,7 @@ from toptheta.attention.call import AttentionCall
 from toptheta.attention.rows import rows_of
 from toptheta.kernels import registry
 from toptheta.methods.params import LayerSpec
-from toptheta.models.control import calibrations
+from toptheta.models.calibrate import calibrations
 from toptheta.models.interface import toptheta_mask
 from toptheta.util.errors import UsageError
 

@@ -8,6 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
+from toptheta.util.errors import UsageError
+
 MAX_FIT_LENGTH = 1 << 17  # 'fit' tables reach this row length at most: 512 KB a head
 LEAST_POSITIVE = 1e-12  # minimum of values whose logarithm is fitted: lower ones would dominate the fit
 
@@ -28,7 +30,7 @@ def lookup_table(
     `below`; look up lengths of L and more at L - 1. interp: 'nearest', 'linear' or 'fit', which extends the
     table to row length `max_n` (at most MAX_FIT_LENGTH) and keeps values within the open interval `within`;
     if that starts at 0, logarithms are fitted. smooth: see `smoothed`. Raises ValueError for a head without a
-    calibrated length.
+    calibrated length, UsageError for one without a length above `k` to fit.
     """
     empty = np.isnan(values).all(axis=1)
     if empty.any():
@@ -115,7 +117,10 @@ def fit_lookup(
         y = np.log(np.maximum(y, LEAST_POSITIVE))
     total = weights.sum(axis=1, keepdims=True)
     if not total.all():
-        raise ValueError(f"head {int((total[:, 0] == 0).argmax())} has no calibrated row length above K={k}")
+        raise UsageError(
+            f"calib_interp fit needs a calibrated row length above K={k} for each head, and head "
+            f"{int((total[:, 0] == 0).argmax())} has none: use calib_interp nearest, or calibrate again."
+        )
     x = _rising(known, k)
     y_mean = (weights * y).sum(axis=1, keepdims=True) / total
     x_mean = weights @ x.T / total

@@ -172,6 +172,12 @@ def check_fit(
                 f"row length {n}: the scores that {'they were' if kind == 'theta' else 'it was'} calibrated "
                 "on overflowed; calibrate again, in a type with a wider range (--dtype bfloat16 or float32)."
             )
+        lengths = (~np.isnan(held[layer].values)).nonzero()[1]
+        if kind == "sdc" and lengths.size and lengths.min() <= k_per_layer[layer]:  # sdc.txt does not tell K
+            raise UsageError(
+                f"the SDC table of layer {layer} has row length {lengths.min()}, so it was calibrated for a "
+                f"smaller K than {k_per_layer[layer]}: use that K, or calibrate again."
+            )
     aim = tables.meta.get("calib_to", "k") if tables.meta else calib_to  # th.txt does not tell
     if kind == "theta" and aim != calib_to:
         raise UsageError(

@@ -18,7 +18,7 @@ from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
 from toptheta.eval.cell_params import CellParams
 from toptheta.eval.run import Run, product_folder
 from toptheta.methods.base import Method
-from toptheta.models.control import (
+from toptheta.models.calibrate import (
     begin_calibration,
     calibrated_tables,
     calibrates_in_order,
@@ -26,9 +26,9 @@ from toptheta.models.control import (
     calibrations,
     end_calibration,
     same_sparse_layers,
-    use_params,
     use_tables,
 )
+from toptheta.models.control import use_params
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_bytes
 from toptheta.util.interrupts import stop_requested, uninterrupted

@@ -13,13 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from toptheta.methods.base import Method
-from toptheta.models.control import (
-    get_params,
-    reading_prompt,
-    reading_steps,
-    record_statistics,
-    recorder_of,
-)
+from toptheta.models.control import get_params, reading_prompt, reading_steps, record_statistics, recorder_of
 from toptheta.models.families import head_logits
 from toptheta.models.generation import LOGIT_ROWS, hidden_states
 from toptheta.models.kl import kl_divergence

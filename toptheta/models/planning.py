@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from toptheta.calibration.plan import RowPlan
-from toptheta.models.control import calibrations
+from toptheta.models.calibrate import calibrations
 
 
 def announce_prompts(model: nn.Module, spans: Mapping[str, tuple[int, int]]) -> None:

@@ -11,7 +11,8 @@ import torch
 from transformers import Cache
 
 from toptheta.models.cache_state import branch
-from toptheta.models.control import calibrations, get_params, recorder_of
+from toptheta.models.calibrate import calibrations
+from toptheta.models.control import get_params, recorder_of
 from toptheta.models.generation import hidden_states
 from toptheta.models.growing_cache import growing_cache
 from toptheta.models.patch import model_device

@@ -17,8 +17,8 @@ from toptheta.attention import effective_k
 from toptheta.calibration.artefact import FORMAT, OPTIONS, SHAPING, Calibration, CalibrationConfig
 from toptheta.calibration.tables import CalibrationTables
 from toptheta.methods.params import AttentionParams
+from toptheta.models.calibrate import calibrations
 from toptheta.models.control import (
-    calibrations,
     get_params,
     record_statistics,
     recorder_of,
