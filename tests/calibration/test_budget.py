@@ -229,6 +229,19 @@ def test_sensitivity_of_layers(tiny_model: LlamaForCausalLM) -> None:
     assert tiny_model(tokens()).logits.isfinite().all()
 
 
+def test_sensitivity_leaves_padding_out(tiny_model: LlamaForCausalLM) -> None:
+    """Of a batch, the first prompt is measured; its padding, and a mask of an earlier call, do not count."""
+    begin(tiny_model, 6, calib_layers="sensitivity")
+    ids = tokens(length=60)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :25] = 0
+    tiny_model(ids.repeat(2, 1), attention_mask=mask)
+    tiny_model(tokens(length=30), attention_mask=torch.tensor([[0] * 20 + [1] * 10]))  # too short
+    tiny_model.model(tokens(length=40, seed=1))
+    kept = next(iter(calibrations(tiny_model).values())).prompts
+    assert [one.tolist() for one in kept] == [ids[:, 25:].tolist(), tokens(length=40, seed=1).tolist()]
+
+
 def test_damage_of_single_layers(tiny_model: LlamaForCausalLM) -> None:
     """As whole forward passes say, though the layers before the sparse one are left out; the model is left as
     it was."""

@@ -28,9 +28,7 @@ def calibrations(model: nn.Module) -> dict[int, RowSampler]:
 
 def calibrates_in_order(model: nn.Module) -> bool:
     """Whether the calibration under way depends on the order of its prompts."""
-    return model_state(model).prompt_hook is not None or any(
-        one.in_order for one in calibrations(model).values()
-    )
+    return bool(model_state(model).prompt_hooks) or any(one.in_order for one in calibrations(model).values())
 
 
 def sparse_layers(layers: list[Any], params: AttentionParams, k_per_layer: tuple[int, ...]) -> list[int]:
@@ -114,10 +112,10 @@ def begin_calibration(
         )
         state.calibration.plan, state.calibration.window = plan, sliding_window(layer)
     shared = model_state(model)
-    shared.end_prompt_hook()  # of a calibration before
+    shared.end_prompt_hooks()  # of a calibration before
     found = next(iter(calibrations(model).values()), None)
     if params.calib_layers == "sensitivity" and isinstance(found, BudgetCalibration):
-        shared.prompt_hook = keep_prompts(model, found)
+        shared.prompt_hooks = keep_prompts(model, found)
     shared.recorder = None  # calibration prompts count in no statistic
     shared.params = replace(params, calibrate=True)
     choose_implementation(layers)
@@ -205,7 +203,7 @@ def end_calibration(model: nn.Module) -> None:
     """End a calibration under way, without its tables."""
     for layer in patched_layers(model):
         layer.toptheta.calibration = None
-    model_state(model).end_prompt_hook()
+    model_state(model).end_prompt_hooks()
 
 
 def value_gram(layer: Any) -> Tensor:

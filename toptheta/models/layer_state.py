@@ -38,16 +38,15 @@ class ModelState:
         self.params = AttentionParams()
         self.tables: CalibrationTables | None = None
         self.recorder: Recorder | None = None
-        self.prompt_hook: Any = None  # while a calibration keeps prompts
+        self.prompt_hooks: list[Any] = []  # while a calibration keeps prompts
         self.in_prompt = self.in_steps = False
         self.extremes: list[tuple[float, Tensor, Tensor, Tensor, Tensor]] | None = None
         self.sparse_calls = self.dense_calls = 0
 
-    def end_prompt_hook(self) -> None:
+    def end_prompt_hooks(self) -> None:
         """Stop keeping the prompts of a calibration."""
-        if self.prompt_hook is not None:
-            self.prompt_hook.remove()
-            self.prompt_hook = None
+        while self.prompt_hooks:
+            self.prompt_hooks.pop().remove()
 
     def is_decode(self, q_len: int, kv_len: int) -> bool:
         """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single row after others

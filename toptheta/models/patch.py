@@ -61,7 +61,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     """Remove the patch in place; the inverse of `update_model`. Also returns `model`."""
     layers: list[Any] = [module for module in model.modules() if _is_patched(module)]
     for layer in layers:
-        layer.toptheta.shared.end_prompt_hook()
+        layer.toptheta.shared.end_prompt_hooks()
         _set_implementation(layer, layer.toptheta.base)
         layer.toptheta.detach(layer)
         if type(layer) is TopK_LLamaAttention:

@@ -26,16 +26,28 @@ from toptheta.models.patch import (
 )
 
 
-def keep_prompts(model: nn.Module, calibration: BudgetCalibration) -> Any:
-    """Keep the first tokens of the first prompts that run through `model` from now on; returns the hook's
-    handle. Prompts that are too short to be sparse are skipped."""
+def keep_prompts(model: nn.Module, calibration: BudgetCalibration) -> list[Any]:
+    """Keep the first tokens of the first prompts that run through `model` from now on, of each batch the
+    first one, without its padding; returns the hooks' handles. Prompts that are too short to be sparse are
+    skipped."""
+    masks: list[Any] = []  # of the call under way: the embedding does not see it
+
+    def take_mask(_module: nn.Module, _inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        masks[:] = [keywords.get("attention_mask")]
 
     def look(_module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        ids = inputs[0] if inputs else keywords["input"]
+        ids = (inputs[0] if inputs else keywords["input"])[:1]
+        mask = masks.pop() if masks else None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= ids.shape[-1]:
+            ids = ids[:, mask[0, -ids.shape[-1] :].to(ids.device).bool()]
         if len(calibration.prompts) < PROMPTS and ids.shape[-1] > 2 * min(calibration.ks):
-            calibration.prompts.append(ids[:1, :PROMPT_TOKENS].cpu())
+            calibration.prompts.append(ids[:, :PROMPT_TOKENS].cpu())
 
-    return model.get_input_embeddings().register_forward_pre_hook(look, with_kwargs=True)  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return [
+        model.register_forward_pre_hook(take_mask, with_kwargs=True),
+        embedding.register_forward_pre_hook(look, with_kwargs=True),
+    ]
 
 
 @torch.no_grad()
