@@ -189,6 +189,27 @@ def test_scale_is_the_mean_norm(tiny_model: LlamaForCausalLM) -> None:
     np.testing.assert_allclose(factor.mean(dim=2)[0].numpy(), np.ones(6), rtol=1e-4)
 
 
+def test_the_unused_end_of_a_static_cache(tiny_model: LlamaForCausalLM) -> None:
+    """Its zeros, and padding, are not in the mean of V."""
+    update_model(tiny_model)
+    ids, found = tokens(length=60), []
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    for capacity in (60, 100):
+        set_params(tiny_model, **AWARE, calibrate=True)
+        cache = StaticCache(config=tiny_model.config, max_cache_len=capacity)
+        tiny_model(ids, attention_mask=mask, past_key_values=cache)
+        set_params(tiny_model, calibrate=False)
+        found.append(tables_of(tiny_model).values[0])
+        set_params(tiny_model, mode=3)
+    for part in ("mean", "scale"):
+        np.testing.assert_allclose(getattr(found[1], part), getattr(found[0], part), rtol=1e-5, atol=1e-7)
+    set_params(tiny_model, **AWARE, calibrate=True)
+    tiny_model(ids, attention_mask=mask)
+    set_params(tiny_model, calibrate=False)
+    np.testing.assert_allclose(tables_of(tiny_model).values[0].mean, found[0].mean, rtol=1e-5, atol=1e-7)
+
+
 def test_by_layer(tiny_model: LlamaForCausalLM) -> None:
     model = calibrated(tiny_model, calib_layers="sensitivity")
     assert model(tokens(length=50)).logits.isfinite().all()

@@ -1,12 +1,15 @@
 """Names of models: aliases, hub names, files and folders."""
 
+import json
+import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from tests.helpers.families import make
 from toptheta.models.control import set_params
@@ -80,3 +83,31 @@ def test_pickled_weights_are_refused(folder_model: str, tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(load_model(source, "float32").state_dict()[name], weights[name])
+
+
+def test_damaged_files_are_one_sentence(
+    folder_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the library raises for them; errors of another kind stay what they are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = json.loads((Path(folder_model) / "config.json").read_text())
+    weights = (Path(folder_model) / "model.safetensors").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\x00" * 40)
+    for name, file, content in (
+        ("cut", "model.safetensors", weights[: len(weights) // 2]),
+        ("no header", "model.safetensors", b"x" * 100),
+        ("another width", "config.json", json.dumps(config | {"intermediate_size": 8}).encode()),
+        ("layers in words", "config.json", json.dumps(config | {"num_hidden_layers": "six"}).encode()),
+        ("half a config", "config.json", b'{"model_type": "llama", '),
+    ):
+        shutil.copytree(folder_model, tmp_path / name)
+        (tmp_path / name / file).write_bytes(content)
+        source = find_model(str(tmp_path / name))
+        with pytest.raises(UsageError, match=re.escape(str(tmp_path / name))):
+            load_config(source)
+            load_model(source, "float32")
+    with pytest.raises(UsageError, match="model.gguf"):
+        load_config(find_model(str(tmp_path / "model.gguf")))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        load_model(find_model(folder_model), "float32")

@@ -4,6 +4,7 @@ does not fit is refused."""
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
@@ -13,6 +14,7 @@ from tests.helpers.calibration import calibrated
 from tests.helpers.hub import COMMIT, Hub, serving
 from tests.helpers.models import tiny_config, tokens
 from topk_llama import load_calibration, push_calibration, save_calibration, set_params, update_model
+from toptheta.calibration.interpolation import MAX_FIT_LENGTH
 from toptheta.models import loading
 from toptheta.models.control import get_params, tables_of
 from toptheta.util.errors import UsageError
@@ -70,6 +72,24 @@ def test_a_folder_gives_the_same_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(other(ids).logits, expected)
     assert get_params(other).method == get_params(model).method
     assert get_params(other).k_per_layer(3) == get_params(model).k_per_layer(3)
+
+
+def test_rows_beyond_those_of_a_fit(tmp_path: Path) -> None:
+    """A calibration can be saved and loaded whatever the length of its rows."""
+    model = steered("Top-theta")
+    tables = tables_of(model)
+    assert tables is not None
+    longest = 3 * MAX_FIT_LENGTH // 2
+    for table in tables.theta.values():
+        more = ((0, 0), (0, longest + 1 - table.values.shape[1]))
+        table.values = np.pad(table.values, more, constant_values=np.nan)
+        table.samples = np.pad(table.samples, more)
+        table.values[:, longest], table.samples[:, longest] = 0.5, 1
+    save_calibration(model, tmp_path / "calibration")
+    other = tiny()
+    load_calibration(other, tmp_path / "calibration")
+    theta = other.model.layers[0].self_attn.toptheta.theta
+    assert theta.shape[1] == longest + 1 and (theta[:, longest] == 0.5).all()
 
 
 def test_card_and_config(tmp_path: Path) -> None:

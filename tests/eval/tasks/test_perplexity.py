@@ -151,6 +151,10 @@ def test_shorter_calibration_windows(folder_model: str, here_with_text: Path) ->
     ("changes", "words"),
     [
         ({"calib_text": "none.txt"}, "--calib_text none.txt: there is no such file"),
+        (
+            {"calib_text": "short.txt", "calib_samples": 3},
+            "--calib_samples 3: .* short.txt has only",
+        ),
         ({"calib_text": "bad.jsonl"}, "bad.jsonl has no LongBench rows"),
         (
             {"calib_text": "text.txt", "mode": (3,), "vmc": False, "sdc": "none"},
@@ -170,6 +174,8 @@ def test_shorter_calibration_windows(folder_model: str, here_with_text: Path) ->
 )
 def test_bad_input(folder_model: str, here_with_text: Path, changes: dict, words: str) -> None:
     Path("bad.jsonl").write_text('{"question": "no context"}\n')
+    words_of_text = Path("text.txt").read_text()
+    Path("short.txt").write_text(words_of_text[: len(words_of_text) // 4])
     settings = gen_settings(folder_model, **{"dataset": "perplexity", "text": "text.txt"} | changes)
     with pytest.raises(UsageError, match=words):
         PerplexityJob(check_settings(settings), load_tokenizer(find_model(folder_model)))

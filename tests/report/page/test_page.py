@@ -136,6 +136,21 @@ def test_nothing_that_a_model_writes_becomes_markup(here: Path) -> None:
     assert question["question"] == evil and question["answers"][1]["at"] == len(evil)
 
 
+def test_an_answer_of_likelihood_0(here: Path) -> None:
+    """-inf is no number in JSON: a browser would read nothing of the page."""
+    for name in ("dense", "Top-k K=8"):
+        folder = here / "run" / name.replace(" ", "")
+        result = CellResult(
+            name, "Tiny", "questions", dense=name == "dense", metrics={"acc": Metric(1.0, 0.0, 1)}
+        )
+        write_json(folder / "results.json", result.to_json())
+        write_answers(
+            folder, [Answer("a", "1", 1, {"acc": 1.0}, target=1, loglikelihoods=[float("-inf"), -2.5])]
+        )
+    (question,) = page_data(render(load(here / "run")))["part0"]["samples"]
+    assert [one["logp"] for one in question["answers"]] == [[None, -2.5]] * 2
+
+
 def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     make_cell(here / "a" / "mode3", "dense", [1, 0, 1])
     make_cell(here / "a" / "mode1_k8", "Top-k K=8", [1, 1, 1])

@@ -1,6 +1,7 @@
 """The plot scripts: every figure, their flags, missing and damaged inputs."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,21 @@ def test_formats_selection_and_default_output(tmp_path: Path) -> None:
     svg = (folder / "th.svg").read_text()
     assert "layer 5, K = 64" in svg and "head 8" in svg and "layer 1," not in svg and "head 0" not in svg
     assert len(set(folder.iterdir()) - before) == 8  # four figures twice, no temporary file left
+
+
+@pytest.mark.parametrize(
+    ("placement", "label"), [("pre-softmax", "score"), ("post-softmax", "softmax weight")]
+)
+def test_the_axis_says_what_theta_is_compared_with(tmp_path: Path, placement: str, label: str) -> None:
+    folder = make_products(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"] = config.get("settings", {}) | {"placement": placement}
+    (folder / "config.json").write_text(json.dumps(config))
+    positive = (folder / "th.txt").read_text().replace(" -", " ")  # of these, only the config tells
+    (folder / "th.txt").write_text(positive)
+    result = run_script("plot_th_llama.py", "-d", folder, "-t", "t", "--format", "svg")
+    assert result.returncode == 0, result.stderr
+    assert f"({label})" in (folder / "th.svg").read_text()
 
 
 def test_scripts_start_fast_and_without_torch(plain: Path) -> None:
