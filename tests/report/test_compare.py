@@ -94,7 +94,7 @@ def test_the_picture_has_a_panel_for_each_score(runs: Path) -> None:
 def test_the_same_label_twice(runs: Path) -> None:
     make_cell(runs / "d", "dense", [1, 1, 0, 1, 0, 0])
     labels = [row.label for row in compare_runs(["a/mode3", "d", "b"], "out")]
-    assert labels == ["dense, float32, a/mode3", "dense, float32, d", "dense, bfloat16"]
+    assert labels == ["dense, float32, a", "dense, float32, d", "dense, bfloat16"]
 
 
 def test_the_script(runs: Path) -> None:

@@ -85,6 +85,8 @@ def main() -> None:
         calibration = of_run(
             source, options, arguments.num_layers or 0, arguments.base_model or "", arguments.text or ""
         )
+        if _config_json(target) and not is_calibration(target):
+            raise UsageError(f"DIR {target} has a config.json, which would be replaced: name another folder.")
         calibration.save(target)
         written = ["calibration.safetensors", "config.json", "README.md"]
     print(f"{target}: {', '.join(written)}")

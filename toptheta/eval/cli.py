@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
 from toptheta.util import interrupts
 from toptheta.util.console import say_error
-from toptheta.util.errors import UsageError
+from toptheta.util.errors import UsageError, refuse_other_encodings
 from toptheta.util.files import DISK_ERRORS
 from toptheta.util.options import add_flags, from_flags, from_json
 
@@ -78,9 +78,7 @@ class Parser(argparse.ArgumentParser):
         return {str(group.title).split()[0]: group for group in own if group._group_actions}
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for text in sys.argv[1:] if args is None else args:
-            if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise UsageError(f"{text!r} is not UTF-8 text: correct it.")
+        refuse_other_encodings(sys.argv[1:] if args is None else args)
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -111,13 +109,19 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
 
 def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Namespace) -> AnySettings:
     """The settings of the run to resume. Raises UsageError if other settings are given."""
+    refuse_others(namespace, "--resume", RESUMING)
+    return settings_from_json(kind, saved)
+
+
+def refuse_others(namespace: argparse.Namespace, flag: str, allowed: Collection[str]) -> None:
+    """Raise UsageError if flags are given that are not among the `allowed`. flag: names a folder, from which
+    all settings are taken."""
     for name, value in vars(namespace).items():
-        if value is not None and name not in RESUMING:
+        if value is not None and name not in allowed:
             given = f"--no_{name}" if value is False else f"--{name}"
             raise UsageError(
-                f"--resume takes all settings from its folder: leave out {given}, or start a new run."
+                f"{flag} takes all settings from its folder: leave out {given}, or start a new run."
             )
-    return settings_from_json(kind, saved)
 
 
 def settings_from_json(kind: type[AnySettings], saved: Any) -> AnySettings:
@@ -152,7 +156,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        name = str(error.filename or "")
+        where = f"{name if len(name) < 300 else name[:80] + '...'}: " if name else ""
         print(f"error: {where}{error.strerror}: change that, or name another folder.", file=sys.stderr)
         code = 2
     sys.exit(code)

@@ -12,7 +12,7 @@ from toptheta.util.options import check_options, from_flags, to_flags
 
 def start(kind: type[Settings], script: str, arguments: argparse.Namespace) -> None:
     """Start the run given by a script's flags, or resume one. Raises UsageError."""
-    if arguments.resume:
+    if arguments.resume is not None:
         from toptheta.eval.run import check_resume
 
         settings = resumed_settings(kind, check_resume(arguments.resume, script), arguments)

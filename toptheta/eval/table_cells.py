@@ -13,7 +13,9 @@ from toptheta.eval.cell_params import CellParams
 from toptheta.eval.cli import Parser, parse_settings
 from toptheta.eval.settings import (
     BUNDLED_TASK,
+    LONGBENCH,
     NEEDLE,
+    PERPLEXITY,
     CellOptions,
     GenSettings,
     QASettings,
@@ -231,6 +233,8 @@ def _arguments(flags: dict[str, Any]) -> list[str]:
 def only_named(cells: list[SweepCell], only: str) -> list[SweepCell]:
     chosen: set[SweepCell] = set()
     for text in (part.strip() for part in only.split(",")):
+        if not text:
+            raise UsageError(f"--only {only!r} has an empty part: leave the comma out.")
         found = [c for c in cells if fnmatch.fnmatch(c.name.lower(), f"*{text.lower()}*")]
         if not found:
             words = dict.fromkeys(word for cell in cells for word in (cell.task, cell.method))
@@ -252,6 +256,8 @@ def answer_key(settings: Settings, cell: CellParams) -> str:
         facts |= {"k": cell.k, "layerk": settings.layerk}
     if not cell.needs_calibration:
         facts = {name: value for name, value in facts.items() if not name.startswith("calib_")}
+        if isinstance(settings, GenSettings) and settings.dataset in (PERPLEXITY, *LONGBENCH):
+            facts["left_out"] = None if settings.calib_task else settings.calib_samples  # of the entries
     for name in ("data_dir", *TEXT_FLAGS):
         if facts.get(name):
             facts[name] = str(Path(facts[name]).resolve())

@@ -1,12 +1,13 @@
 """`python -m toptheta.report DIR [DIR...]`: write a report on runs as one HTML file."""
 
 import argparse
+import errno
 import sys
 import webbrowser
 from pathlib import Path
 from typing import NoReturn
 
-from toptheta.util.errors import UsageError
+from toptheta.util.errors import UsageError, refuse_other_encodings
 from toptheta.util.files import timestamp
 
 
@@ -39,6 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--open", action="store_true", help="open the report in a browser")
     try:
+        refuse_other_encodings(sys.argv[1:])
         arguments = parser.parse_args()
         if arguments.output:
             path = Path(arguments.output)
@@ -53,9 +55,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"error: {path} cannot be written ({error.strerror}): name a file with --output.", file=sys.stderr
-        )
+        if error.errno == errno.ENAMETOOLONG:
+            message = f"{str(error.filename)[:80]}...: {error.strerror}; name other folders."
+        else:
+            message = f"{path} cannot be written ({error.strerror}): name a file with --output."
+        print(f"error: {message}", file=sys.stderr)
         return 2
     for note in run.notes:
         print(note, file=sys.stderr)

@@ -63,9 +63,15 @@ def cells_of(run: str) -> list[Path]:
     """The folders of a run's cells, dense ones first; for a cell, its own. Raises UsageError if there is no
     finished cell."""
     folder = Path(run)
-    if (folder / "results.json").is_file():
+    if is_cell(folder):
         return [folder]
-    cells = sorted(path.parent for path in folder.glob("*/results.json"))
+    found = sorted(path.parent for path in folder.glob("*/results.json"))
+    cells = [cell for cell in found if is_cell(cell)]
+    if not cells and (found or (folder / "results.json").is_file()):
+        raise UsageError(
+            f"{run} holds a table, and a table has no answers to compare: name the folder of a run, "
+            "products/<timestamp>, or of one of its cells."
+        )
     if not cells:
         tasks = sorted({path.parent.parent.name for path in folder.glob("*/*/results.json")})
         some = f" one of its tasks ({', '.join(tasks)})," if tasks else ""
@@ -76,6 +82,13 @@ def cells_of(run: str) -> list[Path]:
     return sorted(cells, key=lambda cell: not _result(cell).dense)
 
 
+def is_cell(folder: Path) -> bool:
+    """Whether results.json in `folder` is that of a cell, not of a table. Raises UsageError if it is
+    damaged."""
+    path = folder / "results.json"
+    return path.is_file() and not isinstance(read_json(path, Any, "run the cell again"), list)
+
+
 def _result(folder: Path) -> CellResult:
     try:
         return replace(read_result(folder / "results.json"), folder=str(folder))
@@ -83,10 +96,15 @@ def _result(folder: Path) -> CellResult:
         raise UsageError(f"{error.filename} cannot be read ({error.strerror}): run the cell again.") from None
 
 
-def distinct_labels(results: Sequence[CellResult]) -> list[str]:
-    """The methods' labels; equal ones are distinguished by model, type or folder."""
+def distinct_labels(results: Sequence[CellResult], tables: Sequence[str] = ()) -> list[str]:
+    """The methods' labels; equal ones are distinguished by model, type or folder. tables: for results without
+    a folder, the name of the table that they are from."""
     labels = [result.method for result in results]
     facts = [[result.model, _dtype(result), str(result.folder)] for result in results]
+    for result, table, of_result in zip(results, tables, facts):
+        of_result[2] = result.folder or table
+    shorter = _short([of_result[2] for of_result in facts])
+    facts = [[*of_result[:2], short] for of_result, short in zip(facts, shorter)]
     for i in range(3):
         several = {one[i] for one in facts}
         times = Counter(labels)
@@ -95,6 +113,17 @@ def distinct_labels(results: Sequence[CellResult]) -> list[str]:
                 f"{label}, {one[i]}" if times[label] > 1 else label for label, one in zip(labels, facts)
             ]
     return labels
+
+
+def _short(folders: Sequence[str]) -> list[str]:
+    """As few names of each folder, from the first that differs, as tell the folders apart."""
+    parts = [Path(folder).parts for folder in folders]
+    longest = max(map(len, parts))
+    first = next((i for i in range(longest) if len({one[: i + 1] for one in parts}) > 1), 0)
+    n, different = 1, len(set(parts))
+    while n < longest and len({one[first : first + n] for one in parts}) < different:
+        n += 1
+    return ["/".join(one[first : first + n]) for one in parts]
 
 
 def _dtype(result: CellResult) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from toptheta.report.compare import distinct_labels
+from toptheta.report.compare import distinct_labels, is_cell
 from toptheta.report.paired import paired_with_dense
 from toptheta.report.plots.read import (
     named_layers,
@@ -21,7 +21,6 @@ from toptheta.report.plots.read import (
 )
 from toptheta.report.results import ANSWERS, PHASES, CellResult, read_answers
 from toptheta.util.errors import UsageError
-from toptheta.util.schema import read_json
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,9 @@ def load(*folders: Path | str) -> LoadedRun:
     """Read runs: products/<timestamp>, one of its tasks or cells, or the folder of a table. Cells of one task
     (and text) are compared with its first dense cell. Raises UsageError if a folder has no finished cell, or
     a file is damaged."""
-    results = [result for folder in folders for result in _results(Path(folder))]
-    unique = {(one.folder or str(i)): one for i, one in enumerate(results)}
+    read = [(result, str(folder)) for folder in folders for result in _results(Path(folder))]
+    unique = {(one.folder or str(i)): one for i, (one, _) in enumerate(read)}
+    table_of = {id(one): table for one, table in read}
     by_task: dict[tuple[str, str], list[CellResult]] = {}
     for result in unique.values():
         by_task.setdefault((result.model, result.task), []).append(result)
@@ -132,7 +132,7 @@ def load(*folders: Path | str) -> LoadedRun:
     for of_task in by_task.values():
         families = list(dict.fromkeys(result.family for result in of_task))
         of_task.sort(key=lambda one: (not one.dense, families.index(one.family), one.k or 0))  # noqa: B023
-        labels += distinct_labels(of_task)
+        labels += distinct_labels(of_task, [table_of[id(one)] for one in of_task])
         texts: dict[Any, list[int]] = {}
         for i, result in enumerate(of_task):
             texts.setdefault(text_of(result), []).append(i)
@@ -148,12 +148,11 @@ def load(*folders: Path | str) -> LoadedRun:
 def _results(folder: Path) -> list[CellResult]:
     """The results of every finished cell in `folder`; for a table or an example without cells, those in its
     file."""
-    if (folder / "results.json").is_file() and isinstance(
-        read_json(folder / "results.json", Any, "run the cell again"), dict
-    ):
+    if is_cell(folder):
         cells = [folder]
     else:
-        cells = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/results.json"))
+        inside = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/results.json")]
+        cells = sorted(cell for cell in inside if is_cell(cell))
     found = [(cell, read_results(cell)) for cell in cells]
     results = [replace(result, folder=str(cell)) for cell, result in found if result is not None]
     for name in ("results.json", "summary.json"):

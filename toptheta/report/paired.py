@@ -7,7 +7,7 @@ far smaller than that of either mean. Covers the numbers; tables.py and compare.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import comb, sqrt
+from math import comb, isfinite, sqrt
 from statistics import NormalDist, fmean, median
 from typing import Any
 
@@ -209,11 +209,14 @@ def _mean(values: Sequence[float]) -> Metric:
 
 
 def _target(answer: Answer) -> float | None:
-    """Log-probability (nats) of the correct answer; None if it is not one of the choices."""
+    """Log-probability (nats) of the correct answer; None if it is not one of the choices, or -inf, whose
+    difference says nothing."""
     likelihoods, target = answer.loglikelihoods, answer.target
     if likelihoods is None or isinstance(target, bool) or not isinstance(target, int):
         return None
-    return likelihoods[target] if 0 <= target < len(likelihoods) else None
+    if not 0 <= target < len(likelihoods) or not isfinite(likelihoods[target]):
+        return None
+    return likelihoods[target]
 
 
 def _completions(pairs: Sequence[tuple[Answer, Answer]]) -> Completions:

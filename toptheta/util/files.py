@@ -14,7 +14,7 @@ from typing import Any
 from toptheta.util.errors import UsageError
 
 UNFINISHED = ".unfinished-"  # prefix of files that are being written
-DISK_ERRORS = (  # a full or read-only disk, limits, permissions, a file in the place of a folder
+DISK_ERRORS = (  # a full or read-only disk, limits, permissions, a file in the place of a folder, long names
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -24,6 +24,7 @@ DISK_ERRORS = (  # a full or read-only disk, limits, permissions, a file in the 
     errno.EPERM,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
 )
 
 

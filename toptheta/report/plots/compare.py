@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.figure import Figure
 
@@ -15,6 +16,7 @@ WORDS = {  # axis labels of quantities, by key
     "kl": "KL(dense || method), nats",
     "target_logprob": "log-probability of the correct answer,\ndifference from the baseline (nats)",
 }
+LABEL_WIDTH = 40  # characters in a line of a cell's label
 
 
 def draw_comparison(compared: Sequence[tuple[str, Comparison]], path: Path | str, title: str) -> None:
@@ -36,7 +38,10 @@ def comparison_figure(compared: Sequence[tuple[str, Comparison]], title: str) ->
         raise UsageError("the runs have no score in common: score them first, or compare other runs.")
     labels = [label for label, _ in compared]
     colours = dict(zip(labels, series_colours(len(labels))))
-    figure = new_figure(3.0 + 3.6 * len(panels), 1.6 + 0.36 * len(labels), title)
+    shown = [fill(label, LABEL_WIDTH) for label in labels]
+    lines = [line for label in shown for line in label.split("\n")]
+    width = 3.6 * len(panels) + max(3.0, 1.0 + 0.08 * max(map(len, lines)))
+    figure = new_figure(width, 1.6 + 0.36 * max(len(labels), 0.6 * len(lines)), title)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (words, differences) in zip(all_axes, panels.items()):
         axes.axvline(0.0, color=GREY, lw=1.0, zorder=1)
@@ -51,7 +56,7 @@ def comparison_figure(compared: Sequence[tuple[str, Comparison]], title: str) ->
             )
         axes.set_xlabel(words, parse_math=False)
         axes.grid(axis="y", visible=False)
-    all_axes[0].set_yticks(range(len(labels)), labels, parse_math=False)
+    all_axes[0].set_yticks(range(len(labels)), shown, parse_math=False)
     all_axes[0].set_ylim(len(labels) - 0.5, -0.5)
     return figure
 

@@ -1,11 +1,12 @@
 """The flags that the plot scripts share. Imports nothing large, so that --help is fast."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from toptheta.util.errors import UsageError
+from toptheta.util.errors import UsageError, refuse_other_encodings
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -64,9 +65,12 @@ def parse_request(description: str) -> Request:
     """The command line's flags as a Request. For a wrong flag, prints a sentence and exits with 2."""
     parser = plot_parser(description)
     try:
+        refuse_other_encodings(sys.argv[1:])
         return check_request(parser.parse_args())
     except UsageError as error:
         parser.exit(2, f"{error}\n")
+    except OSError as error:  # a name that is too long
+        parser.exit(2, f"{str(error.filename)[:80]}... is no folder ({error.strerror}): name another one.\n")
 
 
 def check_request(args: argparse.Namespace) -> Request:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 _ANGLES = np.deg2rad([30, -30, 150, -150, 90, -90, 0, 180, 60, -60, 120, -120])
 _DISTANCES = (6.0, 11.0, 17.0)  # points, from the centre of the marker to the edge of the text
 _MARKER = 4.5  # points, half a marker
+_UNREADABLE = 200.0  # the cost of covering another label: then there is none
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Label:
 
 
 def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Write each label next to its point. Call it last, when layout, limits and lines are final."""
+    """Write each label next to its point, except where it would cover another one. Call it last, when layout,
+    limits and lines are final."""
     if not labels:
         return
     figure.draw_without_rendering()
@@ -59,6 +61,9 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
                 )
                 if cost < best_cost:
                     best_cost, best = cost, centre
+        if best_cost >= _UNREADABLE:
+            note.remove()
+            continue
         note.set_position(tuple((best - point) / pixels))
         placed.append((best, half))
 
@@ -77,7 +82,7 @@ def _cost(
     leaves the axes."""
     cost = 3.0 * (np.abs(obstacles - centre) < half + 1).all(axis=1).sum() if len(obstacles) else 0.0
     cost += 60.0 * (np.abs(points - centre) < half + marker).all(axis=1).sum()
-    cost += 200.0 * sum(
+    cost += _UNREADABLE * sum(
         (np.abs(other - centre) < half + other_half + 1).all() for other, other_half in placed
     )
     gaps = np.linalg.norm(np.maximum(np.abs(points - centre) - half, 0), axis=1)

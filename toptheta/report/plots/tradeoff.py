@@ -22,12 +22,17 @@ from toptheta.report.plots.style import (
     series_colours,
 )
 from toptheta.report.results import DECODE, PREFILL, CellResult
-from toptheta.report.tables import SCORE_OF
+from toptheta.report.tables import SCORE_OF, is_share
 from toptheta.util.errors import UsageError
 
 MIN_SPAN = 10.0  # of a panel, in % of dense
 METRICS = ("acc_norm", "acc", "pass@1")  # the first that all results have is drawn
-WORDS = {"acc_norm": "accuracy (acc_norm)", "acc": "accuracy (acc)", "ppl": "perplexity"}
+WORDS = {
+    "acc_norm": "accuracy (acc_norm)",
+    "acc": "accuracy (acc)",
+    "found": "numbers found",
+    "ppl": "perplexity",
+}
 PANELS = (("attn", "kept attention elements"), ("vrow", "kept V rows"))
 
 
@@ -159,8 +164,7 @@ def _paired_stderr(result: CellResult, metric: str) -> float | None:
 
 def _scale(results: Sequence[CellResult], metric: str) -> float:
     """100 for a share of correct answers, which is shown in %, else 1."""
-    is_share = metric.startswith(("acc", "pass@", "exact_match"))
-    return 100.0 if is_share and all(0.0 <= r.metrics[metric].value <= 1.0 for r in results) else 1.0
+    return 100.0 if is_share(metric) and all(0.0 <= r.metrics[metric].value <= 1.0 for r in results) else 1.0
 
 
 def _k_label(result: CellResult) -> str:
