@@ -40,6 +40,21 @@ def test_masks_that_are_broadcast_or_of_heads() -> None:
         rows_of(torch.ones(2, 4, 3, 6, dtype=torch.bool), 3, 6, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_the_unused_end_of_a_static_cache(q_len: int, tail: int) -> None:
+    """Of a mask that is not known, the queries lie at the last key that any row sees; padding, left or right,
+    is not real."""
+    visible = torch.ones(q_len, 9, dtype=torch.bool).tril(9 - q_len)
+    mask = torch.nn.functional.pad(visible.expand(3, 1, -1, -1), (0, tail))
+    mask[1, :, :, : 9 - q_len + 1] = False  # the first of its rows is padding
+    mask[2, :, :, 8] = False  # the last one is
+    real = rows_of(mask.clone(), q_len, 9 + tail, mask.device).real
+    expected = torch.ones(3, q_len, dtype=torch.bool)
+    expected[1, 0] = expected[2, -1] = False
+    assert torch.equal(real, expected)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_mask_that_is_changed_in_place(inference: bool) -> None:
     with torch.inference_mode(inference):

@@ -102,6 +102,25 @@ def test_another_method_starts_anew(model: LlamaForCausalLM) -> None:
         assert steps(model, cache, ids).isfinite().all()
 
 
+def test_steps_that_are_taken_back(tiny_model: LlamaForCausalLM) -> None:
+    """A cached prefix that is cropped to its length after an answer: SnapKV chooses anew."""
+    update_model(tiny_model)
+    set_params(tiny_model, method="snapkv:window=3,pool_size=3", K=K)
+    prefix, question = tokens(1, 4), tokens(1, 25, seed=2)
+    found = []
+    for steps in (0, 2):
+        cache = DynamicCache(config=tiny_model.config)
+        tiny_model(prefix, past_key_values=cache)
+        for at in range(steps):
+            tiny_model(tokens(1, 2, seed=3)[:, at : at + 1], past_key_values=cache)
+        cache.crop(-steps)
+        tiny_model(question[:, :21], past_key_values=cache)
+        rest = [tiny_model(question[:, i : i + 1], past_key_values=cache).logits for i in range(21, 25)]
+        found.append(torch.cat(rest, 1))
+        assert all(layer.method_state.tensors["dropped"].any() for layer in cache.layers)
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_prompt_behind_steps_brings_nothing_back(model: LlamaForCausalLM) -> None:
     recorder = Recorder()
     record_statistics(model, recorder)

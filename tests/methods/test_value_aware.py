@@ -158,6 +158,27 @@ def test_the_caches_factors_after_another_method(tiny_model: LlamaForCausalLM) -
     assert (layer.factor[:, :, :9] > 0).all() and not layer.factor[:, :, 9:].any()
 
 
+def test_another_calibration_behind_a_cache(tiny_model: LlamaForCausalLM) -> None:
+    """Keys that came before it are weighed as by it."""
+    ids, found = tokens(length=40), []
+    model = calibrated(tiny_model)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :30], past_key_values=cache)
+    set_params(model, **AWARE, calibrate=True)
+    for seed in range(7, 9):
+        model(tokens(length=60, seed=seed))
+    set_params(model, calibrate=False)
+    for one in (cache, None):
+        if one is None:
+            with dense_for(model):  # so that K and V are those of the other cache
+                one = DynamicCache(config=model.config)
+                model(ids[:, :30], past_key_values=one)
+        first = one.layers[0]
+        model(ids[:, 30:31], past_key_values=one)
+        found.append(first.method_state.tensors["factor"])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_files(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
     model = calibrated(tiny_model)
     ids = tokens(length=50, seed=4)

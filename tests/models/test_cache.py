@@ -10,7 +10,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from tests.helpers.families import make
 from tests.helpers.models import SPARSE, steer, tokens
-from topk_llama import TopThetaCache, set_params
+from topk_llama import TopThetaCache, set_params, update_model
 from toptheta.attention.call import AttentionCall
 from toptheta.kernels import registry as kernels
 from toptheta.models.cache import TopThetaLayer
@@ -162,10 +162,21 @@ def test_prompt_lookup(
     assert torch.equal(got, expected) and min(removed) < 0 and all(sums)
 
 
+def test_crops_by_a_negative_number_only(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    cache = TopThetaCache(tiny_model.config, 30)
+    tiny_model(tokens(length=20), past_key_values=cache)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 16
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(10)
+
+
 def test_two_tiers_need_a_gpu(tiny_model: LlamaForCausalLM) -> None:
     cache = TopThetaCache(tiny_model.config, LENGTH, two_tier=True)
-    with pytest.raises(UsageError, match="two_tier=True needs a GPU and Triton"):
-        tiny_model(tokens(), past_key_values=cache)
+    for _ in range(2):  # the second call is refused, too
+        with pytest.raises(UsageError, match="two_tier=True needs a GPU and Triton"):
+            tiny_model(tokens(), past_key_values=cache)
 
 
 def test_windows_stay_stock(sums: list[bool]) -> None:

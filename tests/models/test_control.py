@@ -104,5 +104,5 @@ def test_a_prompt_within_a_prompt(tiny_model: LlamaForCausalLM) -> None:
     with reading_prompt(tiny_model):
         with reading_prompt(tiny_model):
             pass
-        assert not shared.is_decode(1, 9)
-    assert shared.is_decode(1, 9)
+        assert not shared.is_decode(1, 9, 8)
+    assert shared.is_decode(1, 9, 8)

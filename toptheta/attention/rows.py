@@ -154,9 +154,12 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
         )
     bool_mask = bool_mask.expand(-1, -1, q_len, -1)
     n = bool_mask.sum(dim=-1)[:, 0]
-    # The queries are the last rows of the keys, so a real row sees itself: the diagonal that ends at the
-    # corner.
-    itself = bool_mask[:, 0].diagonal(offset=kv_len - q_len, dim1=-2, dim2=-1)
+    # A real row sees itself. The last query lies at the last key that any row sees: behind it is the unused
+    # end of a static cache.
+    at = torch.arange(kv_len, device=mask.device)
+    last = torch.where(bool_mask.any(dim=2)[:, 0], at, 0).amax()
+    own = (last - q_len + 1 + torch.arange(q_len, device=mask.device)).clamp(min=0)
+    itself = bool_mask[:, 0].gather(-1, own[None, :, None].expand(bool_mask.shape[0], -1, 1))[..., 0]
     rows = Rows(n=n, real=itself & (n > 0), mask=bool_mask)
     if not traced and not mask.is_inference():  # whose changes cannot be seen
         remember(mask, rows)

@@ -48,6 +48,7 @@ class KeyCodes:
     def put_at(self, k: Tensor, at: Tensor) -> None:
         """Make `k` `[B, H_kv, M, D]` the keys at the places `at` `[M]` int64, for which there is room."""
         codes, steps = coded(k, self.mean, self.bits)
+        self._own()
         self.codes.index_copy_(2, at, codes)
         self.steps.index_copy_(2, at, steps)
 
@@ -55,12 +56,18 @@ class KeyCodes:
         """Make `k` `[B, H_kv, M, D]` the keys from `first` on, the last ones."""
         codes, steps = coded(k, self.mean, self.bits)
         self.length = first + k.shape[2]
+        self._own()
         more = self.length - self.codes.shape[2]
         if more > 0:
             self.codes = pad(self.codes, (0, 0, 0, more + ROOM))
             self.steps = pad(self.steps, (0, more + ROOM))
         self.codes[:, :, first : self.length] = codes
         self.steps[:, :, first : self.length] = steps
+
+    def _own(self) -> None:
+        """Outside torch.inference_mode, what was created in it cannot be changed in place."""
+        if self.codes.is_inference() and not torch.is_inference_mode_enabled():
+            self.codes, self.steps = self.codes.clone(), self.steps.clone()
 
     def represented(self, length: int) -> Tensor:
         """What the copy of the first keys stands for, `[B, H_kv, length, D]` float32."""

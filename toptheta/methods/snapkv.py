@@ -77,7 +77,7 @@ class SnapKV(Method):
             scores = mean.repeat_interleave(scores.shape[1] // groups, dim=1)
         pooled = POOLS[self.pool](scores, self.pool_size, stride=1, padding=self.pool_size // 2)
         heavy = keep_largest(pooled.masked_fill(~others, NEG_INF), budget - size, earlier=True)
-        state.tensors["dropped"] = others & ~heavy
+        state.tensors["dropped"], state.numbers["chosen"] = others & ~heavy, end
 
     def prompt_rows(self, budget: int, state: State | None) -> int | None:
         # What steps have dropped stays away from a prompt, too.

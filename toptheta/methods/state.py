@@ -17,7 +17,9 @@ class State:
     """The state of a method from step to step, for one layer of a cache.
 
     tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They are
-    cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length.
+    cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length;
+    'chosen': how many keys there were when a single step chose what is dropped. weighed_by: what the values
+    of 'factor' were weighed by.
     key_codes: a quantized copy of the keys, which follows the cache, too. owner: the method whose state it
     is; another method starts with an empty state.
 
@@ -34,6 +36,7 @@ class State:
     end: Tensor | None = None
     uncoded: int = 0
     spare: KeyCodes | None = None
+    weighed_by: object = None
 
     def came(self, num_keys: int, end: Tensor) -> None:
         """`num_keys` keys came to a static cache, which now holds `end`."""
@@ -52,6 +55,8 @@ class State:
     def crop(self, length: int) -> None:
         """Remove all keys from `length` on."""
         self.tensors = {name: x[..., :length] for name, x in self.tensors.items()}
+        if length < self.numbers.get("chosen", 0):  # the step that dropped keys for good is taken back
+            del self.tensors["dropped"], self.numbers["chosen"]
         if "weighed" in self.numbers:
             self.numbers["weighed"] = min(self.numbers["weighed"], length)
         if self.key_codes is not None:
@@ -82,7 +87,7 @@ class State:
         tensors = {name: x.clone() for name, x in self.tensors.items()}
         key_codes = None if self.key_codes is None else self.key_codes.clone()
         more = (self.owner, self.room, self.end, self.uncoded)
-        return State(tensors, dict(self.numbers), key_codes, *more)
+        return State(tensors, dict(self.numbers), key_codes, *more, weighed_by=self.weighed_by)
 
     def clear(self) -> None:
         self.tensors, self.numbers, self.key_codes, self.owner = {}, {}, None, None

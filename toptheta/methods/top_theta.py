@@ -156,9 +156,9 @@ def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) 
     v: `[B, H_kv, E, D]`. own: None if it is unknown which keys are new.
     """
     end, first = v.shape[2], 0
-    if own is not None and "factor" in state.tensors:
+    if own is not None and "factor" in state.tensors and state.weighed_by is values:
         first = min(state.numbers["weighed"], end - own)
-    state.numbers["weighed"] = end
+    state.numbers["weighed"], state.weighed_by = end, values
     if first == 0:
         state.tensors["factor"] = values.of(v)
         return state.tensors["factor"]

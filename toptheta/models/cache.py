@@ -40,20 +40,21 @@ class TopThetaLayer(StaticLayer):
         self._new: Tensor | None = None  # rows of V that are not in the sum yet
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.two_tier and (not HAS_TRITON or key_states.device.type != "cuda" and not INTERPRETED):
+            raise UsageError("TopThetaCache: two_tier=True needs a GPU and Triton; leave it out.")
         super().lazy_initialization(key_states, value_states)
-        batch, num_kv_heads, _, head_dim = key_states.shape
+        batch, num_kv_heads, first, head_dim = key_states.shape
         options: dict[str, Any] = {"device": key_states.device}
         self._sum = torch.zeros(batch, num_kv_heads, head_dim, dtype=torch.float64, **options)
         self._finished = torch.zeros(1, dtype=torch.int32, **options)
         fixed = [self._sum]
         if self.two_tier:
-            if not HAS_TRITON or key_states.device.type != "cuda" and not INTERPRETED:
-                raise UsageError("TopThetaCache: two_tier=True needs a GPU and Triton; leave it out.")
             shape = (batch, num_kv_heads, self.max_cache_len)
             codes = torch.zeros(*shape, head_dim, dtype=torch.int8, **options)
             steps, slacks = (torch.zeros(shape, **options) for _ in range(2))
-            # The copy is around the mean of the first keys from here on.
-            self.int8 = Int8Keys(codes, steps, slacks, key_states.float().mean(dim=2))
+            # The copy is around the mean of the first keys from here on; around 0 if it begins without any.
+            mean = key_states.float().mean(dim=2) if first else key_states.new_zeros(*shape[:2], head_dim)
+            self.int8 = Int8Keys(codes, steps, slacks, mean.float())
             fixed += [codes, steps, slacks, self.int8.mean]
         if not torch.compiler.is_compiling():
             for tensor in fixed:
@@ -132,7 +133,9 @@ class TopThetaLayer(StaticLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` keys: their memory is hidden, and overwritten by the next
-        keys."""
+        keys. Raises ValueError for a positive number, as other caches do."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of tokens to remove.")
         if tokens_to_remove < 0 and self.is_initialized:
             self.cumulative_length.add_(tokens_to_remove)
             self._known = False

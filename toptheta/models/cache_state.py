@@ -47,7 +47,15 @@ def _following(kind: Any) -> type:
             super().reset()
             self.method_state.reset()
 
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _new_following, (kind,), self.__dict__
+
     return Following
+
+
+def _new_following(kind: type) -> Any:
+    """An instance without attributes, for pickle."""
+    return object.__new__(_following(kind))
 
 
 def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:

@@ -49,6 +49,8 @@ class GrowingLayer(DynamicLayer):
         repeated or reordered, or moved to another device."""
         if self._room is None or stop > self._room[0].shape[2] or not self.get_seq_length():
             return False
+        if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False  # there it cannot be changed in place
         return all(
             memory.data_ptr() == own.data_ptr() and memory.shape[0] == own.shape[0]
             for memory, own in zip(self._room, (self.keys, self.values))

@@ -50,10 +50,10 @@ def toptheta_attention_forward(
         state.now.calls += 1
     q_len, kv_len = query.shape[2], key.shape[2]
     spec, recorder = state.spec, state.recorder
-    decode = state.shared.is_decode(q_len, kv_len)
     if not spec.sparse and state.calibration is None:
         if recorder is not None:
             rows = rows_of(attention_mask, q_len, kv_len, query.device)
+            decode = state.shared.is_decode(q_len, kv_len, rows.first)
             _record_dense(recorder, state.layer_idx, rows, query, key, decode)
         return _dense(
             module, state.base, query, key, value, attention_mask, scaling, dropout, special | kwargs
@@ -74,7 +74,7 @@ def toptheta_attention_forward(
     if state.calibration is not None:
         out = registry.calibrate(call, state.calibration)
         return out.transpose(1, 2).contiguous(), None
-    call.decode = decode
+    call.decode = decode = state.shared.is_decode(q_len, kv_len, rows.first)
     state.complete(call)
     way = state.way(call)
     if way is not None and is_dense(way):
@@ -194,6 +194,7 @@ def toptheta_mask(
     )
     if mask is None or torch.compiler.is_compiling():
         return mask
+    mask = mask.contiguous()  # generate makes it so for static caches, and its Rows would be lost
     rows = _rows_of_mask(mask, q_offset, kv_offset, mask_function is causal_mask_function, attention_mask)
     remember(mask, rows)
     return mask

@@ -4,6 +4,7 @@ layer, whatever the family. What all layers of a model share is a ModelState.
 The layer's own forward is left as it is: hooks of it look at the cache before it is updated (value_sum.py).
 """
 
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,10 +49,11 @@ class ModelState:
         while self.prompt_hooks:
             self.prompt_hooks.pop().remove()
 
-    def is_decode(self, q_len: int, kv_len: int) -> bool:
-        """Whether the `q_len` rows of a call over `kv_len` keys are decode steps: a single row after others
-        is, unless it is the last chunk of a prompt."""
-        return self.in_steps or q_len == 1 and kv_len > 1 and not self.in_prompt
+    def is_decode(self, q_len: int, kv_len: int, first: int | None) -> bool:
+        """Whether the `q_len` rows of a call over `kv_len` keys, the first of which lies at key `first`, if
+        that is known, are decode steps: a single row after others is, unless it is the last chunk of a
+        prompt. Where the length of a static cache is known on the device only, every single row is."""
+        return self.in_steps or q_len == 1 and kv_len > 1 and first != 0 and not self.in_prompt
 
 
 class CallState:
@@ -65,6 +67,7 @@ class CallState:
         self.cache: Cache | None = None
         self.extras: VSum | TopThetaLayer | None = None
         self.chooser = Chooser()
+        self.lock, self.locked = RLock(), False  # threads that share a model, each with its own cache
 
 
 class LayerState(nn.Module):
@@ -96,8 +99,14 @@ class LayerState(nn.Module):
         return self.spec.sparse or self.calibration is not None or self.recorder is not None
 
     def begin(self, cache: Cache | None) -> None:
-        """Inspect the cache before it is updated, and check that its sum of V still matches its values."""
+        """Inspect the cache before it is updated, and check that its sum of V still matches its values. Until
+        `end`, other threads wait."""
         now = self.now
+        if not torch.compiler.is_compiling():
+            now.lock.acquire()
+            if now.locked:  # a call of this thread that was interrupted before its end
+                now.lock.release()
+            now.locked = True
         now.cache, now.extras, now.due = cache, None, self.ours
         layers = getattr(cache, "layers", ())
         vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
@@ -121,9 +130,12 @@ class LayerState(nn.Module):
     def end(self) -> None:
         """Drop the references to the cache, which must not outlive its owner. Raises UsageError if the layer
         did not compute its attention with top_theta although it should have."""
+        due, self.now.due = self.now.due, False
         self.now.cache = self.now.extras = None
-        if self.now.due:
-            self.now.due = False
+        if self.now.locked:
+            self.now.locked = False
+            self.now.lock.release()
+        if due:
             raise UsageError(
                 f"layer {self.layer_idx} did not compute its attention with top_theta, although set_params "
                 "selected it: call model.set_attn_implementation('top_theta'), or restore_model(model)."
@@ -198,11 +210,11 @@ class LayerState(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Excludes what belongs to a cache: a copy starts without one."""
-        return self.__dict__ | {"now": CallState(), "_sums": None}
+        return self.__dict__ | {"now": None, "_sums": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._sums = WeakKeyDictionary()
+        self.now, self._sums = CallState(), WeakKeyDictionary()
 
 
 def _begin(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -130,3 +130,16 @@ def test_a_full_cache_is_not_written_beyond(monkeypatch):
     layer.update(k, k)
     layer.update(0 * k[:, :, :1], 0 * k[:, :, :1])
     assert torch.equal(layer.keys, k) and torch.equal(layer.values, k)
+    total = torch.zeros(1, 2, 16, dtype=torch.float64, device=DEVICE)
+    mask = torch.ones(1, 1, 1, 4, dtype=torch.bool, device=DEVICE)
+    for seen in (None, mask):  # there is no such row to add
+        assert not cache_updates.add_value(layer.values, layer.cumulative_length, seen, total).any()
+
+
+@here
+def test_a_copy_that_begins_empty():
+    """As for export: around 0, where there are no keys to take the mean of."""
+    cache = TopThetaCache(tiny_config(), ROOM, two_tier=True)
+    cache.early_initialization(1, 2, 16, torch.float32, DEVICE)
+    for layer in cache.layers:
+        assert not layer.int8.mean.any() and layer.int8.slacks.isfinite().all()

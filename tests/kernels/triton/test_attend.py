@@ -214,3 +214,19 @@ def test_offset_on_the_device(kind, padded):
         out, ours = gpu.run(call(*moved, device_rows, spec, SCALE, *at, count=True))
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(ours.attn.cpu(), counts.attn) and torch.equal(ours.vrow.cpu(), counts.vrow)
+
+
+@here
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_heads_further_apart_than_32_bits(kind):
+    """Offsets of heads, of a very long cache."""
+    torch.manual_seed(4)
+    rows, batch, q_len, kv_len = case(kind)
+    q, k, v = (x.to(torch.float16) for x in draw(batch, (3, 3, 16), q_len, kv_len))
+    apart = 1 << 30  # elements, most of which are never touched
+    memory = torch.empty(2 * apart + 3 * kv_len * 16, dtype=torch.float16, device=DEVICE)
+    whole = [memory.as_strided((1, 3, kv_len, 16), (0, apart, 16, 1), place) for place in (0, kv_len * 16)]
+    for there, one in zip(whole, (k, v)):
+        there.copy_(one[:1])
+    first = Rows(n=rows.n[:1], real=None, mask=None, first=rows.first, causal=rows.causal)
+    check(q[:1], *whole, first, [FEW[0], FEW[2]], torch.float16)

@@ -71,9 +71,10 @@ def add_value_kernel(
     d = tl.arange(0, BLOCK_D)
     in_dim = d < HEAD_DIM
     at = tl.load(end) - 1
-    seen = in_dim
+    seen = both(in_dim, at < room, False)  # a step beyond a full cache has no row
     if HAS_MASK:
-        seen = both(in_dim, tl.load(mask + group // num_kv_heads * mask_batch + at) != 0, False)
+        at_mask = mask + group // num_kv_heads * mask_batch + at
+        seen = both(seen, tl.load(at_mask, mask=at < room, other=0) != 0, False)
     v = tl.load(values + (group * room + at) * HEAD_DIM + d, mask=seen, other=0.0)
     place = group * HEAD_DIM + d
     result = tl.load(total + place, mask=in_dim, other=0.0) + v.to(tl.float64)

@@ -42,6 +42,7 @@ def estimate_kernel(
     kv_head = tl.program_id(0) % num_kv_heads
     g, w, i = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_N)
     head = kv_head * GROUP + g
+    at_head = tl.cast(kv_head, tl.int64)  # offsets of heads can exceed 32 bits
     in_group, in_width = g < GROUP, w < WIDTH
     row = batch * (num_kv_heads * GROUP) + head
     start, stop, _length = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
@@ -54,8 +55,8 @@ def estimate_kernel(
         high = tl.load(q + WIDTH, mask=in_q, other=0.0)
         mean = tl.load(k_mean + WIDTH, mask=in_width, other=0.0)
         of_mean += tl.sum(high.to(tl.float32) * mean[None, :], axis=1)
-    codes += batch * codes_batch + kv_head * codes_head
-    key_steps += batch * steps_batch + kv_head * steps_head
+    codes += batch * codes_batch + at_head * codes_head
+    key_steps += batch * steps_batch + at_head * steps_head
     in_codes = i[None, :] * WIDTH + w[:, None]
     running_max = tl.where(in_group, LOWEST, -LOWEST)
     running_sum = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
@@ -110,6 +111,7 @@ def candidates_kernel(
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     f, i, j = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
     head = kv_head * GROUP + g
+    at_head = tl.cast(kv_head, tl.int64)  # offsets of heads can exceed 32 bits
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head
     parts, in_parts = row[:, None] * splits + j[None, :], in_group[:, None] & (j < splits)[None, :]
@@ -156,7 +158,7 @@ def candidates_kernel(
         mask=in_group[:, None] & in_dim[None, :],
         other=0.0,
     )
-    k += batch * k_batch + kv_head * k_head
+    k += batch * k_batch + at_head * k_head
     running_sum = tl.where(i[None, :] == 0, tl.sum(unread_sum, axis=1)[:, None], 0.0)
     best = tl.full((BLOCK_G, BLOCK_N), float("-inf"), tl.float32)
     for at in range(0, num_listed, BLOCK_N):

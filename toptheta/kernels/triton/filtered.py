@@ -63,6 +63,7 @@ def filtered_kernel(
     split = tl.program_id(1)
     g, d, i = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     head = kv_head * GROUP + g
+    at_head = tl.cast(kv_head, tl.int64)  # offsets of heads can exceed 32 bits
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head
     group = batch * num_kv_heads + kv_head
@@ -76,11 +77,11 @@ def filtered_kernel(
     smallest_kept = next_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
     smallest_kept = tl.where(in_group, smallest_kept, float("inf"))
     start, stop, _length = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
-    codes += batch * codes_batch + kv_head * codes_head
-    steps += batch * steps_batch + kv_head * steps_head
-    slacks += batch * steps_batch + kv_head * steps_head
+    k += batch * k_batch + at_head * k_head
+    v += batch * v_batch + at_head * v_head
+    codes += batch * codes_batch + at_head * codes_head
+    steps += batch * steps_batch + at_head * steps_head
+    slacks += batch * steps_batch + at_head * steps_head
     listed += group * kv_len + start
 
     # First the int8 copy. All other keys score below the threshold, which stands for their maximum here.

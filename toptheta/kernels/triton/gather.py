@@ -78,7 +78,7 @@ def gather_kernel(
         cutoff = smallest_kept_exp(row_theta, row_sum)
         if BY_COPY:
             cutoff = tl.minimum(cutoff, exp(best - row_max))
-    v += batch * v_batch + kv_head * v_head
+    v += batch * v_batch + tl.cast(kv_head, tl.int64) * v_head  # can exceed 32 bits
     start, stop, _length = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
     listed += (batch * num_kv_heads + kv_head) * kv_len + start
 

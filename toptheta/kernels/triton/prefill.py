@@ -145,21 +145,22 @@ def prefill_kernel(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     kv_head = head // GROUP
+    at_head, at_kv_head = tl.cast(head, tl.int64), tl.cast(kv_head, tl.int64)  # offsets can exceed 32 bits
     # The last rows see the most keys and take longest, so their blocks start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     query, d = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_rows, in_dim = query < q_len, d < HEAD_DIM
     in_tile = in_rows[:, None] & in_dim[None, :]
     q_tile = tl.load(
-        q + batch * q_batch + head * q_head + query[:, None].to(tl.int64) * q_row + d[None, :],
+        q + batch * q_batch + at_head * q_head + query[:, None].to(tl.int64) * q_row + d[None, :],
         mask=in_tile,
         other=0.0,
     )
     row_n = tl.load(n + batch * n_stride + query, mask=in_rows, other=0)
     row_theta = lookup(theta, head, row_n, theta_stride, theta_len, in_rows)
     smallest_kept = next_above(row_theta)
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
+    k += batch * k_batch + at_kv_head * k_head
+    v += batch * v_batch + at_kv_head * v_head
     stop, full, first = kv_len, 0, 0
     if CAUSAL:
         first = tl.load(first_at).to(tl.int32)

@@ -41,6 +41,7 @@ def split_kernel(
     split = tl.program_id(1)
     g, d, i = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     head = kv_head * GROUP + g
+    at_head = tl.cast(kv_head, tl.int64)  # offsets of heads can exceed 32 bits
     in_group, in_dim = g < GROUP, d < HEAD_DIM
     row = batch * (num_kv_heads * GROUP) + head  # of [B, H]
     if FALLBACK:
@@ -58,8 +59,8 @@ def split_kernel(
     row_n = tl.load(n + batch * n_stride)
     smallest_kept = next_above(lookup(theta, head, row_n, theta_stride, theta_len, in_group))
     start, stop, length = keys_of_split(span, batch, kv_len, splits, HAS_MASK, BLOCK_N)
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
+    k += batch * k_batch + at_head * k_head
+    v += batch * v_batch + at_head * v_head
     # Rows that only fill up the tile start with a maximum above every score: their exps are 0, no V is read.
     running_max = tl.where(in_group, LOWEST, -LOWEST)
     passed = tl.zeros((BLOCK_G,), tl.int1)

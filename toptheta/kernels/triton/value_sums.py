@@ -22,7 +22,7 @@ def block_sums_kernel(
     """sums `[B, H_kv, blocks + 1, D]`: at 1 + i, the sum over the keys of block i that are not padding; 0 of
     blocks that no row sees, which are not read."""
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(0) % num_kv_heads
+    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     key = tl.program_id(1) * BLOCK + i
     seen = key < tl.minimum(kv_len, tl.load(first) + q_len)
