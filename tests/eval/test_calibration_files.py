@@ -100,17 +100,21 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
         (("text", "out", "--to", "calibration", "--placement", "post-softmax", "--sdc", "exact"), "--sdc"),
         (("damaged", "out", "--to", "calibration"), "config.json is damaged"),
         ((EXAMPLE, "file", "--to", "text"), "DIR file is a file"),
+        ((EXAMPLE, "a run", "--to", "calibration"), "DIR a run has a config.json, which would be replaced"),
+        ((EXAMPLE, "out", "--to", "calibration", "--placement", "pre-softmax"), "--placement has no effect"),
+        ((EXAMPLE, "out", "--to", "text", "--vmc"), "--vmc has no effect"),
     ],
 )
 def test_refusals(arguments: tuple, words: str, here: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("toptheta.models.sharing.hub_reachable", lambda: False)
-    for folder in ("empty", "text", "sdc", "damaged"):
+    for folder in ("empty", "text", "sdc", "damaged", "a run"):
         Path(folder).mkdir()
     Path("text/th.txt").write_text("L0_H0:65 0.25 8 64\n")
     Path("sdc/sdc.txt").write_text("L0_H0:65 0.25 8\n")
     Path("damaged/th.txt").write_text("L0_H0:65 0.25 8 64\n")
     Path("damaged/config.json").write_text("{}")
     Path("file").write_text("")
+    Path("a run/config.json").write_text('{"settings": {}}')
     assert calibration(monkeypatch, *arguments) == 2
     assert re.search(words, capsys.readouterr().err)
     assert not Path("out").exists()

@@ -104,6 +104,33 @@ def test_flags_that_resuming_ignores(flags: str) -> None:
     assert resumed_settings(GenSettings, GenSettings().to_json(), alone) == GenSettings()
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("test_llama.py", ["--resume", ""], "--resume is empty"),
+        ("gen_llama.py", ["--score", ""], "--score is empty"),
+        (
+            "gen_llama.py",
+            ["--score", "x", "--k", "5"],
+            "--score takes all settings from its folder",
+        ),
+        (
+            "gen_llama.py",
+            ["--dataset", "perplexity", "--text", "words " * 60],
+            "words .*File name too long",
+        ),
+        ("compare.py", ["a" * 300, "b"], "aaa.*: File name too long"),
+    ],
+)
+def test_folders_that_are_none(script: str, flags: list[str], words: str, tmp_path: Path) -> None:
+    """An unset variable, flags that would be ignored, a text in place of its file's name."""
+    allowed = ["--allow_code_execution"] * ("--score" in flags)
+    command = [sys.executable, ROOT / script, *flags, *allowed]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and re.match(f"error: .*{words}", done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_bytes_that_are_no_text() -> None:
     from gen_llama import make_parser
 

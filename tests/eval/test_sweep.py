@@ -19,7 +19,7 @@ import test_llama
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Script
 from toptheta.eval import sweep
-from toptheta.eval.settings import QASettings
+from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.eval.sweep import Found, missing_runs, run_sweep, scan
 from toptheta.eval.table_cells import TEXT_FLAGS, SweepOptions, answer_key
 from toptheta.eval.table_cells import plan as cells_of
@@ -95,6 +95,14 @@ def test_sweep(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture, requ
     (folder / "everyday_science.png").unlink()
     assert run_sweep(options(tables, redraw=True), PARSERS, ROOT) == 0
     assert (folder / "everyday_science.png").read_bytes() == picture
+    # Fewer cells take no table's place.
+    whole = (folder / "table.md").read_bytes()
+    assert run_sweep(options(tables, only="dense", table_only=True), PARSERS, ROOT) == 0
+    assert "the table beside it has 4 more of the cells" in capsys.readouterr().err
+    assert (folder / "table.md").read_bytes() == whole
+    assert len(json.loads((folder / "part" / "results.json").read_text())) == 1
+    with pytest.raises(UsageError, match="--only 'dense,' has an empty part"):
+        run_sweep(options(tables, only="dense,", table_only=True), PARSERS, ROOT)
 
     capsys.readouterr()
     assert run_sweep(options(tables, dry_run=True), PARSERS, ROOT) == 0
@@ -206,7 +214,7 @@ def test_a_run_under_way_is_left_alone(tables: Path, tmp_path: Path) -> None:
 def test_keys_hold_what_changes_an_answer() -> None:
     base = QASettings(mode=(0, 1, 3), k=(64,), calib_tac=True)
 
-    def keys(settings: QASettings) -> list[str]:
+    def keys(settings: Settings) -> list[str]:
         return [answer_key(settings, cell) for cell in settings.cells()]
 
     theta, topk, dense = keys(base)
@@ -217,6 +225,11 @@ def test_keys_hold_what_changes_an_answer() -> None:
     changed = keys(replace(base, sdc="exact", vmc=True, k=(32,), layerk={0: 128}))
     assert changed[0] != theta and changed[1] != topk and changed[2] == dense
     assert not set(keys(replace(base, seed=1))) & {theta, topk, dense}
+    # The windows of a text that are evaluated begin behind as many as are calibrated on.
+    text = GenSettings(mode=(0, 1, 3), k=(64,), dataset="perplexity", text="x", calib_samples=4)
+    of_text = keys(text)
+    assert keys(replace(text, calib_sample_frac=0.5, calib_text="y"))[1:] == of_text[1:]
+    assert not set(keys(replace(text, calib_samples=8))) & set(of_text)
 
 
 def test_texts_of_a_table(tables: Path, tmp_path: Path) -> None:

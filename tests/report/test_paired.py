@@ -91,6 +91,8 @@ def test_by_hand() -> None:
     for target in (None, "text", 2, True):
         unknown = [replace(answer, target=target) for answer in a]
         assert compare(unknown, b).target_logprob is None
+    impossible = [replace(b[0], loglikelihoods=[-1.0, float("-inf")]), *b[1:]]
+    assert compare(a, impossible).target_logprob.count == 7  # a difference from 0 is none
     shares = compare(answers([0.5, 1.0]), answers([1.0, 0.0]))
     assert shares.scores["acc"].value == -0.25 and shares.flips == {}
     assert compare(answers([1.0], cluster="a"), answers([0.0], cluster="a")).scores["acc"].stderr is None

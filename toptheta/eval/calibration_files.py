@@ -69,6 +69,11 @@ def main() -> None:
     source, target = arguments.source, Path(arguments.target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"DIR {target} is a file: name a folder.")
+    told = ("num_layers", "placement", "sdc", "vmc")  # by the config.json of a run's cell
+    ignored = {TEXT: (*told, "base_model", "text"), ARTEFACT: told if _config_json(Path(source)) else ()}
+    for name in ignored[arguments.to]:
+        if getattr(arguments, name):
+            raise UsageError(f"--{name} has no effect here: leave it out.")
     if arguments.to == TEXT:
         if Path(source).is_dir():
             tables = read_tables(source, "FROM")
@@ -85,7 +90,8 @@ def main() -> None:
         calibration = of_run(
             source, options, arguments.num_layers or 0, arguments.base_model or "", arguments.text or ""
         )
-        if _config_json(target) and not is_calibration(target):
+        there = target / "config.json"
+        if there.is_file() and read_json(there, dict, "name another folder").get("format") != FORMAT:
             raise UsageError(f"DIR {target} has a config.json, which would be replaced: name another folder.")
         calibration.save(target)
         written = ["calibration.safetensors", "config.json", "README.md"]

@@ -15,7 +15,7 @@ from toptheta.calibration.kept_samples import write_calibration_samples
 from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tables, save_tables
 from toptheta.eval import processes
 from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
-from toptheta.eval.cell_params import CellParams
+from toptheta.eval.cell_params import OF_FLAGS, CellParams
 from toptheta.eval.run import Run, product_folder
 from toptheta.methods.base import Method
 from toptheta.models.calibrate import (
@@ -28,7 +28,7 @@ from toptheta.models.calibrate import (
     same_sparse_layers,
     use_tables,
 )
-from toptheta.models.control import use_params
+from toptheta.models.control import tables_of, use_params
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_bytes
 from toptheta.util.interrupts import stop_requested, uninterrupted
@@ -59,6 +59,15 @@ def prepare(
         return 0.0
     if settings.calib_load_path:
         use_params(model, replace(params, calib_load_path=settings.calib_load_path))
+        tables = tables_of(model)
+        assert tables is not None
+        for name in ("calib_tac", "calib_add_sigma", "calib_sample_frac"):
+            value, saved = getattr(cell, name), tables.meta.get(name)  # th.txt does not tell
+            if value != OF_FLAGS[name] and saved not in (None, str(value)):
+                raise UsageError(
+                    f"{cell.flag(name)} {value} has no effect with --calib_load_path, whose tables were "
+                    f"calibrated with {saved}: leave it out."
+                )
         return 0.0
     tables = processes.from_first(lambda: _finished_tables(product, model))
     if tables is None:

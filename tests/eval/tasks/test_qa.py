@@ -59,6 +59,9 @@ def test_qa(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> Non
 
     loaded = evaluate(qa_settings(folder_model, mode=(0,), calib_load_path=str(cell)))
     assert loaded[0].metrics == results[0].metrics and loaded[0].kept == results[0].kept
+    wrong = qa_settings(folder_model, mode=(0,), calib_load_path=str(cell), calib_add_sigma=5.0)
+    with pytest.raises(UsageError, match="--calib_add_sigma 5.0 has no effect .* calibrated with 0.0"):
+        evaluate(wrong)
 
 
 @pytest.mark.parametrize("stop_after", [2, 6])
