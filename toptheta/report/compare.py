@@ -100,18 +100,15 @@ def distinct_labels(results: Sequence[CellResult], tables: Sequence[str] = ()) -
     """The methods' labels; equal ones are distinguished by model, type or folder. tables: for results without
     a folder, the name of the table that they are from."""
     labels = [result.method for result in results]
-    facts = [[result.model, _dtype(result), str(result.folder)] for result in results]
-    for result, table, of_result in zip(results, tables, facts):
-        of_result[2] = result.folder or table
-    shorter = _short([of_result[2] for of_result in facts])
-    facts = [[*of_result[:2], short] for of_result, short in zip(facts, shorter)]
-    for i in range(3):
-        several = {one[i] for one in facts}
-        times = Counter(labels)
-        if len(several) > 1:
-            labels = [
-                f"{label}, {one[i]}" if times[label] > 1 else label for label, one in zip(labels, facts)
-            ]
+    for facts in ([result.model for result in results], [_dtype(result) for result in results]):
+        if len(set(facts)) > 1:
+            times = Counter(labels)
+            labels = [f"{label}, {f}" if times[label] > 1 else label for label, f in zip(labels, facts)]
+    for label in [label for label, count in Counter(labels).items() if count > 1]:
+        alike = [i for i, one in enumerate(labels) if one == label]
+        folders = [results[i].folder or (tables[i] if tables else "") for i in alike]
+        for i, short in zip(alike, _short(folders)):
+            labels[i] = f"{label}, {short}"
     return labels
 
 
