@@ -93,8 +93,8 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
         lost = saved_rows(folder) & named - {row_name(row) for row in rows if row.result is not None}
         if lost:
             folder = folder / "part"
-        command = options.table + (" --data_dir DIR" if options.data_dir else "")
-        report_sweep(folder, table["title"], command, rows, table.get("at_vrows", []))
+        shown = options.table + (" --data_dir DIR" if options.data_dir else "")
+        report_sweep(folder, table["title"], shown, rows, table.get("at_vrows", []))
         if lost:
             say(f"It is in {folder}, because the table beside it has {len(lost)} more of the cells.")
     else:
