@@ -66,6 +66,8 @@ class KeyCodes:
 
     def _own(self) -> None:
         """Outside torch.inference_mode, what was created in it cannot be changed in place."""
+        if torch.compiler.is_compiling():  # which cannot ask
+            return
         if self.codes.is_inference() and not torch.is_inference_mode_enabled():
             self.codes, self.steps = self.codes.clone(), self.steps.clone()
 

@@ -49,7 +49,8 @@ class GrowingLayer(DynamicLayer):
         repeated or reordered, or moved to another device."""
         if self._room is None or stop > self._room[0].shape[2] or not self.get_seq_length():
             return False
-        if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
+        compiling = torch.compiler.is_compiling()  # cannot ask
+        if not compiling and self._room[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # there it cannot be changed in place
         return all(
             memory.data_ptr() == own.data_ptr() and memory.shape[0] == own.shape[0]
