@@ -34,7 +34,6 @@ def main() -> None:
         from toptheta.eval.score import score_folder
 
         refuse_others(arguments, "--score", {"score", "allow_code_execution", *RESUMING})
-
         score_folder(arguments.score)
         return
     from toptheta.eval.start import start

@@ -69,9 +69,12 @@ def main() -> None:
     source, target = arguments.source, Path(arguments.target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"DIR {target} is a file: name a folder.")
-    told = ("num_layers", "placement", "sdc", "vmc")  # by the config.json of a run's cell
-    ignored = {TEXT: (*told, "base_model", "text"), ARTEFACT: told if _config_json(Path(source)) else ()}
-    for name in ignored[arguments.to]:
+    of_text = ("num_layers", "placement", "sdc", "vmc")  # the config.json of a run's cell contains them
+    if arguments.to == TEXT:
+        ignored: tuple[str, ...] = (*of_text, "base_model", "text")
+    else:
+        ignored = of_text if _config_json(Path(source)) else ()
+    for name in ignored:
         if getattr(arguments, name):
             raise UsageError(f"--{name} has no effect here: leave it out.")
     if arguments.to == TEXT:

@@ -31,8 +31,8 @@ from toptheta.eval.table_cells import (
     read_tables,
 )
 from toptheta.report.results import CellResult, read_result
-from toptheta.report.summary import redraw_sweep, report_sweep, row_name, saved_rows
-from toptheta.report.tables import SweepRow
+from toptheta.report.summary import redraw_sweep, report_sweep, saved_rows
+from toptheta.report.tables import SweepRow, with_k
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
@@ -69,7 +69,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     if options.data_dir and not Path(options.data_dir).is_dir():
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
     cells = plan(table, tables, options, parsers)
-    named = {row_name(cell) for cell in cells}
+    named = {(cell.task, with_k(cell.method, cell.k)) for cell in cells}
     if options.only:
         cells = only_named(cells, options.only)
     found = scan(Path(options.output_dir), {cell.script for cell in cells})
@@ -90,7 +90,8 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
         found = scan(Path(options.output_dir), {cell.script for cell in cells})
     rows = [SweepRow(cell.task, cell.method, cell.k, found.results.get(cell.key)) for cell in cells]
     if any(row.result is not None for row in rows):
-        lost = saved_rows(folder) & named - {row_name(row) for row in rows if row.result is not None}
+        finished = {(row.task, with_k(row.method, row.k)) for row in rows if row.result is not None}
+        lost = saved_rows(folder) & named - finished
         if lost:
             folder = folder / "part"
         shown = options.table + (" --data_dir DIR" if options.data_dir else "")

@@ -24,6 +24,7 @@ from toptheta.eval.settings import (
 )
 from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import MethodOptions
+from toptheta.report.tables import with_k
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option, options_of
 from toptheta.util.schema import Count, read_json
@@ -80,7 +81,7 @@ class SweepCell:
 
     @property
     def name(self) -> str:
-        return f"{self.task} {self.method}" + ("" if self.k is None else f" K={self.k}")
+        return f"{self.task} {with_k(self.method, self.k)}"
 
 
 class Part(TypedDict, total=False):

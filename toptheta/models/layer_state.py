@@ -4,7 +4,7 @@ layer, whatever the family. What all layers of a model share is a ModelState.
 The layer's own forward is left as it is: hooks of it look at the cache before it is updated (value_sum.py).
 """
 
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -67,7 +67,9 @@ class CallState:
         self.cache: Cache | None = None
         self.extras: VSum | TopThetaLayer | None = None
         self.chooser = Chooser()
-        self.lock, self.locked = RLock(), False  # threads that share a model, each with its own cache
+        # Threads can share a model, each with its own cache: who computes this layer.
+        self.lock = RLock()
+        self.owner: int | None = None
 
 
 class LayerState(nn.Module):
@@ -104,9 +106,9 @@ class LayerState(nn.Module):
         now = self.now
         if not torch.compiler.is_compiling():
             now.lock.acquire()
-            if now.locked:  # a call of this thread that was interrupted before its end
+            if now.owner is not None:  # a call of this thread that was interrupted before its end
                 now.lock.release()
-            now.locked = True
+            now.owner = get_ident()
         now.cache, now.extras, now.due = cache, None, self.ours
         layers = getattr(cache, "layers", ())
         vmc = self.spec.sparse and self.spec.vmc and self.calibration is None
@@ -130,11 +132,14 @@ class LayerState(nn.Module):
     def end(self) -> None:
         """Drop the references to the cache, which must not outlive its owner. Raises UsageError if the layer
         did not compute its attention with top_theta although it should have."""
-        due, self.now.due = self.now.due, False
-        self.now.cache = self.now.extras = None
-        if self.now.locked:
-            self.now.locked = False
-            self.now.lock.release()
+        now = self.now
+        if now.owner is not None and now.owner != get_ident():
+            return  # this call failed before its `begin`, while another thread computes
+        due, now.due = now.due, False
+        now.cache = now.extras = None
+        if now.owner is not None:
+            now.owner = None
+            now.lock.release()
         if due:
             raise UsageError(
                 f"layer {self.layer_idx} did not compute its attention with top_theta, although set_params "

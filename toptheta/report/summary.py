@@ -6,7 +6,6 @@ Plots are imported when something is drawn, because importing matplotlib takes a
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from toptheta.report import tables
 from toptheta.report.paired import paired_with_dense
@@ -109,11 +108,6 @@ def redraw_sweep(folder: Path, title: str) -> None:
     say(f"Written: {', '.join(map(str, pictures))}")
 
 
-def row_name(row: Any) -> tuple[str, str]:
-    """The task and the method of a table's row (or planned cell), as in its results.json."""
-    return row.task, row.method if row.k is None else f"{row.method} K={row.k}"
-
-
 def saved_rows(folder: Path) -> set[tuple[str, str]]:
     """The task and method of each row in the results.json of a table. Raises UsageError if it is damaged."""
     from toptheta.report.plots.read import read_results_by_task
@@ -172,5 +166,4 @@ def _named(row: tables.SweepRow) -> CellResult:
     """A row's result, with the names that the table has for its method and task: several tasks may read
     texts."""
     assert row.result is not None
-    task, method = row_name(row)
-    return replace(row.result, task=task, method=method)
+    return replace(row.result, task=row.task, method=tables.with_k(row.method, row.k))

@@ -269,6 +269,11 @@ class SweepRow:
     result: CellResult | None
 
 
+def with_k(method: str, k: int | None) -> str:
+    """A method's name in a table, with its K."""
+    return method if k is None else f"{method} K={k}"
+
+
 def sweep_markdown(
     title: str, table_name: str, rows: Sequence[SweepRow], at_vrows: Sequence[float] = ()
 ) -> str:
