@@ -69,6 +69,7 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
         "Top-theta K=64",
         metrics={"kl": Metric(0.0123, 0.0021, 8), "same_top": Metric(0.935, 0.01, 8)},
         effective_k=[rows | {"layers": [{"layer": 0}]}],
+        missed_keys=0.0123,
     )
     write_json("run/results.json", result.to_json())
     assert calibration(monkeypatch, "run", "shared", "--to", "calibration") == 0
@@ -77,6 +78,7 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
         "| effective K, prefill, K = 64 (900 rows) | mean 61.2, 5 to 95 % of the rows 20 to 99 |",
         "nats a token | 0.0123 ± 0.0021, 8 other texts |",
         "93.5 %",
+        "| keys that the copy of K misses, of those that rows should keep | 1.23 % |",
         "| base model | SmolLM2-135M-Instruct |",
         "| vmc | True |",
     ):

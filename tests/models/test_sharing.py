@@ -117,6 +117,22 @@ def test_card_and_config(tmp_path: Path) -> None:
     ):
         assert words in card.text
     assert "78 tokens of 2 other texts" in card.text
+    assert "missed_keys" not in config["measured"] and "copy of K" not in card.text
+
+
+def test_card_of_a_copy_of_keys(tmp_path: Path) -> None:
+    model = steered("Top-theta")
+    set_params(model, method="top_theta:key_copy=int4", placement="post-softmax", sdc="none", calibrate=True)
+    model(tokens(length=60))
+    set_params(model, calibrate=False)
+    save_calibration(model, tmp_path, check_on=[tokens(length=80, seed=20)])
+    missed = json.loads((tmp_path / "config.json").read_text())["measured"]["missed_keys"]
+    assert 0.0 < missed < 0.2
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (
+        f"| keys that the copy of K misses, of those that rows should keep | {100 * missed:.2f} % |"
+        in card.text
+    )
 
 
 def test_saving_again_replaces_everything(tmp_path: Path) -> None:

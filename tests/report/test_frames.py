@@ -32,11 +32,16 @@ def test_cells(run: Path) -> None:
     assert loaded.cells["acc"].tolist() == [0.75, 0.75] and loaded.cells["dense"].tolist() == [True, False]
     assert loaded.results[1].paired["flips"]["acc"]["lost"] == 1
     result = CellResult(
-        "x", kept={"prefill": Kept(0.25, 0.5)}, kv_bytes={"prefill": 0.4}, metrics={"a": Metric(1)}
+        "x",
+        kept={"prefill": Kept(0.25, 0.5)},
+        kv_bytes={"prefill": 0.4},
+        metrics={"a": Metric(1)},
+        missed_keys=0.1,
     )
     write_json(run / "mode1" / "results.json", result.to_json())
     row = load(run / "mode1").cells.iloc[0]
     assert (row["kept_prefill"], row["vrows_prefill"], row["kv_bytes_prefill"]) == (0.25, 0.5, 0.4)
+    assert row["missed_keys"] == 0.1
 
 
 def test_tables(run: Path) -> None:

@@ -43,6 +43,7 @@ def test_a_result_survives_json() -> None:
         CellResult("dense", dense=True),
         replace(RESULT, kept=None, folder=None),
         replace(RESULT, kv_bytes=read),
+        replace(RESULT, missed_keys=0.0125),
         replace(RESULT, computed_dense=ComputedDense(3, 120)),
     ):
         again = CellResult.from_json(json.loads(json.dumps(result.to_json())))

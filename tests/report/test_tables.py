@@ -1,5 +1,6 @@
 """Tables of the summary."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,14 @@ def test_columns_are_what_results_hold() -> None:
     header, _, counted, old = report.results_table([replace(answered, kv_bytes=both), answered]).splitlines()
     at = [cell.strip() for cell in header.split("|")].index("KV bytes, decode %")
     assert [line.split("|")[at].strip() for line in (counted, old)] == ["62.5", "-"]
+    both = [replace(answered, missed_keys=0.01237), answered]
+    header, _, copied, whole = report.results_table(both).splitlines()
+    at = [cell.strip() for cell in header.split("|")].index("missed keys %")
+    assert [line.split("|")[at].strip() for line in (copied, whole)] == ["1.24", "-"]
+    environment = {"environment": {"device_name": "x"}}
+    both = [report.SweepRow("t", "Top-k", 64, replace(one, extra=environment)) for one in both]
+    found = list(csv.DictReader(report.sweep_csv(both).splitlines()))
+    assert [row["missed_keys"] for row in found] == ["0.01237", "0.01237", "", ""]
     windows = CellResult(
         "dense", dense=True, metrics={"ppl": Metric(14.1, 0.5, 7)}, kept=prefill, seconds=seconds, extra=read
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from toptheta.attention.blocks import Blocks
 from toptheta.attention.call import AttentionCall, Calibrator, Counts
 from toptheta.attention.rows import Rows
 from toptheta.methods.base import NEG_INF, Block, RowTables
@@ -34,9 +35,6 @@ def sparse_attention(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
-    q_grouped = (q.float() * call.scale).view(batch, num_kv_heads, group, q_len, head_dim)
-    k = k.float()
-    k_t = k.transpose(2, 3)
     out = torch.empty(batch, num_heads, q_len, head_dim, dtype=q.dtype, device=q.device)
     v_mean = mean_of_visible(v, rows) if spec.vmc else None
     counts = Counts.zeros(call) if call.count else None
@@ -52,37 +50,11 @@ def sparse_attention(
     step = block_rows(batch * num_heads * kv_len, q_len, q.device.type)
     if spec.sparse:
         step = 1 if call.decode and not spec.method.by_row else spec.method.rows_of_block(step)
-    longest = rows.n.amax(dim=1)
+    blocks = Blocks(call)
     for start in range(0, q_len, step):
         stop = min(start + step, q_len)
-        end = rows.end(stop, kv_len)
-        q_block = q_grouped[:, :, :, start:stop].reshape(batch, num_kv_heads, -1, head_dim)
-        scores = call.capped((q_block @ k_t[..., :end]).view(batch, num_heads, stop - start, end))
-        visible = rows.visible(start, stop, kv_len)
-        if visible is not None:
-            scores.masked_fill_(~visible, NEG_INF)
-        n = rows.n[:, start:stop]
-        block = Block(
-            x=scores,
-            row_max=scores.amax(dim=-1, keepdim=True),
-            n=n,
-            real=None if rows.real is None else rows.real[:, start:stop],
-            start=start,
-            budget=spec.k,
-            q=q_block.view(batch, num_heads, stop - start, head_dim),
-            k=k[:, :, :end],
-            last=stop == q_len,
-            state=state,
-            decode=call.decode,
-            longest=longest,
-            v=v[:, :, :end],
-            own=rows.first is not None,
-            values=call.values,
-            factor=None if call.factor is None else call.factor[:, :, :end],
-            sinks=call.sinks,
-            softcap=call.softcap,
-        )
-        tables = call.tables_of(n)
+        block = blocks.at(start, stop)
+        n, tables, end = block.n, call.tables_of(block.n), block.x.shape[-1]
         if spec.sparse and call.decode:
             spec.method.estimate(block, tables, spec.placement)
         weights, keep = sparse_weights(block, spec, tables, calibrator)

@@ -193,6 +193,8 @@ def _measured(path: Path) -> dict[str, Any]:
     if result.effective_k:
         rows = [{name: x for name, x in one.items() if name != "layers"} for one in result.effective_k]
         measured["effective_k"] = rows
+    if result.missed_keys is not None:
+        measured["missed_keys"] = result.missed_keys
     return measured
 
 

@@ -29,7 +29,8 @@ CHECKPOINT_SECONDS = 20.0
 ANSWERS = "answers.json"  # of a chunk
 HISTOGRAMS = "effective_k.npz"  # of a chunk: arrays {phase}/{layer}
 NO_FILES: Mapping[str, str] = {}
-EMPTY_KEPT = {"attn_kept": 0, "attn_full": 0, "vrow_kept": 0, "vrow_full": 0, "kv_read": 0, "kv_dense": 0}
+COUNTED = ("attn_kept", "attn_full", "vrow_kept", "vrow_full", "kv_read", "kv_dense", "wanted", "missed")
+EMPTY_KEPT = dict.fromkeys(COUNTED, 0)
 
 
 class Cell:
@@ -151,6 +152,9 @@ class Cell:
             read = stacked("kv_read")
             totals["kv_read"] += int(read.sum())
             totals["kv_dense"] += int(stacked("kv_dense").sum()) * read.shape[1]
+        if all(record.missed is not None for record in records):
+            totals["wanted"] += int(stacked("wanted").sum())
+            totals["missed"] += int(stacked("missed").sum())
         lengths, by_head = n.tolist(), attn.tolist()
         self._add_lines(
             f"layer{layer}_kept_attn_{phase}.csv.gz",
@@ -294,6 +298,12 @@ class Cell:
         """KV bytes read as a share of those of dense attention, by phase, as `kept_shares`."""
         totals = {phase: self.kept.get(phase, EMPTY_KEPT) for phase in (PREFILL, DECODE)}
         return {p: t["kv_read"] / t["kv_dense"] if t["kv_dense"] else None for p, t in totals.items()}
+
+    def missed_keys(self) -> float | None:
+        """Of the keys that the rule keeps by their scores in decode steps, the share that a quantized copy of
+        K misses; None if there is no copy."""
+        totals = EMPTY_KEPT | self.kept.get(DECODE, EMPTY_KEPT)  # older chunks do not have all of them
+        return totals["missed"] / totals["wanted"] if totals["wanted"] else None
 
 
 def _add_kept(totals: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:

@@ -248,6 +248,7 @@ def _finish(
         metrics=outcome.metrics,
         kept=product.kept_shares() if settings.statistics else None,
         kv_bytes=product.kv_bytes() if settings.statistics else None,
+        missed_keys=product.missed_keys() if settings.statistics else None,
         seconds={"calibration": calibration_seconds, "evaluation": product.seconds},
         folder=str(product.path),
         computed_dense=None if product.take_calls is None else ComputedDense(*product.calls),

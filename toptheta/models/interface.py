@@ -10,6 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from toptheta.attention.call import AttentionCall, Counts
 from toptheta.attention.kv_bytes import dense_bytes, kv_bytes, price_of
+from toptheta.attention.missed import missed_keys
 from toptheta.attention.rows import Rows, remember, rows_of
 from toptheta.kernels import registry
 from toptheta.kernels.dense import dense_attention
@@ -103,7 +104,8 @@ def _record(recorder: Recorder, layer: int, call: AttentionCall, counts: Counts)
     if call.decode:
         keys_read = registry.keys_read(call)
         price = price_of(call.spec, call.k, keys_read is not None)
-        recorder.add_steps(layer, call.rows, k, counts, shape, price, keys_read)
+        missed = missed_keys(call) if call.key_bits and not torch.compiler.is_compiling() else None
+        recorder.add_steps(layer, call.rows, k, counts, shape, price, keys_read, missed)
     else:
         kv = kv_bytes(call, counts, before=recorder.prefix_of(layer))
         recorder.add(layer, call.rows, k, counts, shape, kv)

@@ -29,7 +29,7 @@ class LayerRecord:
     keep each V row, or None. histogram: of the rows of a prefill that are longer than K, see effective_k.py,
     or None; a decode step is a single row, which attn and n describe. kv_read: `[B, H_kv]` bytes read from
     the cache, kv_dense: `[B]` bytes that dense attention would read for each KV head; both summed over the
-    calls of a prefill.
+    calls of a prefill. wanted, missed: `[B]`, see attention/missed.py, or None if not counted.
     """
 
     attn: np.ndarray
@@ -41,6 +41,8 @@ class LayerRecord:
     histogram: np.ndarray | None = None
     kv_read: np.ndarray | None = None
     kv_dense: np.ndarray | None = None
+    wanted: np.ndarray | None = None
+    missed: np.ndarray | None = None
 
 
 @dataclass
@@ -61,28 +63,35 @@ class _Open:
 @dataclass(frozen=True)
 class _StepFacts:
     """What is needed to read the packed counts of a decode step. k: the layer's K, 0: none; price: None if
-    bytes are not counted."""
+    bytes are not counted; reads_keys, misses: whether K rows that are read, and missed keys, are counted."""
 
     num_heads: int
     num_kv_heads: int
     k: int
     price: Price | None
+    reads_keys: bool
+    misses: bool
 
     def records(self, packed: Tensor) -> list[LayerRecord]:
-        """A record for each step. packed: `[S, B, H + H_kv (+ H_kv) + 1]` int64: kept elements, kept V rows,
-        K rows read (if counted), visible keys."""
+        """A record for each step. packed: `[S, B, H + H_kv (+ H_kv) (+ 2) + 1]` int64: kept elements, kept
+        V rows, K rows read, wanted and missed keys (if counted), visible keys."""
         heads, groups = self.num_heads, self.num_kv_heads
         flat = packed.flatten(0, 1)
-        attn, vrow, n = flat[:, :heads], flat[:, heads : heads + groups], flat[:, -1]
-        keys = flat[:, heads + groups : -1] if flat.shape[1] > heads + groups + 1 else None
+        widths = (heads, groups, groups * self.reads_keys, 2 * self.misses, 1)
+        attn, vrow, keys, missed, n = flat.split(widths, dim=1)
+        n = n[:, 0]
         read, dense = torch.zeros_like(vrow), torch.zeros_like(n)
         if self.price is not None:
-            read = self.price.read(n, attn, vrow, keys, decode=True) * (n > 0)[:, None]
+            keys_read = keys if self.reads_keys else None
+            read = self.price.read(n, attn, vrow, keys_read, decode=True) * (n > 0)[:, None]
             dense = self.price.dense(n)
         topk = n.clamp(max=self.k) if self.k > 0 else n
-        parts = (attn, vrow, n, topk, n, read, dense)
+        parts = [attn, vrow, n, topk, n, read, dense]
+        names = ["attn", "vrow", "full", "topk", "n", "kv_read", "kv_dense"]
+        if self.misses:
+            parts += [missed[:, 0], missed[:, 1]]
+            names += ["wanted", "missed"]
         by_step = zip(*(part.unflatten(0, packed.shape[:2]).numpy() for part in parts))
-        names = ("attn", "vrow", "full", "topk", "n", "kv_read", "kv_dense")
         return [LayerRecord(**dict(zip(names, step))) for step in by_step]
 
 
@@ -190,10 +199,11 @@ class Recorder:
         shape: tuple[int, int, int, int],
         price: Price | None = None,
         keys_read: Tensor | None = None,
+        missed: Tensor | None = None,
     ) -> None:
         """Add the rows of a call as decode steps. Parameters as in `add`; price: None if bytes are not
         counted; keys_read: `[B, H_kv]` K rows that were read in addition to the int8 copy of K, None without
-        a copy.
+        a copy; missed: of attention/missed.py, None if not counted.
 
         To launch few kernels per step, everything that follows from the counts is computed in `drain`, for
         all steps at once. Popularity is counted per call, so it is correct for calls of one step only.
@@ -202,13 +212,15 @@ class Recorder:
         n = self._lengths(rows, batch)
         lengths = n.reshape(-1, 1)
         if counts is None:
+            keys = missed = None
             parts = [lengths.expand(-1, num_heads), lengths.expand(-1, num_kv_heads)]
         else:
             steps = counts.steps()
             parts = [steps.attn, steps.vrows]
             keys = keys_read if steps.keys is None else steps.keys[..., 0]
             parts += [] if keys is None else [keys]
-        facts = _StepFacts(num_heads, num_kv_heads, k, price)
+            parts += [] if missed is None else [missed.flatten(0, 1)]
+        facts = _StepFacts(num_heads, num_kv_heads, k, price, keys is not None, missed is not None)
         packed = torch.cat([*parts, lengths], dim=1).view(batch, n.shape[1], -1)
         packed = self._of_all(packed)
         self._steps.setdefault(layer, []).extend((facts, step) for step in packed.unbind(dim=1))

@@ -202,14 +202,16 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
     """KL of the current method to dense attention, and its effective K, on texts `[1, L]` of token ids.
 
     The first half of each text is left dense, as a prompt is; the others are decode steps, which count.
-    Returns kl (mean and standard error between texts, nats a token; the share of the same most likely token)
-    and effective_k (of `effective_k.overall`, over all layers). Raises UsageError for a text that is too
+    Returns kl (mean and standard error between texts, nats a token; the share of the same most likely token),
+    effective_k (of `effective_k.overall`, over all layers), and missed_keys (see attention/missed.py) if the
+    method has a copy of K. Raises UsageError for a text that is too
     short.
     """
     sizes, before = _sizes(model), recorder_of(model)
     recorder = Recorder()
     ks = get_params(model).k_per_layer(sizes["num_layers"])
     histograms, kl, same = dict[int, np.ndarray](), list[Tensor](), list[Tensor]()
+    wanted = missed = 0
     record_statistics(model, recorder)
     try:
         for ids in texts:
@@ -224,6 +226,8 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
             for layer, steps in recorder.drain()[1].items():
                 if ks[layer] > 0:
                     histograms[layer] = histograms.get(layer, 0) + count_steps(steps, ks[layer])
+                wanted += sum(int(step.wanted.sum()) for step in steps if step.wanted is not None)
+                missed += sum(int(step.missed.sum()) for step in steps if step.missed is not None)
     finally:
         record_statistics(model, before)
     means = torch.stack([one.mean() for one in kl])
@@ -237,7 +241,7 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
             "same_top": float(torch.cat(same, dim=1).mean()),
         },
         "effective_k": [{name: x for name, x in one.items() if name != "layers"} for one in by_k],
-    }
+    } | ({"missed_keys": missed / wanted} if wanted else {})
 
 
 def used(params: AttentionParams, num_layers: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class LoadedRun:
     def cells(self) -> pd.DataFrame:
         """A row for each cell: method, name, k, dense, folder; each metric and its standard error (`acc`,
         `acc_stderr`); shares kept by phase (`kept_prefill`, `vrows_prefill`); KV bytes read as a share of
-        those of dense attention (`kv_bytes_prefill`); and seconds."""
+        those of dense attention (`kv_bytes_prefill`); missed keys (`missed_keys`); and seconds."""
         rows = []
         for label, result in zip(self.labels, self.results):
             row: dict[str, Any] = {"task": result.task, "cell": label, "model": result.model}
@@ -60,6 +60,7 @@ class LoadedRun:
                 row[f"kept_{phase}"] = result.kept_share(phase, "attn")
                 row[f"vrows_{phase}"] = result.kept_share(phase, "vrow")
                 row[f"kv_bytes_{phase}"] = (result.kv_bytes or {}).get(phase)
+            row["missed_keys"] = result.missed_keys
             rows.append(row | {f"{name}_s": value for name, value in result.seconds.items()})
         return pd.DataFrame(rows)
 

@@ -19,7 +19,7 @@ from toptheta.util.schema import Count, Seconds, Share, parse_json, read_json, t
 PHASES = PREFILL, DECODE = "prefill", "generative_decoding"
 ANSWERS = "answers.jsonl"
 NUMBER = re.compile(r" \w+=[\d.e-]+(?= |$)")  # an option in a method's label
-OPTIONAL = ("effective_k", "kv_bytes", "computed_dense")  # counts that not every run has
+OPTIONAL = ("effective_k", "kv_bytes", "missed_keys", "computed_dense")  # counts that not every run has
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ class CellResult:
     mode: its number in the published project. k: None if the method has none. dense: nothing is dropped.
     metrics: by name; kept: by phase, None for a phase that did not occur, or if nothing was counted.
     kv_bytes: by phase, KV bytes read as a share of those of dense attention, see attention/kv_bytes.py; None
-    as with kept. seconds: of calibration and evaluation. effective_k: kept elements of individual rows, see
-    attention/effective_k.py. computed_dense: None if `when_slower` leaves all calls sparse.
+    as with kept. missed_keys: of the keys that decode steps should keep, the share that a quantized copy of K
+    misses, see attention/missed.py; None without a copy. seconds: of calibration and evaluation.
+    effective_k: kept elements of individual rows, see attention/effective_k.py. computed_dense: None if
+    `when_slower` leaves all calls sparse.
     extra: further keys of a data set or a table (by_length, grid, environment); failed: the number of
     requests that did not fit in memory.
     """
@@ -99,6 +101,7 @@ class CellResult:
     metrics: dict[str, Metric] = field(default_factory=dict)
     kept: dict[str, Kept | None] | None = None
     kv_bytes: dict[str, Share | None] | None = None
+    missed_keys: Share | None = None
     seconds: dict[str, Seconds] = field(default_factory=dict)
     folder: str | None = None
     effective_k: list[dict[str, Any]] | None = None

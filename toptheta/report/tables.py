@@ -211,12 +211,18 @@ def kept_columns(results: Sequence[CellResult], comma: str = "") -> list[Column]
                 columns.append(_kept_column(f"{words}{comma} {PHASE_WORDS[phase]} %", phase, what))
     if any((result.kv_bytes or {}).get(DECODE) is not None for result in results):
         columns.append(Column("KV bytes, decode %", _kv_bytes))
+    if any(result.missed_keys is not None for result in results):
+        columns.append(Column("missed keys %", _missed_keys))
     return columns
 
 
 def _kv_bytes(result: CellResult) -> str:
     value = (result.kv_bytes or {}).get(DECODE)
     return "-" if value is None else f"{100.0 * value:.1f}"
+
+
+def _missed_keys(result: CellResult) -> str:
+    return "-" if result.missed_keys is None else f"{100.0 * result.missed_keys:.2f}"
 
 
 def _kept_column(header: str, phase: str, what: str) -> Column:
@@ -363,8 +369,10 @@ def sweep_csv(rows: Sequence[SweepRow]) -> str:
     kept = [(phase, what) for phase in PHASES for what in ("attn", "vrow")]
     header = ["task", "method", "k", "metric", "value", "stderr", "count"]
     header += [*(f"kept_{what}_{phase}" for phase, what in kept), "calibration_s", "evaluation_s", "device"]
-    fields = list(PAIRED_FIELDS) if any(row.result is not None and row.result.paired for row in rows) else []
-    header += fields
+    found = [row.result for row in rows if row.result is not None]
+    misses = ["missed_keys"] if any(result.missed_keys is not None for result in found) else []
+    fields = list(PAIRED_FIELDS) if any(result.paired for result in found) else []
+    header += [*misses, *fields]
     writer.writerow(header)
     for row in rows:
         result, first = row.result, [row.task, row.method, row.k]
@@ -373,11 +381,11 @@ def sweep_csv(rows: Sequence[SweepRow]) -> str:
             continue
         shares = [result.kept_share(phase, what) for phase, what in kept]
         seconds = [result.seconds["calibration"], result.seconds["evaluation"]]
-        device = result.extra["environment"]["device_name"]
+        about = [result.extra["environment"]["device_name"], *(result.missed_keys for _ in misses)]
         for name, metric in result.metrics.items():
             numbers = [metric.value, metric.stderr, metric.count]
             paired = [_paired_field(result, SCORE_OF.get(name, name), field) for field in fields]
-            writer.writerow([*first, name, *numbers, *shares, *seconds, device, *paired])
+            writer.writerow([*first, name, *numbers, *shares, *seconds, *about, *paired])
     return out.getvalue()
 
 

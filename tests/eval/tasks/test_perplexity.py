@@ -216,10 +216,13 @@ def test_methods_with_flags_of_their_own(folder_model: str, here_with_text: Path
     specs = [Chosen(parse_chosen(name).method, tuple(flags.items())).spec for name, flags in chosen.items()]
     together = evaluate(gen_settings(folder_model, **base, method=tuple(specs)))
     assert len({result.method for result in together}) == len({result.folder for result in together}) == 4
+    assert [result.missed_keys is None for result in together] == [True, True, False, True]
+    assert 0.0 < together[2].missed_keys < 0.2
     for (name, flags), one in zip(chosen.items(), together):
         settings = gen_settings(folder_model, **base | flags, method=(name,), output_dir="alone")
         (alone,) = evaluate(settings)
         assert one.metrics == alone.metrics and one.kept == alone.kept and one.kv_bytes == alone.kv_bytes
+        assert one.missed_keys == alone.missed_keys
         saved, expected = (
             json.loads((Path(str(result.folder)) / "config.json").read_text())["settings"]
             for result in (one, alone)
