@@ -53,6 +53,8 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--mode 1 --sdc exp-threshold", "--sdc exp-threshold needs a threshold"),
         ("--mode 0,1 --sdc exp-threshold", "--sdc exp-threshold needs a threshold"),
         ("--sdc exact", "--sdc has no effect on dense"),
+        ("--layerk 0:3", "--layerk has no effect on methods without a K"),
+        ("--method dense,top_p --layerk 0:3", "--layerk has no effect on methods without a K"),
         ("--mode 0 --sdc some", "--sdc is 'some': choose one of none, exact"),
         ("--mode 0 --placement before", "--placement is 'before'"),
         ("--mode 1 --placement post-softmax --sdc exact", "needs --placement pre-softmax"),

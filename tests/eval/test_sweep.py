@@ -321,13 +321,21 @@ def test_methods_by_name(tables: Path) -> None:
         ({"only": "Topk"}, "choose for example Top-k"),
         ({"jobs": 0}, "--jobs is 0: give at least 1"),
         ({"file": "nowhere.json"}, "nowhere.json"),
-        ({"samples": "many"}, "--num_samples"),
+        ({"samples": "many"}, "--samples is 'many': give a number"),
         ({"data_dir": "nowhere"}, "nowhere"),
     ],
 )
 def test_bad_flags(tables: Path, changes: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         run_sweep(options(tables, **changes), PARSERS, ROOT)
+
+
+@pytest.mark.parametrize("folder, words", [(None, "--data_dir is needed"), ("empty", "empty does not have")])
+def test_a_missing_text(tmp_path: Path, folder: str | None, words: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(UsageError, match=f"{words}.* longbench_gov_report/test.jsonl"):
+        run_sweep(SweepOptions(table="text", data_dir=folder), PARSERS, ROOT)
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(

@@ -72,6 +72,8 @@ def _check_methods(settings: Settings) -> None:
             raise UsageError(f"--{name} applies to thresholds only: use it with --mode 0.")
     if settings.when_slower != "sparse" and not sparse:
         raise UsageError("--when_slower has no effect on dense attention: add --mode 0.")
+    if settings.layerk and not any(method.uses_k for method in sparse):
+        raise UsageError("--layerk has no effect on methods without a K: add --mode 0 or 1.")
     if settings.sdc != "none" and not sparse:
         raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
 

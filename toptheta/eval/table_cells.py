@@ -172,16 +172,22 @@ def plan(
                     raise UsageError(f"reproduce.json: method {name!r} needs either 'method' or 'mode'.")
                 flags = table.get("flags", {}) | part.get("flags", {}) | method
                 flags[TASK_FLAG[script]] = task
+                samples = SAMPLES_FLAG.get(task, SAMPLES_FLAG[script])
                 if options.samples is not None:
-                    flags[SAMPLES_FLAG.get(task, SAMPLES_FLAG[script])] = options.samples
-                for file in {name for name in TEXT_FLAGS & flags.keys() if flags[name] is not None}:
+                    flags[samples] = options.samples
+                for file in [name for name in flags if name in TEXT_FLAGS and flags[name] is not None]:
                     flags[file] = str(_text_file(str(flags[file]), options.data_dir))
                 rows = script == "test_llama.py" or task.startswith("longbench")  # that the task reads
                 if options.data_dir and (rows or flags.get("calib_task", BUNDLED_TASK) != BUNDLED_TASK):
                     flags["data_dir"] = options.data_dir
                 ks = ",".join(map(str, part["k"]))
                 calibrating = CALIBRATING if rows else CALIBRATING | {"data_dir"}
-                arguments, settings = _settings(script, flags, ks, parsers, calibrating)
+                try:
+                    arguments, settings = _settings(script, flags, ks, parsers, calibrating)
+                except UsageError as error:  # the script names its own flag
+                    if options.samples is None:
+                        raise
+                    raise UsageError(str(error).replace(f"--{samples} ", "--samples ", 1)) from None
                 for cell in settings.cells():
                     key = answer_key(settings, cell)
                     shown = part.get("name", task)
@@ -191,10 +197,17 @@ def plan(
 
 
 def _text_file(name: str, data_dir: str | None) -> Path:
-    """A text of a table: in `data_dir`, or a source file of Python's standard library."""
+    """A text of a table: in `data_dir`, or a source file of Python's standard library. Raises UsageError if
+    it is missing."""
     if name.startswith(STDLIB):
         return Path(sysconfig.get_path("stdlib")) / name.removeprefix(STDLIB)
-    return Path(data_dir or ".") / name
+    path = Path(data_dir or ".") / name
+    if not path.is_file():
+        where = f"--data_dir {data_dir} does not have" if data_dir else "--data_dir is needed for"
+        raise UsageError(
+            f"{where} the text {name} of this table: name a folder that has it (see reproduce.md)."
+        )
+    return path
 
 
 def _settings(
@@ -206,7 +219,8 @@ def _settings(
 ) -> tuple[list[str], Settings]:
     """Arguments of a script, except --k, and the resulting settings. Raises UsageError.
 
-    calibrating: flags that are passed for calibrated methods only; the scripts refuse them for others.
+    calibrating: flags that are passed for calibrated methods only, as --layerk is for those with a K; the
+    scripts refuse them for others.
     """
 
     def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
@@ -214,10 +228,14 @@ def _settings(
         namespace = parsers[script]().parse_args([*arguments, "--k", ks])
         return arguments, resolve_device(parse_settings(KINDS[script], namespace))
 
-    arguments, settings = read({name: value for name, value in flags.items() if name not in calibrating})
-    if flags.keys() & calibrating and any(cell.needs_calibration for cell in settings.cells()):
-        return read(flags)
-    return arguments, settings
+    needed = {name: value for name, value in flags.items() if name not in {"layerk", *calibrating}}
+    arguments, settings = read(needed)
+    cells = settings.cells()
+    refused = calibrating if not any(cell.needs_calibration for cell in cells) else set()
+    if all(cell.k is None for cell in cells):
+        refused = refused | {"layerk"}
+    more = {name: value for name, value in flags.items() if name not in refused}
+    return read(more) if more != needed else (arguments, settings)
 
 
 def _arguments(flags: dict[str, Any]) -> list[str]:

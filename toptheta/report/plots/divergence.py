@@ -98,7 +98,7 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str, price
     all_axes[0].set_ylim(low, high)
     for axes in all_axes[len(panels) :]:
         axes.remove()
-    for axes in all_axes[len(panels) - columns : len(panels)]:  # nothing is below them
+    for axes in all_axes[: len(panels)]:  # a shared axis has its numbers below the last row only
         axes.xaxis.set_tick_params(labelbottom=True)
     _label(figure, columns, price)
     if labelled:
