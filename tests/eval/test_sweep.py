@@ -314,6 +314,25 @@ def test_methods_by_name(tables: Path) -> None:
         cells_of(table, content, options(tables), PARSERS)
 
 
+def test_what_rows_are_compared_with(tables: Path, quick: None, capsys: pytest.CaptureFixture) -> None:
+    """The first dense cell of a task, whether --only names it or not; never one in another type."""
+    content = json.loads(tables.read_text())
+    content["methods"]["half"] = {"mode": 3, "dtype": "bfloat16"}
+    content["tables"]["tiny"]["parts"][0] |= {"methods": ["dense", "half", "Top-k"], "k": [8]}
+    tables.write_text(json.dumps(content))
+
+    def baselines(only: str, folder: str) -> dict[str, str]:
+        assert run_sweep(options(tables, only=only), PARSERS, ROOT) == 0
+        results = json.loads(Path("products/tables/tiny", folder, "results.json").read_text())
+        return {one["method"]: one.get("paired", {}).get("baseline", "") for one in results}
+
+    assert baselines("half,Top-k", "") == {"half": "", "Top-k K=8": ""}
+    assert "nothing is compared with dense attention, which has not been run" in capsys.readouterr().err
+    assert baselines("dense,half", "part") == {"dense": "", "half": "dense"}
+    assert baselines("Top-k", "part") == {"Top-k K=8": "dense"}
+    assert baselines("*", "") == {"dense": "", "half": "dense", "Top-k K=8": "dense"}
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

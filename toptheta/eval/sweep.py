@@ -70,6 +70,12 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
     cells = plan(table, tables, options, parsers)
     named = {(cell.task, with_k(cell.method, cell.k)) for cell in cells}
+    dense: dict[
+        str, str
+    ] = {}  # the key of each task's first dense cell, also of those that --only leaves out
+    for cell in cells:
+        if cell.dense:
+            dense.setdefault(cell.task, cell.key)
     if options.only:
         cells = only_named(cells, options.only)
     found = scan(Path(options.output_dir), {cell.script for cell in cells})
@@ -95,7 +101,10 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
         if lost:
             folder = folder / "part"
         shown = options.table + (" --data_dir DIR" if options.data_dir else "")
-        report_sweep(folder, table["title"], shown, rows, table.get("at_vrows", []))
+        references = {task: found.results[key] for task, key in dense.items() if key in found.results}
+        for task in sorted({row.task for row in rows} & dense.keys() - references.keys()):
+            say(f"{task}: nothing is compared with dense attention, which has not been run.")
+        report_sweep(folder, table["title"], shown, rows, table.get("at_vrows", []), references)
         if lost:
             say(f"It is in {folder}, because the table beside it has {len(lost)} more of the cells.")
     else:

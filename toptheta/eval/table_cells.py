@@ -70,7 +70,7 @@ class SweepOptions:
 @dataclass(frozen=True)
 class SweepCell:
     """One row of a table. task: its name in the table; arguments: of the script, except --k; k: None for
-    dense."""
+    methods without; dense: nothing is dropped."""
 
     task: str
     method: str
@@ -78,6 +78,7 @@ class SweepCell:
     script: str
     arguments: tuple[str, ...]
     key: str
+    dense: bool = False
 
     @property
     def name(self) -> str:
@@ -192,7 +193,9 @@ def plan(
                     key = answer_key(settings, cell)
                     shown = part.get("name", task)
                     row = f"{name}: {part['label']}" if "label" in part else name
-                    cells.append(SweepCell(shown, row, cell.k, script, tuple(arguments), key))
+                    cells.append(
+                        SweepCell(shown, row, cell.k, script, tuple(arguments), key, not cell.sparse)
+                    )
     return cells
 
 

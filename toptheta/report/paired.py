@@ -123,12 +123,18 @@ def compare(
     return Comparison(len(pairs), scores, flips, target, _completions(pairs) if generated else None, text)
 
 
-def paired_with_dense(results: Sequence[CellResult]) -> tuple[list[CellResult], list[str]]:
-    """The results, with `paired`, the comparison with the first dense one, added to all others; and a message
-    for each that cannot be compared. Without a dense cell the results are unchanged."""
-    dense = next((result for result in results if result.dense and result.folder), None)
-    others = [result for result in results if result is not dense and result.folder]
-    if dense is None or not others:
+def paired_with_dense(
+    results: Sequence[CellResult], dense: CellResult | None = None
+) -> tuple[list[CellResult], list[str]]:
+    """The results, with `paired`, the comparison with `dense`, added to all others; and a message for each
+    that cannot be compared. dense: None is the first dense one of the results; without any they are
+    unchanged."""
+    if dense is None:
+        dense = next((result for result in results if result.dense and result.folder), None)
+    if dense is None or not dense.folder:
+        return list(results), []
+    others = [result for result in results if result.folder and result.folder != dense.folder]
+    if not others:
         return list(results), []
     notes: list[str] = []
     try:

@@ -3,7 +3,7 @@
 Plots are imported when something is drawn, because importing matplotlib takes a second.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,11 +82,13 @@ def report_sweep(
     table_name: str,
     rows: Sequence[tables.SweepRow],
     at_vrows: Sequence[float] = (),
+    references: Mapping[str, CellResult] | None = None,
 ) -> None:
     """Write table.md, table.csv, results.json and plots of a sweep into `folder`, and print the table: kl.png
     and kl_by_v_rows.png for texts that are compared with dense attention, <task>.png for each other task.
-    at_vrows: see `tables.sweep_markdown`."""
-    rows = _compared(rows)
+    at_vrows: see `tables.sweep_markdown`. references: for each task the dense result that the others are
+    compared with, if it is finished; None: the first dense one of the rows."""
+    rows = _compared(rows, references)
     text = tables.sweep_markdown(title, table_name, rows, at_vrows)
     write_text(folder / "table.md", text)
     write_text(folder / "table.csv", tables.sweep_csv(rows))
@@ -148,13 +150,19 @@ def _is_compared(result: CellResult) -> bool:
     return "kl" in result.metrics and (result.kv_bytes or {}).get(DECODE) is not None
 
 
-def _compared(rows: Sequence[tables.SweepRow]) -> list[tables.SweepRow]:
-    """The rows, with results named as in the table, and those of each task compared with its first dense
-    result. Dense attention in another type shows the size of rounding differences."""
+def _compared(
+    rows: Sequence[tables.SweepRow], references: Mapping[str, CellResult] | None
+) -> list[tables.SweepRow]:
+    """The rows, with results named as in the table, and those of each task compared with its dense reference.
+    Dense attention in another type shows the size of rounding differences."""
     found = list(rows)
     for task in dict.fromkeys(row.task for row in rows):
         places = [i for i, row in enumerate(rows) if row.task == task and row.result is not None]
-        results, notes = paired_with_dense([_named(rows[i]) for i in places])
+        results, dense, notes = [_named(rows[i]) for i in places], None, list[str]()
+        if references is not None:
+            dense = references.get(task)
+        if references is None or dense is not None:
+            results, notes = paired_with_dense(results, dense)
         for note in notes:
             say(note)
         for i, result in zip(places, results):
