@@ -1,9 +1,15 @@
 """The rows of a mask: which keys each sequence sees."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from toptheta.attention.rows import rows_of
+from tests.helpers.models import tokens
+from topk_llama import set_params, update_model
+from toptheta.attention.rows import _rows_of_mask, rows_of
 from toptheta.util.errors import UsageError
 
 
@@ -62,3 +68,32 @@ def test_a_mask_that_is_changed_in_place(inference: bool) -> None:
         for count in range(1, 7):
             mask[..., :count] = True
             assert rows_of(mask, 1, 6, torch.device("cpu")).n.item() == count
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_is_not_kept_alive(dtype: torch.dtype) -> None:
+    """What is derived from it is shared while it lives, and freed with it."""
+    visible = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    mask = visible.clone() if dtype == torch.bool else torch.where(visible, 0.0, float("-inf"))
+    once, again = (rows_of(mask, 5, 5, mask.device) for _ in range(2))
+    assert once.span() is again.span() and once.n is again.n
+    assert torch.equal(once.mask, visible) and torch.equal(again.mask, visible)
+    alive = weakref.ref(mask)
+    del mask, once, again
+    gc.collect()
+    assert alive() is None
+
+
+def test_masks_of_a_model_are_not_kept_alive(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    set_params(tiny_model, mode=1, K=4, sdc="exact", vmc=True)
+    ids, real = tokens(batch=2, length=12), torch.ones(2, 12, dtype=torch.int64)
+    real[1, :5] = 0
+    gc.collect()
+    before = len(_rows_of_mask)
+    for cache in ({}, {"cache_implementation": "static"}):
+        tiny_model.generate(
+            ids, attention_mask=real, max_new_tokens=3, do_sample=False, pad_token_id=0, **cache
+        )
+        gc.collect()
+        assert len(_rows_of_mask) <= before

@@ -3,6 +3,7 @@
 A mask of None is the plain causal mask of an unpadded batch, for which no `[Q, KV]` tensor is created.
 """
 
+import copy
 import weakref
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,9 +17,19 @@ from toptheta.util.errors import UsageError
 # In an additive mask, a value as low as this hides a key; one between this and 0 is a bias.
 HIDDEN = -1e4
 
-# The Rows of every mask in use. transformers creates a mask once for all layers and passes only the tensor to
-# each of them, so that what is derived from it can be shared between layers only here.
+# The Rows of every mask in use, without a bool mask itself, which would keep its own key alive. transformers
+# creates a mask once for all layers and passes only the tensor to each of them, so that what is derived from
+# it can be shared between layers only here.
 _rows_of_mask = WeakTensorKeyDictionary()
+
+
+@dataclass
+class _Derived:
+    """What is computed from Rows once for all layers."""
+
+    first: Tensor | None = None
+    span: Tensor | None = None
+    continued: tuple[weakref.ref[Tensor], int, bool] | None = None
 
 
 @dataclass
@@ -44,30 +55,38 @@ class Rows:
     key_real: Tensor | None = None
     causal: bool = False
     offset: int = 0
-    # Derived from this mask once for all layers; not copied by `replace`.
-    _span: Tensor | None = field(default=None, init=False, repr=False)
-    _continued: tuple[weakref.ref[Tensor], int, bool] | None = field(default=None, init=False, repr=False)
+    _derived: _Derived | None = field(default=None, init=False, repr=False)  # not copied by `replace`
 
     def first_tensor(self) -> Tensor | None:
         """Position of the first query among the keys, `[1]` int64 on the device of n; None if the pattern is
         not causal plus padding. Created once for all layers."""
-        if self.first_on_device is None and (self.first is not None or self.mask is None):
-            at = torch.full((1,), self.first or 0, dtype=torch.int64, device=self.n.device)
-            if torch.compiler.is_compiling():
-                return at
-            self.first_on_device = at
-        return self.first_on_device
+        if self.first_on_device is not None or self.first is None and self.mask is not None:
+            return self.first_on_device
+        derived = self._shared()
+        if derived.first is None:
+            derived.first = torch.full((1,), self.first or 0, dtype=torch.int64, device=self.n.device)
+        return derived.first
 
     def span(self) -> Tensor | None:
         """`[B, 2]` int32: the first key that any row of a sequence sees, and one past the last; `[0, 0]` if
         there is none. None without a mask. Computed once for all layers."""
-        if self.mask is None or self._span is not None:
-            return self._span
+        if self.mask is None:
+            return None
+        derived = self._shared()
+        if derived.span is not None:
+            return derived.span
         seen = self.mask[:, 0].any(dim=1)
         at = torch.arange(seen.shape[1], dtype=torch.int32, device=seen.device)
         stop = torch.where(seen, at + 1, 0).amax(dim=1)
-        self._span = torch.stack([torch.where(seen, at, stop[:, None]).amin(dim=1), stop], dim=1)
-        return self._span
+        derived.span = torch.stack([torch.where(seen, at, stop[:, None]).amin(dim=1), stop], dim=1)
+        return derived.span
+
+    def _shared(self) -> _Derived:
+        if torch.compiler.is_compiling():
+            return _Derived()
+        if self._derived is None:
+            self._derived = _Derived()
+        return self._derived
 
     def longest(self) -> Tensor:
         """`[B or 1]`, the number of visible keys of the longest real row."""
@@ -92,10 +111,12 @@ class Rows:
         for all layers of a step, because on a GPU this synchronises with the device."""
         if self.key_real is None or before is None:
             return self.key_real is before
-        if self._continued is None or self._continued[0]() is not before or self._continued[1] != end:
+        derived = self._shared()
+        known = derived.continued
+        if known is None or known[0]() is not before or known[1] != end:
             same = torch.equal(self.key_real[:, :end], before[:, :end])
-            self._continued = (weakref.ref(before), end, same)
-        return self._continued[2]
+            known = derived.continued = (weakref.ref(before), end, same)
+        return known[2]
 
     def last(self, count: int) -> "Rows":
         """The last `count` rows."""
@@ -140,7 +161,9 @@ def rows_of(mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) 
     traced = torch.compiler.is_compiling()  # a traced tensor is no key: counted again in each layer
     known = None if traced else _rows_of_mask.get(mask)
     if known is not None and known[0] == _version(mask):
-        return known[1]
+        rows = copy.copy(known[1])
+        rows.mask = mask.expand(-1, -1, q_len, -1) if rows.mask is None else rows.mask
+        return rows
     if not traced and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, q_len)):
         raise UsageError(
             f"the attention mask has shape {list(mask.shape)}, which top_theta does not support: give "
@@ -180,7 +203,11 @@ def _causal_of_step(q_len: int, kv_len: int, device: torch.device, inference: bo
 
 def remember(mask: Tensor, rows: Rows) -> None:
     """Store the Rows of a mask for the layers that will receive it."""
-    _rows_of_mask[mask] = (_version(mask), rows)
+    rows._shared()
+    stored = copy.copy(rows)
+    if mask.dtype == torch.bool:
+        stored.mask = None
+    _rows_of_mask[mask] = (_version(mask), stored)
 
 
 def _version(mask: Tensor) -> int | None:
