@@ -1,6 +1,7 @@
 """Methods that drop keys for good, in a model: the state follows the cache, whatever the batch or the
 chunks."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from toptheta.attention.call import AttentionCall
 from toptheta.kernels import registry
 from toptheta.kernels.cpu import library
 from toptheta.models import generation as chunked
-from toptheta.models.control import reading_prompt, record_statistics
+from toptheta.models.control import get_params, reading_prompt, record_statistics
 from toptheta.models.recorder import Recorder
+from toptheta.util.errors import UsageError
 
 METHODS = ["h2o", "h2o:prefill=causal", "tova", "snapkv:window=3,pool_size=3"]
 K, NEW = 6, {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
@@ -93,11 +95,20 @@ def test_repeats_and_static_caches(model: LlamaForCausalLM) -> None:
     assert model.generate(tokens(2), num_beams=3, **NEW | {"eos_token_id": 2}).shape[0] == 2
 
 
-def test_another_method_starts_anew(model: LlamaForCausalLM) -> None:
-    cache, ids = DynamicCache(config=model.config), tokens(length=4, seed=5)
+def test_another_method_behind_a_cache(model: LlamaForCausalLM) -> None:
+    """One that ranks keys by the rows of the prompt is refused; the others start anew."""
+    cache, ids, own = DynamicCache(config=model.config), tokens(length=4, seed=5), get_params(model).method
     model(tokens(length=20), past_key_values=cache)
-    steps(model, cache, ids)
-    for other in ("tova", "h2o", "snapkv"):
+    for other in {"tova", "h2o:recent=0.25", "snapkv:window=2"} - {own.spec}:
+        set_params(model, method=other)
+        with pytest.raises(UsageError, match="has not seen the prompt in this cache"):
+            steps(model, cache, ids)
+        fresh = DynamicCache(config=model.config)
+        model(tokens(length=20), past_key_values=fresh)
+        assert steps(model, fresh, ids).isfinite().all()
+    set_params(model, method=own.spec)
+    assert steps(model, cache, ids).isfinite().all()
+    for other in ("top_k", "streaming_llm", "quest:page=4"):
         set_params(model, method=other)
         assert steps(model, cache, ids).isfinite().all()
 
@@ -119,6 +130,25 @@ def test_steps_that_are_taken_back(tiny_model: LlamaForCausalLM) -> None:
         found.append(torch.cat(rest, 1))
         assert all(layer.method_state.tensors["dropped"].any() for layer in cache.layers)
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_step_that_is_taken_back_and_computed_again(tiny_model: LlamaForCausalLM) -> None:
+    """The first step behind a prompt chooses the same keys again, of other sequences, too."""
+    update_model(tiny_model)
+    set_params(tiny_model, method="snapkv:window=3,pool_size=3", K=K)
+    prompt, step = tokens(2, 20), tokens(2, 1, seed=3)
+    cache = DynamicCache(config=tiny_model.config)
+    tiny_model(prompt, past_key_values=cache)
+    first = tiny_model(step, past_key_values=cache).logits
+    dropped = [layer.method_state.tensors["dropped"].clone() for layer in cache.layers]
+    other = copy.deepcopy(cache)
+    cache.crop(-1)
+    torch.testing.assert_close(tiny_model(step, past_key_values=cache).logits, first)
+    for layer, before in zip(cache.layers, dropped):
+        assert torch.equal(layer.method_state.tensors["dropped"], before)
+    other.reorder_cache(torch.tensor([1, 0]))
+    other.crop(-1)
+    torch.testing.assert_close(tiny_model(step[[1, 0]], past_key_values=other).logits, first[[1, 0]])
 
 
 def test_a_prompt_behind_steps_brings_nothing_back(model: LlamaForCausalLM) -> None:

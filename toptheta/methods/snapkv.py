@@ -66,9 +66,8 @@ class SnapKV(Method):
     def _drop(self, state: State, prompt: Tensor, budget: int, groups: int) -> None:
         """Drop keys of the prompt, `[B, H, E]` bool."""
         end, size = prompt.shape[-1], self._size(budget)
-        rows = state.tensors.pop("window", None)
-        if rows is None:  # no row of the prompt was seen: nothing is known of its keys
-            rows = prompt.new_zeros(1, 1, 1, end, dtype=torch.float32)
+        rows = state.tensors.pop("window")
+        state.chosen_by["window"] = rows
         window = keep_recent(prompt, size)
         others = prompt & ~window
         scores = rows[..., :end].sum(dim=2).masked_fill(~others, 0.0)

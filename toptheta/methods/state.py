@@ -18,8 +18,9 @@ class State:
 
     tensors: by name, `[B, ..., N]`: sequences first, keys last, one entry for each key of the cache. They are
     cropped, reordered and repeated with the cache. numbers: other values, such as the prompt's length;
-    'chosen': how many keys there were when a single step chose what is dropped. weighed_by: what the values
-    of 'factor' were weighed by.
+    'chosen': how many keys there were when a single step chose what is dropped. chosen_by: tensors that this
+    step took out of `tensors`; they come back if it is cropped. weighed_by: what the values of 'factor' were
+    weighed by.
     key_codes: a quantized copy of the keys, which follows the cache, too. owner: the method whose state it
     is; another method starts with an empty state.
 
@@ -37,6 +38,7 @@ class State:
     uncoded: int = 0
     spare: KeyCodes | None = None
     weighed_by: object = None
+    chosen_by: dict[str, Tensor] = field(default_factory=dict)
 
     def came(self, num_keys: int, end: Tensor) -> None:
         """`num_keys` keys came to a static cache, which now holds `end`."""
@@ -57,6 +59,8 @@ class State:
         self.tensors = {name: x[..., :length] for name, x in self.tensors.items()}
         if length < self.numbers.get("chosen", 0):  # the step that dropped keys for good is taken back
             del self.tensors["dropped"], self.numbers["chosen"]
+            self.tensors |= {name: x[..., :length] for name, x in self.chosen_by.items()}
+            self.chosen_by = {}
         if "weighed" in self.numbers:
             self.numbers["weighed"] = min(self.numbers["weighed"], length)
         if self.key_codes is not None:
@@ -72,13 +76,15 @@ class State:
 
     def select(self, index: Tensor) -> None:
         """Reorder or repeat the sequences. index: `[new B]` indices of sequences."""
-        self.tensors = {name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()}
+        for tensors in (self.tensors, self.chosen_by):
+            tensors |= {name: x.index_select(0, index.to(x.device)) for name, x in tensors.items()}
         if self.key_codes is not None:
             self.key_codes = self.key_codes.select(index)
 
     def repeat(self, repeats: int) -> None:
         """Repeat each sequence, as torch.repeat_interleave does."""
-        self.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.tensors.items()}
+        for tensors in (self.tensors, self.chosen_by):
+            tensors |= {name: x.repeat_interleave(repeats, dim=0) for name, x in tensors.items()}
         if self.key_codes is not None:
             self.key_codes = self.key_codes.repeat(repeats)
 
@@ -87,10 +93,12 @@ class State:
         tensors = {name: x.clone() for name, x in self.tensors.items()}
         key_codes = None if self.key_codes is None else self.key_codes.clone()
         more = (self.owner, self.room, self.end, self.uncoded)
-        return State(tensors, dict(self.numbers), key_codes, *more, weighed_by=self.weighed_by)
+        chosen_by = {name: x.clone() for name, x in self.chosen_by.items()}
+        return State(tensors, dict(self.numbers), key_codes, *more, None, self.weighed_by, chosen_by)
 
     def clear(self) -> None:
         self.tensors, self.numbers, self.key_codes, self.owner = {}, {}, None, None
+        self.chosen_by = {}
         self.uncoded, self.spare = self.room, None
 
     def reset(self) -> None:
@@ -100,6 +108,10 @@ class State:
         self.clear()
         if self.room:
             self.owner, self.uncoded, self.spare = owner, 0, copy
+
+    def seen_by(self, method: object) -> bool:
+        """Whether `method` has computed any row with this state."""
+        return self.owner == method and bool(self.tensors)
 
     def belong_to(self, method: object) -> None:
         """Clear the state if it is that of another method."""

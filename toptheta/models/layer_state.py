@@ -180,6 +180,11 @@ class LayerState(nn.Module):
         by_kernel = call.factor is not None and call.kernel is not None and not call.kernel.key_bits
         if self.spec.method.has_state and not by_kernel:  # else the cache holds all of it
             call.state = self.method_state()
+            if self.spec.method.needs_prompt and call.decode and not call.state.seen_by(self.spec.method):
+                raise UsageError(
+                    f"{self.spec.method.title} has not seen the prompt in this cache, and cannot rank its "
+                    "keys: compute the prompt again, with set_params before it."
+                )
             if call.state.room and self.spec.method.key_bits and not call.decode:
                 call.key_codes()  # so that decode steps, which may be compiled, only add to it
 
