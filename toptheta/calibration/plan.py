@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from toptheta.calibration.draw import draw_rows
+from toptheta.calibration.statistics import grown
 
 
 class RowPlan:
@@ -79,7 +80,7 @@ class _Drawn:
 
     def _draw(self, start: int, stop: int) -> np.ndarray:
         if stop >= len(self.seen):
-            self.seen = torch.nn.functional.pad(self.seen, (0, stop + 1 - len(self.seen)))
+            self.seen = grown(self.seen, stop + 1)
         n = torch.arange(min(max(start, self.least_k), stop) + 1, stop + 1)
         if len(n) == 0:
             return n.numpy()

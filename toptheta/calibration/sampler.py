@@ -13,7 +13,7 @@ from torch import Tensor
 from toptheta.attention.call import AttentionCall
 from toptheta.calibration.draw import draw_rows
 from toptheta.calibration.plan import RowPlan
-from toptheta.calibration.statistics import RunningSums
+from toptheta.calibration.statistics import RunningSums, grown
 from toptheta.methods.base import Block, Method, RowTables
 
 
@@ -71,7 +71,7 @@ class RowSampler:
         n = n.expand(batch, -1)
         self.longest = max(self.longest, kv_len)
         if self.seen.shape[0] <= kv_len:
-            self.seen = torch.nn.functional.pad(self.seen, (0, kv_len + 1 - self.seen.shape[0]))
+            self.seen = grown(self.seen, kv_len + 1)
         eligible = n > min(self.ks)
         if real is not None:
             eligible = eligible & real
@@ -112,7 +112,7 @@ class RowSampler:
         self.longest = max(self.longest, int(state["longest"]))
         more = state["seen"].to(self.device)
         length = max(len(self.seen), len(more))
-        self.seen, more = (torch.nn.functional.pad(x, (0, length - len(x))) for x in (self.seen, more))
+        self.seen, more = (grown(x, length) for x in (self.seen, more))
         self.seen = self.seen + more
 
 

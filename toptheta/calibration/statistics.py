@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def grown(x: Tensor, length: int) -> Tensor:
+    """`x` `[..., L]` with zeros up to `length`; it can be changed in place in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.nn.functional.pad(x, (0, length - x.shape[-1]))
+
+
 class RunningSums:
     """Count, sum and sum of squares of samples per (head, n). The size grows with the longest row, not with
     the number of samples.
@@ -18,11 +24,9 @@ class RunningSums:
 
     def reserve(self, max_n: int) -> None:
         """Allocate row lengths up to `max_n`."""
-        missing = max_n + 1 - self.count.shape[1]
-        if missing > 0:
-            self.count, self.total, self.squares = (
-                torch.nn.functional.pad(sums, (0, missing)) for sums in (self.count, self.total, self.squares)
-            )
+        if max_n >= self.count.shape[1]:
+            sums = (self.count, self.total, self.squares)
+            self.count, self.total, self.squares = (grown(one, max_n + 1) for one in sums)
 
     def add(self, samples: Tensor, n: Tensor, sampled: Tensor) -> None:
         """Add samples `[B, H, R]` of rows with lengths n `[B, R]`, where sampled `[B, R]` holds."""

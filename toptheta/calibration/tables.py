@@ -201,6 +201,10 @@ def check_fit(
 
 def no_long_row(k: int, layer: int, longest: int) -> UsageError:
     """The error for a calibration without a sparse row."""
+    if longest == 0:
+        return UsageError(
+            "the calibration has seen no prompt: run prompts through the model before calibrate=False."
+        )
     return UsageError(
         f"calibration found no row longer than K={k} in layer {layer}: the calibration prompts had at most "
         f"{longest} tokens. Lower K, or calibrate on longer prompts (more shots)."

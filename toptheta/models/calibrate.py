@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from toptheta.calibration.budget import BudgetCalibration, budget_tables
@@ -49,6 +50,8 @@ def same_sparse_layers(model: nn.Module, params: AttentionParams, *ks: tuple[int
     return len({tuple(sparse_layers(layers, params, of_layers)) for of_layers in ks}) == 1
 
 
+@torch.inference_mode(False)  # prompts may run in and out of it
+@torch.no_grad()
 def begin_calibration(
     model: nn.Module,
     params: AttentionParams,

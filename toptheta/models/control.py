@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from toptheta.calibration.artefact import SHAPING
 from toptheta.calibration.interpolation import MAX_FIT_LENGTH, lookup_table
 from toptheta.calibration.tables import (
     CalibrationTables,
@@ -29,6 +30,9 @@ from toptheta.models.patch import choose_implementation, execution_device, model
 from toptheta.models.recorder import Recorder
 from toptheta.models.tensor_parallel import refuse
 from toptheta.util.errors import UsageError
+
+# The options of a calibration, as they are for tables that were loaded
+UNSHAPED = {name: getattr(AttentionParams(), name) for name in SHAPING}
 
 
 def get_params(model: nn.Module) -> AttentionParams:
@@ -90,10 +94,18 @@ def set_params(model: nn.Module, **params) -> None:
     options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts a calibration of
     the tables that the other parameters need, on all prompts that then run through the model; calibrate=False
     ends it and uses the tables. calib_load_path loads tables from a folder instead. Raises UsageError for an
-    unknown name, an invalid combination, or tables that are missing or do not match.
+    unknown name, an invalid combination, tables that are missing or do not match, or, once prompts were
+    sampled, a call that neither ends the calibration nor starts another.
     """
+    if "calibrate" not in params and any(one.longest for one in calibrations(model).values()):
+        raise UsageError(
+            "a calibration is under way, whose samples this call would discard: first end it with "
+            "calibrate=False, or add calibrate=True to start again."
+        )
     old = get_params(model)
     implied: dict[str, Any] = {"calib_load_path": ""}
+    if "calib_load_path" in params:
+        implied = dict(UNSHAPED)  # left over from a calibration, as below
     if not old.changed(
         {name: params[name] for name in ("method", "mode") if name in params}
     ).method.needs_thresholds:
@@ -153,6 +165,12 @@ def _install(
                 "calib_load_path."
             )
         check_fit(tables, kind, k_per_layer, params.placement, sparse, params.calib_to)
+        weighed = "value_aware" in tables.meta.get("method", "")
+        if kind == "theta" and weighed and not params.method.needs_values:
+            raise UsageError(
+                "the thresholds were calibrated with value_aware, for weights times value norms: use "
+                "value_aware, or calibrate again."
+            )
     values = _value_norms(layers, sparse, tables) if params.method.needs_values else {}
     specs = [params.layer(k) if i in sparse else LayerSpec() for i, k in enumerate(k_per_layer)]
     thetas, sdc_tables = dict[int, Tensor](), dict[int, Tensor]()

@@ -19,12 +19,12 @@ from toptheta.calibration.tables import CalibrationTables
 from toptheta.methods.params import AttentionParams
 from toptheta.models.calibrate import calibrations
 from toptheta.models.control import (
+    UNSHAPED,
     get_params,
     record_statistics,
     recorder_of,
     set_params,
     tables_of,
-    use_params,
 )
 from toptheta.models.divergence import against_dense
 from toptheta.models.loading import hub_reachable
@@ -109,13 +109,11 @@ def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = T
     _check_model(calibration.config, model, strict)
     _check_not_calibrating(model)
     shared = model_state(model)
-    tables, before = shared.tables, shared.params
-    shared.tables = calibration.tables
+    before, shared.tables = shared.tables, calibration.tables
     try:
-        set_params(model, **(calibration.config.params | params))
+        set_params(model, **(UNSHAPED | {"test_layer": None} | calibration.config.params | params))
     except BaseException:
-        shared.tables = tables
-        use_params(model, before)
+        shared.tables = before
         raise
 
 
@@ -283,7 +281,7 @@ def _check_model(config: CalibrationConfig, model: nn.Module, strict: bool) -> N
             )
     if not strict:
         return
-    ours, theirs = _short(sizes["base_model"]), _short(config.base_model)
+    ours, theirs = _short(_hub_id_or_name(sizes["base_model"])), _short(config.base_model)
     if ours and theirs and ours != theirs:
         raise UsageError(
             f"the calibration is for {config.base_model}, but this model is {sizes['base_model']}: calibrate "
@@ -302,7 +300,7 @@ def _short(name: str) -> str:
 
 
 def _hub_id_or_name(name: str) -> str:
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(name).resolve().name if name and Path(name).is_dir() else name
 
 
 def _reason(error: Exception) -> str:
