@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -106,3 +107,64 @@ def test_a_prompt_within_a_prompt(tiny_model: LlamaForCausalLM) -> None:
             pass
         assert not shared.is_decode(1, 9, 8)
     assert shared.is_decode(1, 9, 8)
+
+
+def test_samples_are_not_discarded_unasked(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    options = {"mode": 0, "K": 6, "calib_sample_frac": 1.0}
+    set_params(tiny_model, **options, calibrate=True)
+    set_params(tiny_model, calib_interp="linear")  # nothing is sampled yet
+    with pytest.raises(UsageError, match="the calibration has seen no prompt"):
+        set_params(tiny_model, calibrate=False)
+    tiny_model(tokens(length=30))
+    with pytest.raises(UsageError, match="a calibration is under way, whose samples"):
+        set_params(tiny_model, calib_interp="fit")
+    set_params(tiny_model, calibrate=False)
+    assert get_params(tiny_model).calib_interp == "linear"
+    set_params(tiny_model, calibrate=True)
+    set_params(tiny_model, calibrate=True)  # from the start
+
+
+@pytest.mark.parametrize("frac", [0.5, 1.0])
+@pytest.mark.parametrize("to", ["k", "budget"])
+def test_prompts_in_and_out_of_inference_mode(tiny_model: LlamaForCausalLM, to: str, frac: float) -> None:
+    found = []
+    update_model(tiny_model)
+    for modes in ((True, False), (False, False)):
+        with torch.inference_mode(modes[0]):
+            set_params(
+                tiny_model, mode=0, K=6, placement="post-softmax", calib_to=to, calib_sample_frac=frac,
+                calibrate=True,
+            )  # fmt: skip
+            tiny_model(tokens(length=80))
+        with torch.inference_mode(modes[1]):
+            tiny_model(tokens(length=60, seed=1))
+        set_params(tiny_model, calibrate=False)
+        found.append(tables_of(tiny_model).theta[0].values)
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_thresholds_of_weighed_values_alone(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    method = {"method": "top_theta:value_aware", "K": 6, "placement": "post-softmax", "calib_to": "budget"}
+    set_params(tiny_model, **method, calib_sample_frac=1.0, calibrate=True)
+    tiny_model(tokens(length=60))
+    set_params(tiny_model, calibrate=False)
+    with pytest.raises(UsageError, match="were calibrated with value_aware"):
+        set_params(tiny_model, method="top_theta")
+    set_params(tiny_model, method="top_theta:value_aware,key_copy=int4")
+
+
+@pytest.mark.parametrize(
+    "params, words",
+    [
+        ({"method": None}, "method is None: give a method's name"),
+        ({"mode": 1, "K": -3}, "K is -3: give whole numbers"),
+        ({"mode": 1, "test_layer": "0"}, "test_layer is '0', but the model has layers 0 to 2"),
+        ({"mode": 0, "calib_add_sigma": "0.1"}, "calib_add_sigma is '0.1': give a number"),
+    ],
+)
+def test_wrong_values(tiny_model: LlamaForCausalLM, params: dict, words: str) -> None:
+    update_model(tiny_model)
+    with pytest.raises(UsageError, match=words):
+        set_params(tiny_model, **params)

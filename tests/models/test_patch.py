@@ -184,3 +184,24 @@ def test_statistics_cost_nothing_when_off(tiny_model: LlamaForCausalLM) -> None:
     assert all(state.spec == layer_spec(1, "pre-softmax", 4) for state in layer_states(tiny_model))
     set_params(tiny_model, mode=3)
     assert tiny_model.config._attn_implementation == "sdpa"
+
+
+def test_a_wrapper(tiny_model: LlamaForCausalLM) -> None:
+    with pytest.raises(UsageError, match="Sequential is a wrapper without a config: give the model in it"):
+        update_model(torch.nn.Sequential(tiny_model))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_error_before_the_attention_is_the_only_one(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    set_params(tiny_model, mode=1, K=4)
+    projection = tiny_model.model.layers[1].self_attn.q_proj
+
+    def fail(*_) -> None:
+        raise MemoryError("no room")
+
+    handle = projection.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError, match="no room"):
+        tiny_model(tokens())
+    handle.remove()
+    assert tiny_model(tokens()).logits.isfinite().all()

@@ -122,11 +122,20 @@ def test_card_and_config(tmp_path: Path) -> None:
 
 def test_card_of_a_copy_of_keys(tmp_path: Path) -> None:
     model = steered("Top-theta")
-    set_params(model, method="top_theta:key_copy=int4", placement="post-softmax", sdc="none", calibrate=True)
+    set_params(
+        model,
+        method="top_theta:key_copy=int4",
+        placement="post-softmax",
+        sdc="none",
+        calib_to="budget",
+        calibrate=True,
+    )
     model(tokens(length=60))
     set_params(model, calibrate=False)
     save_calibration(model, tmp_path, check_on=[tokens(length=80, seed=20)])
-    missed = json.loads((tmp_path / "config.json").read_text())["measured"]["missed_keys"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["longest"] == 60
+    missed = config["measured"]["missed_keys"]
     assert 0.0 < missed < 0.2
     card = ModelCard.load(tmp_path / "README.md")
     assert (
@@ -264,3 +273,49 @@ def test_through_a_hub(hub: Hub) -> None:
         load_calibration(other, "owner/tiny-thresholds", revision="main")
     with pytest.raises(UsageError, match="cannot be pushed to owner/x: .*401"):
         push_calibration(model, "owner/x", token="hf_wrong")
+
+
+def test_options_of_an_earlier_calibration_do_not_stay(tmp_path: Path) -> None:
+    earlier = {
+        "budget": {"placement": "post-softmax", "calib_to": "budget", "calib_layers": "sensitivity"},
+        "k": {"sdc": "exact", "calib_add_sigma": 0.1, "calib_tac": True},
+    }
+    models = {}
+    for name, options in earlier.items():
+        models[name] = model = tiny()
+        set_params(model, mode=0, K=6, vmc=True, calib_sample_frac=1.0, calibrate=True, **options)
+        model(tokens(length=60))
+        set_params(model, calibrate=False)
+        save_calibration(model, tmp_path / name)
+    for name, other in (("budget", "k"), ("k", "budget")):
+        set_params(models[name], test_layer=1)
+        load_calibration(models[name], tmp_path / other)
+        params = get_params(models[name])
+        assert (params.calib_layers, params.calib_add_sigma, params.calib_tac) == ("uniform", 0.0, False)
+        assert params.test_layer is None
+        ids = tokens(length=50, seed=9)
+        assert torch.equal(models[name](ids).logits, load_into_new(tmp_path / other)(ids).logits)
+        path = {"calib_load_path": str(tmp_path / name)}
+        aim = {"placement": "post-softmax", "calib_to": "budget", "sdc": "none"} if name == "budget" else {}
+        of_name = {"placement": "pre-softmax", "calib_to": "k", "sdc": "exact"} | aim
+        set_params(models[name], **of_name, **path)
+
+
+def load_into_new(folder: Path) -> LlamaForCausalLM:
+    model = tiny()
+    load_calibration(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_the_name_of_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without a name has none in a calibration; one of the current folder has the folder's."""
+    monkeypatch.chdir(tmp_path)
+    model = steered("Top-theta")
+    model.config._name_or_path = name
+    save_calibration(model, "saved")
+    base = json.loads(Path("saved/config.json").read_text())["base_model"]
+    assert base == (tmp_path.name if name else "")
+    load_calibration(model, "saved")
+    model.config._name_or_path = str(tmp_path)
+    load_calibration(model, "saved")

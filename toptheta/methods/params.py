@@ -122,7 +122,11 @@ class MethodOptions:
         choices=LAYER_BUDGETS,
     )
     calib_add_sigma: float = option(
-        0.0, "add X standard deviations to the mean threshold", metavar="X", group=CALIBRATION_GROUP
+        0.0,
+        "add X standard deviations to the mean threshold",
+        metavar="X",
+        group=CALIBRATION_GROUP,
+        rule=(lambda x: isinstance(x, (int, float)), "give a number"),
     )
     calib_sample_frac: float = option(
         0.1,
@@ -228,6 +232,10 @@ class AttentionParams(MethodOptions):
                 )
             method = given["method"]
             method = parse_method(method, flag("method")) if isinstance(method, str) else method
+            if not isinstance(method, Method):
+                raise UsageError(
+                    f"{flag('method')} is {method!r}: give a method's name, or one of toptheta.methods."
+                )
         elif "mode" in given:
             mode = given["mode"]
             if isinstance(mode, bool) or not isinstance(mode, int):
@@ -312,8 +320,8 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
     method.check(flag)
     for k in params.K.values() if isinstance(params.K, Mapping) else [params.K]:
         for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise UsageError(f"{flag('K')} is {value!r}: give whole numbers.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(f"{flag('K')} is {value!r}: give whole numbers (0 leaves a layer dense).")
     if not params.sparse:
         return params
     compensation.check(method, params.placement, params.sdc, params.vmc, flag)

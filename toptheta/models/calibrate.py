@@ -159,6 +159,7 @@ def calibrated_tables(model: nn.Module, k_per_layer: tuple[int, ...] | None = No
                 )
             damage = partial(measure, model, list(prompts), params)
         tables.theta = budget_tables(budgets, k_per_layer, damage)
+        tables.meta["longest"] = str(max(one.longest for one in budgets.values()))  # the tables end at K + 1
         tables.k = {i: k_per_layer[i] for i in budgets}
         tables.values = {
             i: LayerValues(found.values.mean.cpu().numpy(), found.values.scale.cpu().numpy())

@@ -120,9 +120,9 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
     layers = patched_layers(model)
     shared = model_state(model)
     k_per_layer = params.k_per_layer(len(layers))
-    if params.test_layer is not None and not 0 <= params.test_layer < len(layers):
+    if params.test_layer not in (None, *range(len(layers))):
         raise UsageError(
-            f"test_layer is {params.test_layer}, but the model has layers 0 to {len(layers) - 1}."
+            f"test_layer is {params.test_layer!r}, but the model has layers 0 to {len(layers) - 1}."
         )
     tables = shared.tables
     if params.calibrate:

@@ -98,6 +98,10 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
             f"{type(model).__name__} (model type {kind!r}) has no attention layer of a supported family: use "
             f"a model of {', '.join(MODEL_TYPES)}, or add the family (CONTRIBUTING.md)."
         )
+    if not hasattr(model, "config"):
+        raise UsageError(
+            f"{type(model).__name__} is a wrapper without a config: give the model in it instead."
+        )
     outer, inner = (getattr(x.config, "model_type", None) for x in (model, layers[0]))
     if outer != inner:
         raise UsageError(

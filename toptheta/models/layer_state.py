@@ -129,9 +129,10 @@ class LayerState(nn.Module):
             now.extras = self._sums[layer]
             now.extras.check(layer.values)
 
-    def end(self) -> None:
-        """Drop the references to the cache, which must not outlive its owner. Raises UsageError if the layer
-        did not compute its attention with top_theta although it should have."""
+    def end(self, finished: bool = True) -> None:
+        """Drop the references to the cache, which must not outlive its owner. finished: False after an error.
+        Raises UsageError if the layer did not compute its attention with top_theta although it should
+        have."""
         now = self.now
         if now.owner is not None and now.owner != get_ident():
             return  # this call failed before its `begin`, while another thread computes
@@ -140,7 +141,7 @@ class LayerState(nn.Module):
         if now.owner is not None:
             now.owner = None
             now.lock.release()
-        if due:
+        if due and finished:
             raise UsageError(
                 f"layer {self.layer_idx} did not compute its attention with top_theta, although set_params "
                 "selected it: call model.set_attn_implementation('top_theta'), or restore_model(model)."
@@ -232,4 +233,4 @@ def _begin(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def _end(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    layer.toptheta.end()  # type: ignore[operator, union-attr]
+    layer.toptheta.end(output is not None)  # type: ignore[operator, union-attr]

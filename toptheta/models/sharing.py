@@ -182,9 +182,13 @@ def calibration_of(
 
 
 def sampled(tables: CalibrationTables) -> tuple[int, int]:
-    """The number of sampled rows of each head of a layer, and the length of the longest."""
-    samples = next(iter((tables.theta or tables.sdc).values())).samples
-    return int(samples.sum(axis=1).max()), int(np.flatnonzero(samples.any(axis=0)).max())
+    """The number of sampled rows of each head of a layer, the most of any layer, and the length of the
+    longest."""
+    samples = [table.samples for table in (tables.theta or tables.sdc).values()]
+    longest = max(int(np.flatnonzero(one.any(axis=0)).max()) for one in samples)
+    stated = tables.meta.get("longest", "")  # of a budget, which has no table by row length
+    rows = max(int(one.sum(axis=1).max()) for one in samples)
+    return rows, int(stated) if stated.isdigit() else longest
 
 
 def versions() -> dict[str, str]:
