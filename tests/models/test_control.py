@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from tests.helpers.models import tokens
 from topk_llama import restore_model, set_params, update_model
 from toptheta.calibration.tables import save_tables
-from toptheta.models.calibrate import calibrations
+from toptheta.models.calibrate import calibrations, value_gram
 from toptheta.models.control import get_params, reading_prompt, record_statistics, tables_of
 from toptheta.models.patch import layer_states, model_state
 from toptheta.models.recorder import Recorder
@@ -142,6 +142,25 @@ def test_prompts_in_and_out_of_inference_mode(tiny_model: LlamaForCausalLM, to: 
         set_params(tiny_model, calibrate=False)
         found.append(tables_of(tiny_model).theta[0].values)
     np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+class Adapted(torch.nn.Linear):
+    """As an adapter has it: a weight, and something added to what it gives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0.5 * x[..., : self.out_features]
+
+
+def test_value_norms_of_an_adapted_projection(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    layer = tiny_model.model.layers[0].self_attn
+    plain = layer.o_proj
+    size = plain.in_features
+    for bias in (False, True):
+        layer.o_proj = Adapted(size, plain.out_features, bias=bias)
+        merged = layer.o_proj.weight + 0.5 * torch.eye(size)[: plain.out_features]
+        parts = merged.view(plain.out_features, -1, layer.head_dim).transpose(0, 1)
+        torch.testing.assert_close(value_gram(layer), parts.transpose(1, 2) @ parts)
 
 
 def test_thresholds_of_weighed_values_alone(tiny_model: LlamaForCausalLM) -> None:

@@ -149,6 +149,7 @@ class TopTheta(Method):
         return TopTheta()  # as in the published project: no cap while calibrating
 
 
+@torch.no_grad()
 def value_factors(state: State, values: ValueNorms, v: Tensor, own: int | None) -> Tensor:
     """`[B, H, E]`, the relative norm of each key's value: from `state`, except for the last `own` keys, which
     are new, and for those that came while the layer was dense.

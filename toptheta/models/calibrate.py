@@ -210,11 +210,17 @@ def end_calibration(model: nn.Module) -> None:
     model_state(model).end_prompt_hooks()
 
 
+@torch.no_grad()
 def value_gram(layer: Any) -> Tensor:
     """`[H, D, D]` float32, W_o^T W_o of each head's part of a layer's output projection. Raises UsageError
     for weights that are offloaded."""
-    weight = layer.o_proj.weight
+    projection = layer.o_proj
+    weight = projection.weight
     if weight.device.type == "meta":
         raise UsageError("value_aware needs the output projections, which are offloaded: leave it out.")
-    parts = weight.detach().float().view(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
+    if type(projection) is not nn.Linear:  # an adapter, or a quantized weight: what it makes of unit vectors
+        dtype = weight.dtype if weight.is_floating_point() else layer.config.dtype or torch.float32
+        units = torch.eye(projection.in_features, dtype=dtype, device=weight.device)
+        weight = (projection(units) - projection(torch.zeros_like(units[:1]))).T
+    parts = weight.float().reshape(weight.shape[0], -1, layer.head_dim).transpose(0, 1)
     return parts.transpose(1, 2) @ parts
