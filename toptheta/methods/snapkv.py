@@ -66,8 +66,11 @@ class SnapKV(Method):
     def _drop(self, state: State, prompt: Tensor, budget: int, groups: int) -> None:
         """Drop keys of the prompt, `[B, H, E]` bool."""
         end, size = prompt.shape[-1], self._size(budget)
-        rows = state.tensors.pop("window")
-        state.chosen_by["window"] = rows
+        rows = state.tensors.pop("window", None)
+        if rows is None:  # a call of its own, without a cache: nothing is known of the keys
+            rows = prompt.new_zeros(1, 1, 1, end, dtype=torch.float32)
+        else:
+            state.chosen_by["window"] = rows
         window = keep_recent(prompt, size)
         others = prompt & ~window
         scores = rows[..., :end].sum(dim=2).masked_fill(~others, 0.0)
