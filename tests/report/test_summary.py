@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
-from toptheta.report.results import CellResult, Kept, Metric
-from toptheta.report.summary import report_run
+from toptheta.report.results import DECODE, CellResult, Kept, Metric
+from toptheta.report.summary import report_run, report_sweep
+from toptheta.report.tables import SweepRow
 
+VERSIONS = ("torch", "transformers", "lm_eval")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -51,3 +53,22 @@ append_result(root, "results.txt", "Größe")
     assert done.returncode == 0, done.stderr
     for name in ("summary.md", "log.txt", "results.txt"):
         assert "Größe" in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_a_text_that_keeps_every_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As dense attention: a table without a plot of KL, in a run and in a table of runs."""
+    kept, read = {DECODE: Kept(1.0, 1.0)}, {DECODE: 1.0}
+    extra = {"environment": dict.fromkeys(("device_name", "device", "threads", *VERSIONS), "x")}
+    metrics = {"ppl": Metric(9.0, 0.1, 4), "kl": Metric(1e-9, 0.0, 4)}
+    results = [
+        CellResult(name, "Tiny", "perplexity", k=k, dense=not k, metrics=metrics, kept=kept, kv_bytes=read,
+                   seconds={"calibration": 0.0, "evaluation": 1.0}, extra=extra)
+        for name, k in (("dense", None), ("Top-k K=300", 300))
+    ]  # fmt: skip
+    report_run(tmp_path, results, "Tiny, text")
+    assert "| Top-k K=300" in (tmp_path / "summary.md").read_text()
+    report_sweep(tmp_path / "table", "Tiny", "tiny", [SweepRow("text", r.method, r.k, r) for r in results])
+    assert "Top-k K=300" in (tmp_path / "table" / "table.md").read_text()
+    printed = capsys.readouterr().err
+    assert printed.count("No plot kl.png, because no result differs from dense") == 2
+    assert "No plot kl_by_v_rows.png" in printed

@@ -53,8 +53,11 @@ def report_run(folder: Path, results: Sequence[CellResult], title: str) -> list[
     if any(_is_compared(result) and not result.dense for result in results):
         from toptheta.report.plots.divergence import draw_divergence
 
-        draw_divergence({title: results}, folder / "kl.png", "KL to dense attention by KV bytes read")
-        print(f"Plot: {folder / 'kl.png'}")
+        try:
+            draw_divergence({title: results}, folder / "kl.png", "KL to dense attention by KV bytes read")
+            print(f"Plot: {folder / 'kl.png'}")
+        except UsageError as error:
+            say(f"No plot kl.png, because {error}")
     print(f"Results: {folder}")
     return results
 
@@ -137,11 +140,14 @@ def _draw_table(folder: Path, title: str, results: Sequence[CellResult]) -> list
             except UsageError as error:
                 say(f"{task}: no plot, because {error}")
     if texts:
-        from toptheta.report.plots.divergence import V_ROWS, draw_divergence
+        from toptheta.report.plots.divergence import KV_BYTES, V_ROWS, draw_divergence
 
-        draw_divergence(texts, folder / "kl.png", title)
-        draw_divergence(texts, folder / "kl_by_v_rows.png", title, V_ROWS)
-        written += [folder / "kl.png", folder / "kl_by_v_rows.png"]
+        for name, price in (("kl.png", KV_BYTES), ("kl_by_v_rows.png", V_ROWS)):
+            try:
+                draw_divergence(texts, folder / name, title, price)
+                written.append(folder / name)
+            except UsageError as error:
+                say(f"No plot {name}, because {error}")
     return written
 
 

@@ -66,7 +66,7 @@ def divergence_figure(panels: dict[str, Sequence[CellResult]], title: str, price
     panels = {name: found for name, results in panels.items() if (found := _drawable(results, price))}
     if not panels:
         raise UsageError(
-            f"no result has both a KL to dense attention and the {price.name} of decode steps: there is "
+            f"no result differs from dense attention and has the {price.name} of decode steps: there is "
             "nothing to draw."
         )
     lines = list(dict.fromkeys(r.family for results in panels.values() for r in results if not r.dense))
