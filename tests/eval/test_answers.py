@@ -10,6 +10,7 @@ import torch
 
 from tests.eval.helpers import gen_settings, interrupt_at, only_run, qa_settings
 from toptheta.report.results import Answer, CellResult, read_answers
+from toptheta.util.errors import UsageError
 
 
 def answers_by_key(result: CellResult) -> dict[str, Answer]:
@@ -112,6 +113,10 @@ def test_programs_scored_later(folder_model: str, here: Path) -> None:
     assert [json.loads(line)["passed"] for line in lines] == [False] * 4
     root = only_run(here / "products")
     assert "pass@1" in (root / "summary.md").read_text() and (root / "report.html").is_file()
+    (Path(str(result.folder)) / "samples.jsonl").write_text("")
+    with pytest.raises(UsageError, match="samples.jsonl is empty: there is nothing to score"):
+        score_folder(str(here / "products"))
+    assert "pass@1" in (root / "summary.md").read_text()
 
 
 def test_files_of_replies_are_in_the_order_of_the_questions(

@@ -73,7 +73,9 @@ def _samples(path: Path) -> tuple[list[dict[str, Any]], int]:
             raise UsageError(
                 f"{path}, line {number} is damaged ({error}): a line is JSON with task_id and completion."
             ) from None
-    return samples, len(samples) // max(1, len({sample["task_id"] for sample in samples}))
+    if not samples:
+        raise UsageError(f"{path} is empty: there is nothing to score, so name another run.")
+    return samples, len(samples) // len({sample["task_id"] for sample in samples})
 
 
 def _score_answers(folder: Path, rows: list[dict[str, Any]]) -> None:
