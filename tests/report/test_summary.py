@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.paths import ROOT
 from toptheta.report.results import DECODE, CellResult, Kept, Metric
 from toptheta.report.summary import report_run, report_sweep
-from toptheta.report.tables import SweepRow
+from toptheta.report.sweep_tables import SweepRow
 
 VERSIONS = ("torch", "transformers", "lm_eval")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -12,6 +12,7 @@ from tests.helpers.effective_k import histogram_of
 from tests.helpers.paths import ROOT
 from toptheta.attention import effective_k as effective
 from toptheta.models.recorder import DECODE, PREFILL
+from toptheta.report import sweep_tables as sweeps
 from toptheta.report import tables as report
 from toptheta.report.frames import load
 from toptheta.report.results import CellResult, Kept, Metric
@@ -38,20 +39,20 @@ def test_the_committed_table_of_a_sweep_comes_out_the_same() -> None:
     folder = ROOT / "products" / "tables" / "smollm2"
     saved = json.loads((folder / "results.json").read_text())
     results = [CellResult.from_json(value) for value in saved]
-    rows = [report.SweepRow(r.task, r.family, r.k, r) for r in results]
+    rows = [sweeps.SweepRow(r.task, r.family, r.k, r) for r in results]
     title = json.loads((ROOT / "reproduce.json").read_text())["tables"]["smollm2"]["title"]
-    assert report.sweep_markdown(title, "smollm2", rows) == (folder / "table.md").read_text()
+    assert sweeps.sweep_markdown(title, "smollm2", rows) == (folder / "table.md").read_text()
     text = (folder / "table.csv").read_text()
-    assert sorted(report.sweep_csv(rows).splitlines()) == sorted(text.splitlines())
+    assert sorted(sweeps.sweep_csv(rows).splitlines()) == sorted(text.splitlines())
 
 
 def test_methods_at_equal_v_rows() -> None:
     """On lines in the logarithms: KL = 1e-4 / share, and 0.05 / share, from K of any order."""
 
-    def row(method: str, k: int | None, vrow: float, kl: float) -> report.SweepRow:
+    def row(method: str, k: int | None, vrow: float, kl: float) -> sweeps.SweepRow:
         kept = {"prefill": None, "generative_decoding": Kept(vrow / 2, vrow)}
         result = CellResult(method, k=k, metrics={"kl": Metric(kl)}, kept=kept, dense=k is None)
-        return report.SweepRow("novel", method, k, result)
+        return sweeps.SweepRow("novel", method, k, result)
 
     rows = [
         row("dense", None, 1.0, 0.0),
@@ -60,9 +61,9 @@ def test_methods_at_equal_v_rows() -> None:
         row("near", 32, 0.1, 1e-3),
         row("far", 16, 0.05, 1.0),
         row("far", 32, 0.1, 0.5),
-        report.SweepRow("novel", "missing", 16, None),
+        sweeps.SweepRow("novel", "missing", 16, None),
     ]
-    header, _, near, far = report.at_equal_vrows(rows, (0.08, 0.16)).splitlines()
+    header, _, near, far = sweeps.at_equal_vrows(rows, (0.08, 0.16)).splitlines()
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["method", "8 % of V rows", "16 % of V rows"]
     assert [cell.strip() for cell in near.split("|")[1:-1]] == ["near", "0.0013", "0.0006"]
     assert [cell.strip() for cell in far.split("|")[1:-1]] == ["far", "0.6250", "-"]
@@ -86,14 +87,14 @@ def test_needles_by_length_and_by_depth() -> None:
 def test_sections_of_a_sweep_are_tasks_of_their_own(tmp_path: Path) -> None:
     """Two texts of one data set: each is compared with its own dense cell, and read again as a task."""
 
-    def row(task: str, method: str, k: int | None, ppl: float) -> report.SweepRow:
+    def row(task: str, method: str, k: int | None, ppl: float) -> sweeps.SweepRow:
         metrics = {"ppl": Metric(ppl), "kl": Metric(0.1 * (k is not None))}
         environment = dict.fromkeys(
             ("device_name", "device", "threads", "torch", "transformers", "lm_eval"), 1
         )
         seconds, extra = {"calibration": 0.0, "evaluation": 1.0}, {"environment": environment}
         made = {"metrics": metrics, "seconds": seconds, "extra": extra, "dense": k is None}
-        return report.SweepRow(task, method, k, CellResult("?", task="perplexity", k=k, **made))
+        return sweeps.SweepRow(task, method, k, CellResult("?", task="perplexity", k=k, **made))
 
     rows = [
         row(text, *cell) for text in ("novel", "code") for cell in (("dense", None, 9.0), ("Top-k", 8, 9.5))
@@ -114,10 +115,10 @@ def test_columns_of_a_calibration() -> None:
     theta = CellResult(
         "Top-theta", k=32, effective_k=counted, seconds={"calibration": 9.0}, extra={"dense_window_s": 2.0}
     )
-    columns = report.calibration_columns([CellResult("dense", dense=True), theta])
+    columns = sweeps.calibration_columns([CellResult("dense", dense=True), theta])
     assert [column.text(theta) for column in columns] == ["0.98 (0.53 to 1.44)", "4.5"]
     assert [column.text(CellResult("dense", dense=True)) for column in columns] == ["-", "-"]
-    assert report.calibration_columns([CellResult("dense", dense=True)]) == []
+    assert sweeps.calibration_columns([CellResult("dense", dense=True)]) == []
 
 
 def test_columns_are_what_results_hold() -> None:
@@ -143,8 +144,8 @@ def test_columns_are_what_results_hold() -> None:
     at = [cell.strip() for cell in header.split("|")].index("missed keys %")
     assert [line.split("|")[at].strip() for line in (copied, whole)] == ["1.24", "-"]
     environment = {"environment": {"device_name": "x"}}
-    both = [report.SweepRow("t", "Top-k", 64, replace(one, extra=environment)) for one in both]
-    found = list(csv.DictReader(report.sweep_csv(both).splitlines()))
+    both = [sweeps.SweepRow("t", "Top-k", 64, replace(one, extra=environment)) for one in both]
+    found = list(csv.DictReader(sweeps.sweep_csv(both).splitlines()))
     assert [row["missed_keys"] for row in found] == ["0.01237", "0.01237", "", ""]
     windows = CellResult(
         "dense", dense=True, metrics={"ppl": Metric(14.1, 0.5, 7)}, kept=prefill, seconds=seconds, extra=read
@@ -152,9 +153,9 @@ def test_columns_are_what_results_hold() -> None:
     header, _, row = report.results_table([windows]).splitlines()
     assert "| <= 64 | <= 128 | all " in header and "| kept elements % | calibration s |" in header
     assert "| 20.00 | 10.00  | 14.10 ± 0.50 (n=7) |" in row
-    not_run = report.SweepRow("t", "Top-theta", 64, None)
-    assert "not run" in report.sweep_csv([]) + report.sweep_markdown("T", "t", [not_run])
-    assert report.sweep_csv([not_run]).splitlines()[1] == "t,Top-theta,64" + 11 * ","
+    not_run = sweeps.SweepRow("t", "Top-theta", 64, None)
+    assert "not run" in sweeps.sweep_csv([]) + sweeps.sweep_markdown("T", "t", [not_run])
+    assert sweeps.sweep_csv([not_run]).splitlines()[1] == "t,Top-theta,64" + 11 * ","
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ def missed_keys(call: AttentionCall) -> Tensor:
     spec, rows = call.spec, call.rows
     batch, _, q_len, _ = call.q.shape
     found = torch.zeros(batch, q_len, 2, dtype=torch.int64, device=call.q.device)
+    examined = rows.examined(EVERY)
+    if not examined:
+        return found
     chosen = ((rows.n - 1) % EVERY == 0) & spec.may_drop(rows.n)
     if rows.real is not None:
         chosen = chosen & rows.real
-    examined = chosen.any(dim=0).nonzero()[:, 0].tolist()
-    if not examined:
-        return found
     if call.state is None:
         call = replace(call, state=State())
         call.key_codes()

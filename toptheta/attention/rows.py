@@ -30,6 +30,7 @@ class _Derived:
     first: Tensor | None = None
     span: Tensor | None = None
     continued: tuple[weakref.ref[Tensor], int, bool] | None = None
+    examined: list[int] | None = None
 
 
 @dataclass
@@ -117,6 +118,18 @@ class Rows:
             same = torch.equal(self.key_real[:, :end], before[:, :end])
             known = derived.continued = (weakref.ref(before), end, same)
         return known[2]
+
+    def examined(self, every: int) -> list[int]:
+        """The rows with 1, every + 1, 2 * every + 1, ... visible keys in any sequence. Without padding they
+        are known; else they are asked once for all layers, because on a GPU this synchronises."""
+        if self.first is not None and self.key_real is None:
+            return list(range(-self.first % every, self.n.shape[1], every))
+        derived = self._shared()
+        if derived.examined is None:
+            at = (self.n - 1) % every == 0
+            at = at if self.real is None else at & self.real
+            derived.examined = at.any(dim=0).nonzero()[:, 0].tolist()
+        return derived.examined
 
     def last(self, count: int) -> "Rows":
         """The last `count` rows."""

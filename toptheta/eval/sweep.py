@@ -32,7 +32,7 @@ from toptheta.eval.table_cells import (
 )
 from toptheta.report.results import CellResult, read_result
 from toptheta.report.summary import redraw_sweep, report_sweep, saved_rows
-from toptheta.report.tables import SweepRow, with_k
+from toptheta.report.sweep_tables import SweepRow, with_k
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
@@ -70,9 +70,7 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
         raise UsageError(f"--data_dir {options.data_dir}: there is no such folder.")
     cells = plan(table, tables, options, parsers)
     named = {(cell.task, with_k(cell.method, cell.k)) for cell in cells}
-    dense: dict[
-        str, str
-    ] = {}  # the key of each task's first dense cell, also of those that --only leaves out
+    dense = dict[str, str]()  # key of each task's first dense cell, which --only may leave out
     for cell in cells:
         if cell.dense:
             dense.setdefault(cell.task, cell.key)

@@ -24,7 +24,7 @@ from toptheta.eval.settings import (
 )
 from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import MethodOptions
-from toptheta.report.tables import with_k
+from toptheta.report.sweep_tables import with_k
 from toptheta.util.errors import UsageError
 from toptheta.util.options import at_least, option, options_of
 from toptheta.util.schema import Count, read_json

@@ -232,10 +232,6 @@ class AttentionParams(MethodOptions):
                 )
             method = given["method"]
             method = parse_method(method, flag("method")) if isinstance(method, str) else method
-            if not isinstance(method, Method):
-                raise UsageError(
-                    f"{flag('method')} is {method!r}: give a method's name, or one of toptheta.methods."
-                )
         elif "mode" in given:
             mode = given["mode"]
             if isinstance(mode, bool) or not isinstance(mode, int):

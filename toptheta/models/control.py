@@ -106,9 +106,8 @@ def set_params(model: nn.Module, **params) -> None:
     implied: dict[str, Any] = {"calib_load_path": ""}
     if "calib_load_path" in params:
         implied = dict(UNSHAPED)  # left over from a calibration, as below
-    if not old.changed(
-        {name: params[name] for name in ("method", "mode") if name in params}
-    ).method.needs_thresholds:
+    method = old.changed({name: params[name] for name in ("method", "mode") if name in params}).method
+    if not getattr(method, "needs_thresholds", True):  # what is no method is refused below
         implied["calib_tac"] = False  # left over from a calibration; given in this call, it is an error
     use_params(model, old.changed(implied | params))
 

@@ -206,8 +206,7 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
     The first half of each text is left dense, as a prompt is; the others are decode steps, which count.
     Returns kl (mean and standard error between texts, nats a token; the share of the same most likely token),
     effective_k (of `effective_k.overall`, over all layers), and missed_keys (see attention/missed.py) if the
-    method has a copy of K. Raises UsageError for a text that is too
-    short.
+    method has a copy of K. Raises UsageError for a text that is too short.
     """
     sizes, before = _sizes(model), recorder_of(model)
     recorder = Recorder()

@@ -10,9 +10,12 @@ from pathlib import Path
 from toptheta.report import tables
 from toptheta.report.paired import paired_with_dense
 from toptheta.report.results import DECODE, CellResult
+from toptheta.report.sweep_tables import SweepRow, sweep_csv, sweep_markdown, with_k
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json, write_text
+
+NO_REFERENCES: Mapping[str, CellResult] = {}
 
 
 def draw_cell(result: CellResult, folder: Path) -> None:
@@ -83,18 +86,18 @@ def report_sweep(
     folder: Path,
     title: str,
     table_name: str,
-    rows: Sequence[tables.SweepRow],
+    rows: Sequence[SweepRow],
     at_vrows: Sequence[float] = (),
-    references: Mapping[str, CellResult] | None = None,
+    references: Mapping[str, CellResult] = NO_REFERENCES,
 ) -> None:
     """Write table.md, table.csv, results.json and plots of a sweep into `folder`, and print the table: kl.png
     and kl_by_v_rows.png for texts that are compared with dense attention, <task>.png for each other task.
-    at_vrows: see `tables.sweep_markdown`. references: for each task the dense result that the others are
-    compared with, if it is finished; None: the first dense one of the rows."""
+    at_vrows: see `sweep_markdown`. references: for each task the dense result that the others are
+    compared with, if it is finished."""
     rows = _compared(rows, references)
-    text = tables.sweep_markdown(title, table_name, rows, at_vrows)
+    text = sweep_markdown(title, table_name, rows, at_vrows)
     write_text(folder / "table.md", text)
-    write_text(folder / "table.csv", tables.sweep_csv(rows))
+    write_text(folder / "table.csv", sweep_csv(rows))
     # Several texts of a table are distinguished by the table's name of the task.
     results = [replace(row.result, task=row.task, folder=None) for row in rows if row.result is not None]
     write_json(folder / "results.json", [result.to_json() for result in results])
@@ -156,19 +159,15 @@ def _is_compared(result: CellResult) -> bool:
     return "kl" in result.metrics and (result.kv_bytes or {}).get(DECODE) is not None
 
 
-def _compared(
-    rows: Sequence[tables.SweepRow], references: Mapping[str, CellResult] | None
-) -> list[tables.SweepRow]:
+def _compared(rows: Sequence[SweepRow], references: Mapping[str, CellResult]) -> list[SweepRow]:
     """The rows, with results named as in the table, and those of each task compared with its dense reference.
     Dense attention in another type shows the size of rounding differences."""
     found = list(rows)
     for task in dict.fromkeys(row.task for row in rows):
         places = [i for i, row in enumerate(rows) if row.task == task and row.result is not None]
-        results, dense, notes = [_named(rows[i]) for i in places], None, list[str]()
-        if references is not None:
-            dense = references.get(task)
-        if references is None or dense is not None:
-            results, notes = paired_with_dense(results, dense)
+        results, notes = [_named(rows[i]) for i in places], list[str]()
+        if task in references:
+            results, notes = paired_with_dense(results, references[task])
         for note in notes:
             say(note)
         for i, result in zip(places, results):
@@ -176,8 +175,8 @@ def _compared(
     return found
 
 
-def _named(row: tables.SweepRow) -> CellResult:
+def _named(row: SweepRow) -> CellResult:
     """A row's result, with the names that the table has for its method and task: several tasks may read
     texts."""
     assert row.result is not None
-    return replace(row.result, task=row.task, method=tables.with_k(row.method, row.k))
+    return replace(row.result, task=row.task, method=with_k(row.method, row.k))
