@@ -7,6 +7,7 @@ import pytest
 from tests.eval.helpers import calibrating_settings, only_run
 from toptheta.eval.run import Run, product_folder
 from toptheta.eval.settings import QASettings
+from toptheta.report import load
 from toptheta.report.results import read_result
 from toptheta.util.errors import UsageError
 
@@ -31,7 +32,8 @@ def test_a_cell_that_cannot_be_calibrated_costs_no_other(folder_model: str, here
         with pytest.raises(UsageError, match="^Top-theta K=900 could not be computed; the other cells are f"):
             evaluate(settings, resume=resume and str(only_run(here / "products")))
     run = only_run(here / "products")
-    assert (run / "report.html").is_file()
+    missing = f"{run} is not finished: 1 of its 7 cells have no result (mode0_k900)."
+    assert load(run).notes == (missing,) and missing in (run / "report.html").read_text()
     assert not list(run.glob("**/partial*"))
     found = [read_result(path) for path in sorted(run.glob("*/results.json"))]
     alone = evaluate(calibrating_settings(folder_model, mode=(0, 1, 3), k=(16, 32), output_dir="alone"))

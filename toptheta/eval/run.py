@@ -2,7 +2,7 @@
 
 import fcntl
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,15 +45,18 @@ class Run:
         return f"{processes.launched(command(self.script))} --resume {self.top}"
 
 
-def open_run(settings: Settings, script: str, resume: str | None) -> Run:
-    """A new run folder, or the one to resume; all processes share it. Raises UsageError if another process is
-    running it."""
+def open_run(
+    settings: Settings, script: str, resume: str | None, inputs: Callable[[], dict[str, str]]
+) -> Run:
+    """A new run folder, or the one to resume; all processes share it. inputs: returns the hashes of what the
+    answers depend on, by its name in messages. Raises UsageError if another process is running it, or if one
+    of the inputs has changed since it was started: answers to both must not be mixed."""
     run: Run | None = None
     world_size = processes.world_size()
 
     def opened() -> Path:
         nonlocal run
-        run = _open(settings, script, resume, world_size)
+        run = _open(settings, script, resume, world_size, inputs())
         return run.folder
 
     folder = processes.from_first(opened)
@@ -61,7 +64,9 @@ def open_run(settings: Settings, script: str, resume: str | None) -> Run:
     return run or Run(folder, settings, script, lock=_lock(folder, fcntl.LOCK_SH))
 
 
-def _open(settings: Settings, script: str, resume: str | None, world_size: int) -> Run:
+def _open(
+    settings: Settings, script: str, resume: str | None, world_size: int, inputs: dict[str, str]
+) -> Run:
     folder = Path(resume) if resume else Path(settings.output_dir) / timestamp()
     try:
         if not resume:
@@ -70,13 +75,21 @@ def _open(settings: Settings, script: str, resume: str | None, world_size: int) 
         if lock is None:
             raise UsageError(f"--resume {folder}: another process is running it; wait for it or stop it.")
         if resume:
+            _check_inputs(folder, inputs)
             remove_unfinished(folder)
         else:
+            run = Run(folder, settings, script)
             saved = {
                 "script": script,
                 "command": shlex.join(["python", script, *to_flags(settings)]),
                 "settings": settings.to_json(),
                 "environment": environment(settings.device),
+                "inputs": inputs,
+                "cells": [
+                    str(product_folder(part, cell).relative_to(folder))
+                    for part in task_parts(run)
+                    for cell in settings.cells()
+                ],
                 "world_size": world_size,
             }
             write_json(folder / "run.json", saved)
@@ -100,6 +113,17 @@ def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> Any:
     return file
 
 
+def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Raise UsageError for an input that has changed. Runs of earlier versions did not record theirs."""
+    saved = read_json(folder / "run.json", Started, f"--resume {folder} is not possible, start a new run")
+    for name, started_with in saved.get("inputs", {}).items():
+        if name in inputs and inputs[name] != started_with:
+            raise UsageError(
+                f"--resume {folder}: {name} changed since this run was started, and its answers must not be "
+                "mixed with new ones: restore it, or start a new run."
+            )
+
+
 def is_under_way(folder: Path) -> bool:
     """Whether a process is running the run in `folder`."""
     lock = _lock(folder)
@@ -113,6 +137,12 @@ class Saved(TypedDict):
 
     script: str
     settings: dict[str, Any]
+
+
+class Started(Saved, total=False):
+    """With what earlier versions did not save."""
+
+    inputs: dict[str, str]
 
 
 def saved_run(folder: Path, kinds: dict[str, type[Settings]]) -> tuple[str, Settings] | None:
@@ -197,7 +227,7 @@ def write_config(
 
 @contextmanager
 def resumable(run: Run) -> Iterator[None]:
-    """If the block is interrupted, or a file cannot be written, print how to resume the run."""
+    """If the block is interrupted, or a file cannot be written, print how to resume the run. Unlocks it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -212,3 +242,6 @@ def resumable(run: Run) -> Iterator[None]:
             f"{error.filename or run.top} cannot be written ({error.strerror}). Finished work is kept; fix "
             f"the problem, then resume with: {run.resume_command}"
         ) from None
+    finally:
+        if run.lock is not None:
+            run.lock.close()

@@ -41,6 +41,7 @@ from toptheta.eval.tasks.needle import NeedleJob
 from toptheta.eval.tasks.perplexity import PerplexityJob
 from toptheta.eval.tasks.qa import qa_jobs
 from toptheta.models.control import record_statistics, take_dense_calls
+from toptheta.models.fingerprint import fingerprint
 from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import CellResult, ComputedDense
@@ -80,10 +81,15 @@ def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -
             f"{', '.join(dense)}: prompts are computed dense, so a task without generation gives the results "
             "of dense attention."
         )
-    run = open_run(settings, SCRIPTS[type(settings)], resume)
+    run = open_run(settings, SCRIPTS[type(settings)], resume, lambda: _inputs(source, config, jobs))
     say(f"Run folder: {run.folder}")
     with resumable(run):
         return _run_parts(run, jobs, source, config.num_hidden_layers, page)
+
+
+def _inputs(source: ModelSource, config: Any, jobs: list[Job]) -> dict[str, str]:
+    model = {f"the model {source.name}": fingerprint(source, config)}
+    return model | {f"the data of {job.task}": job.data_hash() for job in jobs}
 
 
 def _run_parts(

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from toptheta.report.paired import Comparison, Difference, compare
 from toptheta.report.results import CellResult, Metric, read_answers, read_result
 from toptheta.report.tables import Column, build, is_share, score, small
+from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp, write_json, write_text
 from toptheta.util.schema import read_json
@@ -37,6 +38,9 @@ def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Com
     from toptheta.report.plots.compare import draw_comparison
 
     folders = [folder for run in runs for folder in cells_of(run)]
+    for run in runs:
+        for note in unfinished(Path(run)):
+            say(note)
     if len(set(folders)) < 2:
         raise UsageError(f"{' '.join(runs)} is one cell only: name another run or cell to compare it with.")
     results = [_result(folder) for folder in dict.fromkeys(folders)]
@@ -87,6 +91,25 @@ def is_cell(folder: Path) -> bool:
     damaged."""
     path = folder / "results.json"
     return path.is_file() and not isinstance(read_json(path, Any, "run the cell again"), list)
+
+
+class _Started(TypedDict, total=False):
+    """What run.json says of a run's cells; earlier versions did not."""
+
+    cells: list[str]
+
+
+def unfinished(folder: Path) -> list[str]:
+    """A note on the cells that a run has not finished; none for a finished run, and for other folders. Raises
+    UsageError if run.json is damaged."""
+    if not (folder / "run.json").is_file():
+        return []
+    cells = read_json(folder / "run.json", _Started, "correct it, or remove it").get("cells", [])
+    missing = [cell for cell in cells if not (folder / cell / "results.json").is_file()]
+    if not missing:
+        return []
+    count = f"{len(missing)} of its {len(cells)} cells have no result"
+    return [f"{folder} is not finished: {count} ({', '.join(missing)})."]
 
 
 def _result(folder: Path) -> CellResult:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from toptheta.report.compare import distinct_labels, is_cell
+from toptheta.report.compare import distinct_labels, is_cell, unfinished
 from toptheta.report.paired import paired_with_dense
 from toptheta.report.plots.read import (
     named_layers,
@@ -129,7 +129,7 @@ def load(*folders: Path | str) -> LoadedRun:
     by_task: dict[tuple[str, str], list[CellResult]] = {}
     for result in unique.values():
         by_task.setdefault((result.model, result.task), []).append(result)
-    compared, labels, notes = [], [], list[str]()
+    compared, labels, notes = [], [], [note for folder in folders for note in unfinished(Path(folder))]
     for of_task in by_task.values():
         families = list(dict.fromkeys(result.family for result in of_task))
         of_task.sort(key=lambda one: (not one.dense, families.index(one.family), one.k or 0))  # noqa: B023

@@ -54,6 +54,10 @@ class Job(ABC):
     def question_counts(self) -> tuple[float, float]:
         """The numbers of calibration and evaluation questions in each cell, for the time left."""
 
+    @abstractmethod
+    def data_hash(self) -> str:
+        """The hash of all calibration and evaluation questions."""
+
     def load(self, source: ModelSource) -> Engine:
         """The model, once for all cells and jobs of a run."""
         model = self.load_stock(source, self.settings.dtype)

@@ -95,6 +95,12 @@ class ItemJob(Job):
             self.items
         )
 
+    def data_hash(self) -> str:
+        digest = hashlib.sha256()
+        for item in (*self.calibration, *self.items):
+            digest.update(f"{item.key} {item.hash}\n".encode())
+        return digest.hexdigest()[:16]
+
     def calibrate(self, engine: Engine, description: str, progress: Checkpoint) -> None:
         settings, task = self.settings, self.settings.calib_task
         if task is not None:
