@@ -166,3 +166,31 @@ def test_choices_of_beginnings() -> None:
         (answer,) = answers_of({"samples": {"w": [sample]}}, {}, {})
         assert answer.choices == ["The cat", "The stone"] and answer.answer == 0
         assert answer.target == (0 if right else 1)
+
+
+def test_prompts_that_are_cut(folder_model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results and table give their number, answers the number of tokens that the model saw."""
+    from toptheta.eval.runner import evaluate
+
+    rows = [
+        {
+            "id": str(i),
+            "question": f"What is ice {i}? " * (600 if i else 2),
+            "choices": {"text": ["water", "wood"], "label": ["A", "B"]},
+            "answerKey": "A",
+        }
+        for i in range(3)
+    ]
+    (here / "data" / "arc_easy").mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (here / "data" / "arc_easy" / f"{split}.jsonl").write_text(lines)
+    settings = qa_settings(
+        folder_model, mode=(1, 3), task="arc_easy", data_dir="data", num_samples=3, num_fewshot=0
+    )
+    for result in evaluate(settings):
+        assert result.extra["cut_prompts"] == 2
+        assert sorted(answer.tokens["prompt"] for answer in read_answers(result.folder))[1:] == [2048, 2048]
+    out = capsys.readouterr()
+    assert "| prompts cut |" in out.out
+    assert out.err.count("2 of 3 prompts are too long for the model's context of 2048 tokens") == 1

@@ -112,6 +112,31 @@ def test_one_prompt_of_many_answers(lm: TopThetaLM, shapes: list[tuple[int, int]
 def test_an_answer_longer_than_the_context(lm: TopThetaLM) -> None:
     with pytest.raises(UsageError, match="an answer of 2100 tokens leaves no room for a prompt"):
         lm._loglikelihood_tokens([(("", ""), [5, 6], [7] * 2100)], disable_tqdm=True)
+    with pytest.raises(UsageError, match="an answer of 2048 tokens leaves no room for a prompt"):
+        replies(lm, max_gen_toks=2048)
+
+
+def test_prompts_longer_than_the_context(
+    lm: TopThetaLM, shapes: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lose their beginning; what is left is counted, and how many there are is said once."""
+    set_params(lm.model, mode=3)
+    lm.cut.clear()
+    long, short = ("long", [5] * 3000, [7, 9, 11]), ("short", [5] * 20, [7, 9, 11])
+    requests = [((name, ""), prompt, answer) for name, prompt, answer in (long, short)]
+    for _ in range(2):
+        lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert lm.cut == {"long"} and shapes.pop(0) == (1, 2046)
+        assert (lm.tokens["long"], lm.tokens["short"]) == ({"prompt": 2046}, {"prompt": 20})
+        shapes.clear()
+    lm.cut.clear()
+    text = "all the world " * 1000
+    request = Instance("generate_until", {}, (text, {"until": ["zzz"], "max_gen_toks": 8}), 0)
+    lm.generate_until([request], disable_tqdm=True)
+    assert lm.tokens[text]["prompt"] == 2040 == shapes[0][1]
+    said = capsys.readouterr().err
+    assert said.count("1 of 2 prompts are too long for the model's context of 2048 tokens") == 1
+    assert said.count("1 of 1 prompts are too long") == 1
 
 
 def replies(lm: HFLM, **options: Any) -> list[str]:

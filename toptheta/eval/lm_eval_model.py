@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -46,7 +47,8 @@ PLAIN = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "min_p"
 class TopThetaLM(HFLM):
     """HFLM with a patched model. cell: receives answers and counts, None while calibrating; recorder: counts
     what is kept, or None; description: of the progress bar; tokens: numbers of tokens of a prompt and its
-    reply up to a stop sequence, by the prompt's text; reply_ids: the tokens of the reply."""
+    reply up to a stop sequence, by the prompt's text; reply_ids: the tokens of the reply; cut: prompts that
+    are longer than the model's context, which lose their beginning."""
 
     def __init__(self, *args, **kwargs):
         self.cell: Cell | None = None
@@ -55,6 +57,8 @@ class TopThetaLM(HFLM):
         self.progress: Checkpoint | None = None  # of a calibration under way
         self.tokens: dict[str, dict[str, int]] = {}
         self.reply_ids: dict[str, list[int]] = {}
+        self.cut: set[str] = set()
+        self._said: set[str] = set()
         self._generated_lengths: list[int] = []
         self._lengths: dict[tuple[int, ...], int] = {}  # of what prompts share, while they are computed
         self._prefix: Prefix | None = None  # the last that was read
@@ -89,10 +93,13 @@ class TopThetaLM(HFLM):
         done = answers if self.progress is None else self.progress.done
         groups: Groups = {}
         for key, (texts, context, continuation) in zip(keys, requests):
+            whole = len(context)
+            answer = len(continuation)
+            context = self._fit(context, self.max_length + 1 - answer, answer)
             if texts is not None:  # None: a text that is read in windows
-                self.tokens[texts[0]] = {"prompt": len(context)}
-            context, continuation = self._fit(context, continuation)
+                self._count_prompt(texts[0], whole, len(context))
             groups.setdefault(tuple(context), {})[key] = tuple(continuation)
+        self._say_cut(len({texts[0] for texts, _, _ in requests if texts is not None}))
         self._announce(groups)
         batches = Batches(self.batch_size)
         # Longest first: then memory runs out at once or not at all.
@@ -215,15 +222,31 @@ class TopThetaLM(HFLM):
         if self.cell is not None:
             self.cell.join()
 
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Truncate the prompt from the left if prompt and answer exceed the model's context."""
-        excess = len(context) + len(continuation) - (self.max_length + 1)
-        if excess >= len(context):
+    def _fit(self, prompt: list[int], room: int, answer: int) -> list[int]:
+        """The end of a prompt, of `room` tokens. answer: the number of tokens that leaves this room. Raises
+        UsageError if there is none."""
+        if room < 1:
             raise UsageError(
-                f"an answer of {len(continuation)} tokens leaves no room for a prompt in the model's context "
-                f"of {self.max_length} tokens: choose a model with a longer context, or another task."
+                f"an answer of {answer} tokens leaves no room for a prompt in the model's context of "
+                f"{self.max_length} tokens: choose a model with a longer context, or another task."
             )
-        return (context[excess:] if excess > 0 else context), continuation
+        return prompt[-room:]
+
+    def _count_prompt(self, text: str, whole: int, kept: int) -> None:
+        """Record the number of tokens of a prompt that the model is given, of all that it has."""
+        self.tokens[text] = {"prompt": kept}
+        if kept < whole:
+            self.cut.add(text)
+
+    def _say_cut(self, total: int) -> None:
+        """Report, once, that some of `total` prompts are cut."""
+        message = (
+            f"{len(self.cut)} of {total} prompts are too long for the model's context of {self.max_length} "
+            "tokens: they lose their beginning."
+        )
+        if self.cut and message not in self._said:
+            self._said.add(message)
+            say(message)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         size = self.batch_size
@@ -243,6 +266,9 @@ class TopThetaLM(HFLM):
         keys, drawn = list[str](), Counter[str]()
         for ids, request in zip(prompts, requests):
             options = request.args[1]
+            reply = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            kept = self._fit(ids, self.max_length - reply, reply)
+            self._count_prompt(request.args[0], len(ids), len(kept))
             key = _key([], ids, repr(sorted(options.items())))
             drawn[key] += 1
             if drawn[key] > 1 and not _is_greedy(options):  # a reply that is drawn anew
@@ -253,6 +279,7 @@ class TopThetaLM(HFLM):
             answers = self.cell.answers
             self.cell.start_clock()
         done = answers if self.progress is None else self.progress.done
+        self._say_cut(len({request.args[0] for request in requests}))
         by_key = dict(zip(keys, requests))
         if self.progress is not None:
             spans = {_key(options=r.args[0]): (0, len(ids)) for ids, r in zip(prompts, requests)}
@@ -293,10 +320,10 @@ class TopThetaLM(HFLM):
             self._forget()
         self._join()
         replies = [answers.get(key, "") for key in keys]
-        for ids, request, text in zip(prompts, requests, replies):
-            reply = self.tok_encode(text, add_special_tokens=False)
-            self.tokens[request.args[0]] = {"prompt": len(ids), "reply": len(reply)}
-            self.reply_ids[request.args[0]] = list(reply)
+        for request, text in zip(requests, replies):
+            ids = self.tok_encode(text, add_special_tokens=False)
+            self.tokens[request.args[0]]["reply"] = len(ids)
+            self.reply_ids[request.args[0]] = list(ids)
         return replies
 
     def tok_batch_encode(self, strings: list[str], *args, **kwargs) -> tuple[Tensor, Tensor]:

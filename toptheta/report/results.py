@@ -72,6 +72,7 @@ class Extra(TypedDict, total=False):
     grid: list[Point]
     paired: dict[str, Any]
     failed: int
+    cut_prompts: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class CellResult:
     effective_k: kept elements of individual rows, see attention/effective_k.py. computed_dense: None if
     `when_slower` leaves all calls sparse.
     extra: further keys of a data set or a table (by_length, grid, environment); failed: the number of
-    requests that did not fit in memory.
+    requests that did not fit in memory; cut_prompts: the number of prompts longer than the model's context,
+    without their beginning.
     """
 
     method: str

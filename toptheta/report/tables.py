@@ -4,6 +4,7 @@ them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import floor, log10
 from typing import Any
 
@@ -64,11 +65,18 @@ def score(metric: Metric | None, in_percent: bool = True, digits: int = 1) -> st
     return text if metric.count is None else f"{text} (n={metric.count})"
 
 
-def failed_columns(results: Sequence[CellResult]) -> list[Column]:
-    """The number of requests that did not fit in memory, if any."""
-    if not any("failed" in result.extra for result in results):
-        return []
-    return [Column("failed", lambda result: str(result.extra.get("failed", 0)))]
+def count_columns(results: Sequence[CellResult]) -> list[Column]:
+    """The numbers of requests that did not fit in memory, and of prompts that were cut, if any."""
+    names = {"failed": "failed", "cut_prompts": "prompts cut"}
+    return [
+        Column(header, partial(_count_of, name))
+        for name, header in names.items()
+        if any(name in result.extra for result in results)
+    ]
+
+
+def _count_of(name: str, result: CellResult) -> str:
+    return str(result.extra.get(name, 0))
 
 
 def dense_call_columns(results: Sequence[CellResult]) -> list[Column]:
@@ -221,7 +229,7 @@ def _kept_column(header: str, phase: str, what: str) -> Column:
 def results_table(results: Sequence[CellResult]) -> str:
     """One row per cell of a run: method, every metric, kept shares, time."""
     columns = [Column("method", lambda result: result.method)]
-    columns += metric_columns(results) + failed_columns(results)
+    columns += metric_columns(results) + count_columns(results)
     columns += paired_columns(results) + kept_columns(results) + dense_call_columns(results)
     columns += [_seconds_column(name) for name in ("calibration", "evaluation")]
     return build(results, columns)

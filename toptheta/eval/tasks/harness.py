@@ -50,6 +50,7 @@ def calibrate_on_task(
     """Run the prompts of a task's calibration twin that `progress` has not done through a model."""
     size = settings.calib_samples or task_defaults(task).calib_samples
     lm.progress, lm.description = progress, description
+    lm.cut.clear()
     try:
         run_tasks(lm, settings, task_configs(task, settings.data_dir, True), shots, size)
     finally:

@@ -84,6 +84,7 @@ class QAJob(Job):
         lm.cell, lm.recorder, lm.description = product, recorder, description
         lm.tokens.clear()
         lm.reply_ids.clear()
+        lm.cut.clear()
         configs = task_configs(self.task, settings.data_dir, False)
         try:
             output = harness.run_tasks(
@@ -94,7 +95,8 @@ class QAJob(Job):
 
         def outcome() -> Outcome:
             answers = harness.answers_of(output, lm.tokens, lm.reply_ids)
-            return Outcome(harness.metrics_of(output), answers, summary=make_table(output))
+            extra = {"cut_prompts": len(lm.cut)} if lm.cut else {}
+            return Outcome(harness.metrics_of(output), answers, extra, summary=make_table(output))
 
         return processes.from_first(outcome)
 
