@@ -1,5 +1,6 @@
 """Which path attention takes: the kernel where it fits, what is forced, and no compiler."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,27 @@ def test_chooses_the_kernel_where_it_fits(monkeypatch):
     monkeypatch.setattr(kernels, "FORCED", "cpu")
     kernels.attend(call(*small_call()))
     assert len(calls) == 2
+
+
+@needs_kernel
+def test_plain_pytorch_is_reported_with_its_reason(monkeypatch):
+    """Once for each reason; not if it was asked for, and not for calls that the kernel computes."""
+    monkeypatch.setattr(kernels, "FORCED", None)
+    kernels._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for head_dim, dtype in (
+            (64, torch.float32),
+            (20, torch.float32),
+            (20, torch.float32),
+            (64, torch.float64),
+        ):
+            kernels.attend(call(*small_call(head_dim, dtype)))
+        monkeypatch.setattr(kernels, "FORCED", "reference")
+        kernels.attend(call(*small_call(head_dim=24)))
+    first, second = (str(one.message) for one in caught)
+    assert "plain PyTorch, slower than by a kernel, because head_dim is 20" in first
+    assert "float64" in second
 
 
 @pytest.mark.parametrize(

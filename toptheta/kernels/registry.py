@@ -5,8 +5,10 @@ imported. A backend is one line in BACKENDS.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -119,13 +121,15 @@ def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
 
 
 def choose(call: AttentionCall) -> Backend | None:
-    """The backend that computes this call, None for the reference. Raises UsageError if TOPTHETA_KERNEL is
-    invalid or its backend cannot compute the call."""
+    """The backend that computes this call, None for the reference, with a warning for each reason. Raises
+    UsageError if TOPTHETA_KERNEL is invalid or its backend cannot compute the call."""
     if FORCED is None:
         for backend in BACKENDS:
             if backend.device == call.q.device.type:
-                supported = _unsupported(backend, call) is None and backend.ready(call) is None
-                return backend if supported else None
+                why = _unsupported(backend, call)
+                if why is not None and not torch.compiler.is_compiling():
+                    _warn_once(why)
+                return backend if why is None and backend.ready(call) is None else None
         return None
     if FORCED not in CHOICES:
         raise UsageError(
@@ -144,3 +148,11 @@ def choose(call: AttentionCall) -> Backend | None:
 
 def _unsupported(backend: Backend, call: AttentionCall) -> str | None:
     return call.reference_only or backend.unsupported(call)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"toptheta computes attention in plain PyTorch, slower than by a kernel, because {reason}.",
+        stacklevel=3,
+    )
