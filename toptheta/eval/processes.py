@@ -306,7 +306,7 @@ def _watch(group: _Group, store: Any) -> None:
                 lost, _, why = store.get("gone").decode().partition(" ")
                 _lose(group, int(lost), why)
         except RuntimeError:
-            _lose(group, 0, "cannot be reached")  # it, or torchrun beside it, holds the store
+            _lose(group, 0, "cannot be reached")  # it, or torchrun with it, holds the store
 
 
 def _lose(group: _Group, other: int, why: str) -> None:

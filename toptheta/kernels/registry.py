@@ -107,7 +107,7 @@ def calibrate(call: AttentionCall, calibration: RowSampler) -> Tensor:
     """Attention of `call` (dense or Top-k), `[B, H, Q, D]`, while `calibration` takes its samples.
 
     The Triton kernels cannot find a row's K-th largest score: on a GPU the reference computes this, even with
-    TOPTHETA_KERNEL=triton, unless samples are taken independently of the attention (`apart`)."""
+    TOPTHETA_KERNEL=triton, unless samples are drawn independently of the attention (`apart`)."""
     calibration.start_call(call.rows.n, call.rows.real, call.q.shape[0], call.k.shape[2])
     if calibration.apart:
         calibration.sample(call)

@@ -127,8 +127,8 @@ def small(metric: Metric) -> str:
     """'0.0123 ± 0.0004', or with more digits where needed to show the standard error (or, without one, two
     digits of the value): '0.00118 ± 0.00004', '1.2e-07 ± 3.0e-08'."""
     numbers = [metric.value] if metric.stderr is None else [metric.value, metric.stderr]
-    least, wanted = abs(numbers[-1]), 1 if metric.stderr is not None else 2
-    digits = 4 if least == 0.0 else max(4, wanted - 1 - floor(log10(least)))
+    smallest, wanted = abs(numbers[-1]), 1 if metric.stderr is not None else 2
+    digits = 4 if smallest == 0.0 else max(4, wanted - 1 - floor(log10(smallest)))
     spec = f".{digits}f" if digits <= 6 else ".1e"
     return " ± ".join(format(number, spec) for number in numbers)
 

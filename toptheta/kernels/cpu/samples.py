@@ -1,4 +1,4 @@
-"""Calibration samples of the CPU kernel, taken in the pass that computes attention."""
+"""Calibration samples of the CPU kernel, drawn in the pass that computes attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

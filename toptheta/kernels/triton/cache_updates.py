@@ -41,7 +41,7 @@ _append_tried: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 def _append_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Try `append` and `add_value` on a small cache, once for each kind; warns if they fail. While a CUDA
-    graph is captured nothing can be built, and what was not tried before is taken to work."""
+    graph is captured nothing can be built, and what was not tried before is assumed to work."""
     key = (device, dtype, head_dim)
     if key not in _append_tried:
         if torch.cuda.is_current_stream_capturing():

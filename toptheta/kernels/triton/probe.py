@@ -100,7 +100,7 @@ def kind_of(call: AttentionCall) -> Kind:
 
 def ready(call: AttentionCall) -> str | None:
     """Why the kernels do not build or run for calls of this kind on this GPU, or None: see `probe`. While a
-    CUDA graph is captured nothing can be built, and what was not tried before is taken to work."""
+    CUDA graph is captured nothing can be built, and what was not tried before is assumed to work."""
     if call.q.device.type != "cuda" or call.kernel is None:
         return None
     capturing = not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -194,7 +194,7 @@ def draw_kept(run: Run) -> Drawing:
             color=GREY,
             alpha=0.25,
             lw=0,
-            label="band: from the head (or group) that keeps least to the one that keeps most",
+            label="band: from the head (or group) that keeps fewest to the one that keeps most",
         )
     )
     add_legend(figure, handles)
@@ -221,7 +221,7 @@ def _sizes(run: Run, drawing: Drawing) -> Iterator[tuple[int, pd.DataFrame]]:
 
 def _kept_table(run: Run, drawing: Drawing, kind: str) -> pd.DataFrame | None:
     """layer, phase, mean, low, high (%) over all rows: of all heads (or groups) together, and of those that
-    keep least and most."""
+    keep fewest and most."""
     unit = "head" if kind == "attn" else "group"
     records = []
     for phase in PHASES:

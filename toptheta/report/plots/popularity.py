@@ -68,7 +68,7 @@ def _figure(
         grid[i, : len(step)] = step
     config = read_config(folder)
     heads, groups = config.get("num_heads"), config.get("num_kv_heads")
-    # Without the config, the largest number of heads that kept a row is taken as the size of the group.
+    # Without the config, the largest number of heads that kept a row serves as the size of the group.
     size = heads // groups if heads and groups else int(np.nanmax(grid))
     if title is None:
         words = [str(config[key]) for key in ("model", "method") if key in config]
