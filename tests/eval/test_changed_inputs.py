@@ -41,15 +41,26 @@ def other_config(here: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
 
 
-@pytest.fixture
-def stopped(folder_model: str, here_with_text: Path) -> tuple[Settings, str]:
-    """Settings, and a run of them whose second cell is not finished."""
-    shutil.copytree(folder_model, here_with_text / "model")
+@pytest.fixture(scope="module")
+def begun(folder_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Path]:
+    """Settings, and a folder with the model, the text, and a run whose second cell is not finished."""
+    root = tmp_path_factory.mktemp("begun")
     settings = gen_settings("model", dataset=PERPLEXITY, text="text.txt", mode=(1, 3), num_tasks=2)
-    evaluate(settings)
-    run = only_run(here_with_text / "products")
-    sorted(run.glob("*/results.json"))[-1].unlink()
-    return settings, str(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        shutil.copytree(folder_model, "model")
+        Path("text.txt").write_text("The hills were green, and the town below slept. " * 120)
+        evaluate(settings)
+    sorted(root.glob("products/*/*/results.json"))[-1].unlink()
+    return settings, root
+
+
+@pytest.fixture
+def stopped(begun: tuple[Settings, Path], here: Path) -> tuple[Settings, str]:
+    """The settings, and the run in a folder of the test's own."""
+    settings, root = begun
+    shutil.copytree(root, here, dirs_exist_ok=True)
+    return settings, str(only_run(here / "products"))
 
 
 @pytest.mark.parametrize(
