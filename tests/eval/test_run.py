@@ -32,6 +32,10 @@ def test_a_cell_that_cannot_be_calibrated_costs_no_other(folder_model: str, here
         with pytest.raises(UsageError, match="^Top-theta K=900 could not be computed; the other cells are f"):
             evaluate(settings, resume=resume and str(only_run(here / "products")))
     run = only_run(here / "products")
+    log = [line.split(" ", 1)[1] for line in (run / "run.log").read_text().splitlines()]
+    words = [line.split()[0] for line in log]
+    assert words == ["started", "calibrated", "failed:", "resumed", "failed:"]
+    assert log[-1].startswith("failed: Top-theta K=900 could not be computed")
     missing = f"{run} is not finished: 1 of its 7 cells have no result (mode0_k900)."
     assert load(run).notes == (missing,) and missing in (run / "report.html").read_text()
     assert not list(run.glob("**/partial*"))

@@ -93,6 +93,7 @@ def _open(
                 "world_size": world_size,
             }
             write_json(folder / "run.json", saved)
+        log_line(folder / "run.log", "resumed" if resume else "started")
         if world_size > 1:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the others too: each may outlive the first
     except OSError as error:
@@ -230,10 +231,15 @@ def resumable(run: Run) -> Iterator[None]:
     """If the block is interrupted, or a file cannot be written, print how to resume the run. Unlocks it."""
     try:
         yield
+        run.log("finished")
     except KeyboardInterrupt:
         say(f"\nInterrupted. Finished work is kept in {run.top}. To resume:\n  {run.resume_command}")
         with suppress(OSError):  # the disk may be full
             run.log("interrupted")
+        raise
+    except UsageError as error:
+        with suppress(OSError):
+            run.log(f"failed: {error}")
         raise
     except OSError as error:
         if error.errno not in DISK_ERRORS:
