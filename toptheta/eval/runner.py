@@ -48,7 +48,7 @@ from toptheta.report.summary import draw_cell, report_run, report_tasks, write_p
 from toptheta.report.tables import settings_line
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import append_result
+from toptheta.util.files import append_result, check_writable
 from toptheta.util.progress import CALIBRATING, EVALUATING, RunProgress, Stage, begin
 
 SCRIPTS: dict[type[Settings], str] = {QASettings: "test_llama.py", GenSettings: "gen_llama.py"}
@@ -66,6 +66,7 @@ def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -
     prints a table for each task. page: write the run's report.html. All processes that were started together
     share the work. Raises UsageError, for a cell that fails after the others have run."""
     source = find_model(settings.llama)
+    processes.from_first(lambda: _check_folders(settings, resume, source.name))
     settings = resolve_device(settings)
     config = load_config(source)
     for cell in settings.cells():
@@ -118,6 +119,23 @@ def _run_parts(
     if failed:
         raise _joined(failed, whole=not results)
     return results
+
+
+def _check_folders(settings: Settings, resume: str | None, model_name: str) -> None:
+    """Raise UsageError, before anything is computed, for a folder that a cell could not write to in the
+    end."""
+    if resume is not None:
+        check_writable(resume, "--resume", "make it writable, or start a new run with --output_dir")
+    else:
+        check_writable(settings.output_dir, "--output_dir", "name another folder")
+    if not settings.calibrate_only:
+        remedy = "start in a folder that can be written to"
+        check_writable(_summaries(model_name), "the folder of the summaries,", remedy)
+
+
+def _summaries(model_name: str) -> Path:
+    """The folder to which the published project appends its results, in the current one."""
+    return Path(f"results-{model_name}")
 
 
 def _joined(failed: dict[str, str], whole: bool) -> UsageError:
@@ -266,4 +284,4 @@ def _append(run: Run, cell: CellParams, product: Cell, result: CellResult, outco
     method = cell.method.folder(None) if cell.method.mode is None else f"mode{cell.method.mode}"
     placement = cell.placement if cell.sparse else "none"
     name = f"{result.model}_{result.task}_{method}_placement{placement}.txt"
-    append_result(Path(f"results-{result.model}"), name, text)
+    append_result(_summaries(result.model), name, text)
