@@ -168,7 +168,9 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["report", *arguments])
-        return main(), *capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()  # type: ignore[return-value]
 
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
