@@ -41,7 +41,14 @@ from toptheta.eval.tasks.needle import NeedleJob
 from toptheta.eval.tasks.perplexity import PerplexityJob
 from toptheta.eval.tasks.qa import qa_jobs
 from toptheta.models.control import record_statistics, take_dense_calls
-from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
+from toptheta.models.loading import (
+    ModelSource,
+    check_tokens,
+    find_model,
+    load_config,
+    load_tokenizer,
+    set_padding,
+)
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import CellResult, ComputedDense
 from toptheta.report.summary import draw_cell, report_run, report_tasks, write_page
@@ -187,8 +194,7 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
     tokenizer = load_tokenizer(source)
     if settings.apply_chat_template and tokenizer.chat_template is None:
         raise UsageError(f"--apply_chat_template: {source.name} has no chat template; leave the flag out.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    set_padding(tokenizer, config)
     check_calib_task(settings)
     kind = DATA_SETS[settings.dataset]
     if settings.max_seq_len > config.max_position_embeddings:
@@ -196,7 +202,9 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
             f"--max_seq_len {settings.max_seq_len} is more than the model's context of "
             f"{config.max_position_embeddings} tokens: lower it."
         )
-    return [kind(settings, tokenizer)]
+    job = kind(settings, tokenizer)
+    check_tokens((item.ids for item in [*job.calibration, *job.items]), config, source.name)
+    return [job]
 
 
 def _run_cell(

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,25 @@ def load_tokenizer(source: ModelSource):
         return AutoTokenizer.from_pretrained(source.location, **source.kwargs())
     except Exception as error:
         raise _not_loaded(source, error) from None
+
+
+def set_padding(tokenizer: Any, config: Any) -> None:
+    """Fill the short rows of a batch with the end token, if the tokenizer has no other one, or one that was
+    added to it and not to the model. They are masked."""
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= config.get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_tokens(texts: Iterable[Sequence[int]], config: Any, name: str) -> None:
+    """Raise UsageError for tokens that the model has no embeddings of. That the tokenizer knows such tokens is
+    no error: often some were added that no text has."""
+    largest = max((max(text, default=0) for text in texts), default=0)
+    size = config.get_text_config().vocab_size
+    if largest >= size:
+        raise UsageError(
+            f"the tokenizer of {name} gives token {largest}, but the model has only {size} tokens: use the "
+            "tokenizer that belongs to the model."
+        )
 
 
 def load_model(
