@@ -156,8 +156,8 @@ def set_padding(tokenizer: Any, config: Any) -> None:
 
 
 def check_tokens(texts: Iterable[Sequence[int]], config: Any, name: str) -> None:
-    """Raise UsageError for tokens that the model has no embeddings of. That the tokenizer knows such tokens is
-    no error: often some were added that no text has."""
+    """Raise UsageError for tokens that the model has no embeddings of. A tokenizer may know more tokens than
+    its model: often some were added that no text has."""
     largest = max((max(text, default=0) for text in texts), default=0)
     size = config.get_text_config().vocab_size
     if largest >= size:
