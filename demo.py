@@ -14,10 +14,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from toptheta.eval.cli import run_main
 from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.util.files import timestamp, write_text
 from toptheta.util.options import to_flags
+from toptheta.util.program import run_main
 
 MODEL = "smollm2"
 K = 64

@@ -4,9 +4,10 @@
 programs run only with --allow_code_execution. Results: a table, products/<timestamp>/, results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, run_main, settings_flags
+from toptheta.eval.cli import Parser, settings_flags
 from toptheta.eval.settings import GENERATION, GenSettings
 from toptheta.util.errors import UsageError
+from toptheta.util.program import run_main
 
 
 def make_parser() -> Parser:

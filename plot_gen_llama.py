@@ -5,9 +5,8 @@ relative to Top-k, by layer and phase). Figures whose files are missing are skip
 and kept attention: plot_th_llama.py.
 """
 
-import sys
-
 from toptheta.report.plots.flags import parse_request
+from toptheta.util.program import run_main
 
 
 def main() -> int:
@@ -20,4 +19,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -6,9 +6,8 @@ sequence_lengths. Figures whose files are missing are skipped with a message. Le
 plot_gen_llama.py.
 """
 
-import sys
-
 from toptheta.report.plots.flags import parse_request
+from toptheta.util.program import run_main
 
 
 def main() -> int:
@@ -21,4 +20,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import gen_llama
 import test_llama
-from toptheta.eval.cli import Parser, run_main
-from toptheta.eval.sweep import run_sweep
-from toptheta.eval.table_cells import SweepOptions
+from toptheta.eval.cli import Parser
 from toptheta.util.options import add_flags, from_flags
+from toptheta.util.program import run_main
 
 
 def main() -> int:
+    # Not at the top: these import torch, and Ctrl-C meanwhile ends with a message only within main.
+    from toptheta.eval.sweep import run_sweep
+    from toptheta.eval.table_cells import SweepOptions
+
     parser = Parser(prog="reproduce.py", description=__doc__.splitlines()[0])
     add_flags(parser, SweepOptions)
     parsers = {"test_llama.py": test_llama.make_parser, "gen_llama.py": gen_llama.make_parser}

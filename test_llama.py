@@ -4,8 +4,9 @@ Without arguments: the small model, dense, on the bundled task. Results: a table
 results-<Model>/.
 """
 
-from toptheta.eval.cli import Parser, run_main, settings_flags
+from toptheta.eval.cli import Parser, settings_flags
 from toptheta.eval.settings import QASettings
+from toptheta.util.program import run_main
 
 
 def make_parser() -> Parser:

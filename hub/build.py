@@ -12,9 +12,10 @@ import re
 import shutil
 from pathlib import Path
 
-from toptheta.eval.cli import Parser, run_main
+from toptheta.eval.cli import Parser
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_json, write_text
+from toptheta.util.program import run_main
 
 ROOT = Path(__file__).resolve().parents[1] / "toptheta"
 ENTRY = "kernels/triton/functional.py"

@@ -166,7 +166,7 @@ def test_sigterm_is_an_interrupt() -> None:
     """A cluster's notice before it kills a job: the job saves what it has, as at Ctrl-C."""
     script = (
         "import os, signal, time\n"
-        "from toptheta.eval.cli import run_main\n"
+        "from toptheta.util.program import run_main\n"
         "def main():\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -180,6 +180,36 @@ def test_sigterm_is_an_interrupt() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 130 and done.stdout == "saved\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "package"),
+    [
+        ("test_llama.py", [], "torch"),
+        ("gen_llama.py", [], "torch"),
+        ("reproduce.py", [], "torch"),
+        ("demo.py", [], "torch"),
+        ("compare.py", ["a", "b"], "numpy"),
+        ("plot_th_llama.py", ["-d", "."], "pandas"),
+        ("plot_gen_llama.py", ["-d", "."], "matplotlib"),
+        ("toptheta/report/__main__.py", ["."], "pandas"),
+    ],
+)
+def test_ctrl_c_during_an_import(script: str, flags: list[str], package: str, tmp_path: Path) -> None:
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {package!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+        "sys.argv = sys.argv[1:]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / script), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr == "\nInterrupted.\n", done.stderr
 
 
 def test_a_run_keeps_the_command_that_starts_it_again() -> None:

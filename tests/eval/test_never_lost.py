@@ -211,6 +211,27 @@ def test_a_full_disk(name: str, folder_model: str, here: Path, monkeypatch: pyte
     assert log.read_text().count(run.name) == 1
 
 
+@pytest.mark.parametrize(
+    ("place", "output_dir", "message"),
+    [
+        ("/proc", "{here}", "the folder of the summaries, results-tiny-llama cannot be written to"),
+        ("{here}", "/proc/new/below", "--output_dir /proc/new/below cannot be written to"),
+    ],
+)
+def test_folders_that_cannot_be_written(
+    place: str, output_dir: str, message: str, folder_model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is computed, and nothing is left."""
+    from toptheta.eval import runner
+
+    monkeypatch.chdir(place.format(here=here))
+    monkeypatch.delattr(runner, "_load")
+    settings = qa_settings(folder_model, num_samples=1, output_dir=output_dir.format(here=here))
+    with pytest.raises(UsageError, match=message):
+        runner.evaluate(settings)
+    assert not list(here.iterdir())
+
+
 def test_calls_that_were_computed_dense_add_up(tmp_path: Path) -> None:
     """Over chunks and starts, like answers."""
     more = iter([(1, 10), (2, 20), (4, 40)])

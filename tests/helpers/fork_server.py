@@ -166,7 +166,7 @@ def _kill(children: list[Child], number: int) -> None:
 
 def _run(job: dict[str, Any], rank: int, output: int, events: int) -> None:
     from toptheta.eval import cell, checkpoint, processes
-    from toptheta.eval.cli import run_main
+    from toptheta.util.program import run_main
 
     os.dup2(output, 1)
     os.dup2(output, 2)

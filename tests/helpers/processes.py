@@ -97,7 +97,7 @@ def _run(
     import torch
 
     torch.set_num_threads(1)
-    from toptheta.eval.cli import run_main
+    from toptheta.util.program import run_main
 
     def main() -> None:
         work(*arguments)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -9,11 +10,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from tests.helpers.families import make
 from toptheta.models.control import set_params
-from toptheta.models.loading import find_model, load_config, load_model, spread_notice
+from toptheta.models.loading import find_model, load_config, load_model, spread_notice, unpacked
 from toptheta.models.patch import model_device, restore_model, update_model
 from toptheta.util.errors import UsageError
 
@@ -111,3 +112,32 @@ def test_damaged_files_are_one_sentence(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         load_model(find_model(folder_model), "float32")
+
+
+@pytest.mark.parametrize("size", [20_000, 1_000_000], ids=["weights", "tokenizer"])
+def test_a_full_disk_while_unpacking(
+    size: int, small_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, whichever file has no room, and nothing is left; the next start unpacks the model."""
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    source, model = find_model(str(tmp_path / "model.gguf")), make("llama")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(return_value=model))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(return_value=small_tokenizer))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(UsageError, match="cache .*File too large.*: make room .* TOPTHETA_CACHE"):
+            unpacked(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").iterdir())
+    folder = Path(unpacked(source).location)
+    assert list((tmp_path / "cache").iterdir()) == [folder] and (folder / "tokenizer.json").is_file()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path / "model.gguf" / "below"))
+    with pytest.raises(UsageError, match="below .*Not a directory.* TOPTHETA_CACHE"):
+        unpacked(find_model(str(tmp_path / "model.gguf")))

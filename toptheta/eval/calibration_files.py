@@ -10,12 +10,13 @@ from typing import Any, TypedDict
 
 from toptheta.calibration.artefact import FORMAT, OPTIONS, SHAPING, Calibration, CalibrationConfig
 from toptheta.calibration.tables import CalibrationTables, read_tables, save_text
-from toptheta.eval.cli import Parser, run_main
+from toptheta.eval.cli import Parser
 from toptheta.methods.base import of_mode
 from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.params import PLACEMENTS, AttentionParams, check
 from toptheta.report.results import read_result
 from toptheta.util.errors import UsageError
+from toptheta.util.program import run_main
 from toptheta.util.schema import read_json
 
 TEXT, ARTEFACT = "text", "calibration"

@@ -1,10 +1,9 @@
-"""Reading a script's settings from flags or a saved run, and ending a script."""
+"""Reading a script's settings from flags or a saved run."""
 
 import argparse
-import os
 import sys
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from typing import Any
 from toptheta.eval.rules import check_settings
 from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
-from toptheta.util import interrupts
-from toptheta.util.console import say_error
-from toptheta.util.errors import UsageError, refuse_other_encodings
-from toptheta.util.files import DISK_ERRORS
+from toptheta.util.errors import UsageError
 from toptheta.util.options import add_flags, from_flags, from_json
+from toptheta.util.program import PlainParser
 
 COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
 RESUMING = ("resume", "timestamps", *(f.name for f in fields(SlurmOptions)))  # flags that go together
@@ -33,12 +30,11 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises errors as UsageError, without a usage dump, and does not accept abbreviated flags.
-    topics: whether --help lists the flags on one screen and --help TOPIC explains those of one group."""
+class Parser(PlainParser):
+    """topics: whether --help lists the flags on one screen and --help TOPIC explains those of one group."""
 
     def __init__(self, topics: bool = False, **options: Any):
-        super().__init__(**options, allow_abbrev=False, add_help=not topics)
+        super().__init__(**options, add_help=not topics)
         if topics:
             words = "explain the flags of one topic, or of 'all' topics"
             self.add_argument("-h", "--help", action=_Help, metavar="TOPIC", help=words)
@@ -76,13 +72,6 @@ class Parser(argparse.ArgumentParser):
         """The groups of flags, by the first word of their titles."""
         own = self._action_groups[2:]  # after argparse's two
         return {str(group.title).split()[0]: group for group in own if group._group_actions}
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        refuse_other_encodings(sys.argv[1:] if args is None else args)
-        return super().parse_args(args, namespace)
-
-    def error(self, message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
 
 
 def settings_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> dict[str, Any]:
@@ -137,27 +126,3 @@ def command(script: str) -> str:
     """The command for a root script: its console script (eval/commands.py) if that is running."""
     installed = COMMANDS[script]
     return installed if Path(sys.argv[0]).stem == installed else f"python {script}"
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main: exit code 2 with the message for UsageError and for files that cannot be written,
-    130 for Ctrl-C or SIGTERM."""
-    interrupts.install()
-    try:
-        code = main() or 0
-    except UsageError as error:
-        say_error(error)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        name = str(error.filename or "")
-        where = f"{name if len(name) < 300 else name[:80] + '...'}: " if name else ""
-        print(f"error: {where}{error.strerror}: change that, or name another folder.", file=sys.stderr)
-        code = 2
-    sys.exit(code)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from traceback import extract_tb
 
-from toptheta.eval.cli import Parser, run_main
+from toptheta.eval.cli import Parser
 from toptheta.util.errors import UsageError
+from toptheta.util.program import run_main
 
 # The files of lm-eval that check its flags
 LM_EVAL_CHECKS = [os.path.join("lm_eval", name) for name in ("_cli", "config", "evaluator.py")]

@@ -29,6 +29,7 @@ from toptheta.models.generation import (
     generated_lengths,
     padded_behind,
 )
+from toptheta.models.loading import check_tokens, set_padding
 from toptheta.models.patch import model_device, update_model
 from toptheta.models.planning import announce_prompts, begin_prompts
 from toptheta.models.prefix import Prefix, can_share, read_prefix
@@ -67,6 +68,7 @@ class TopThetaLM(HFLM):
         super().__init__(*args, **kwargs)
         if not isinstance(self.pretrained, str):
             self._device = model_device(self.pretrained)
+        set_padding(self.tokenizer, self.model.config)
 
     @property
     def _grows(self) -> bool:
@@ -85,6 +87,7 @@ class TopThetaLM(HFLM):
 
         Unlike in the stock version, padding is masked, because it must not affect calibration and statistics.
         """
+        self._check((*context, *continuation) for _, context, continuation in requests)
         keys = [_key(context, continuation) for _, context, continuation in requests]
         answers: dict[str, Any] = {}
         if self.cell is not None:
@@ -256,6 +259,9 @@ class TopThetaLM(HFLM):
         finally:
             self.batch_size_per_gpu = size
 
+    def _check(self, texts: Iterable[Sequence[int]]) -> None:
+        check_tokens(texts, self.model.config, self.model.config._name_or_path)
+
     def _score(self, batch: list[Group]) -> list[Scored]:
         prefix = self._read(self._shared(batch[0][0]))
         return score(self.model, batch, prefix, self._begin, _key, self.softmax_dtype)
@@ -263,6 +269,7 @@ class TopThetaLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generated texts, computed in batches and saved as soon as they are finished."""
         prompts = [self.tok_encode(r.args[0]) for r in requests]
+        self._check(prompts)
         keys, drawn = list[str](), Counter[str]()
         for ids, request in zip(prompts, requests):
             options = request.args[1]

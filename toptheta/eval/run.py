@@ -17,6 +17,7 @@ from toptheta.util.console import say
 from toptheta.util.environment import environment
 from toptheta.util.errors import UsageError
 from toptheta.util.files import DISK_ERRORS, log_line, remove_unfinished, timestamp, write_json
+from toptheta.util.interrupts import Announced
 from toptheta.util.options import to_flags
 from toptheta.util.schema import read_json
 
@@ -236,7 +237,7 @@ def resumable(run: Run) -> Iterator[None]:
         say(f"\nInterrupted. Finished work is kept in {run.top}. To resume:\n  {run.resume_command}")
         with suppress(OSError):  # the disk may be full
             run.log("interrupted")
-        raise
+        raise Announced from None
     except UsageError as error:
         with suppress(OSError):
             run.log(f"failed: {error}")

@@ -42,14 +42,21 @@ from toptheta.eval.tasks.perplexity import PerplexityJob
 from toptheta.eval.tasks.qa import qa_jobs
 from toptheta.models.control import record_statistics, take_dense_calls
 from toptheta.models.fingerprint import fingerprint
-from toptheta.models.loading import ModelSource, find_model, load_config, load_tokenizer
+from toptheta.models.loading import (
+    ModelSource,
+    check_tokens,
+    find_model,
+    load_config,
+    load_tokenizer,
+    set_padding,
+)
 from toptheta.models.recorder import Recorder
 from toptheta.report.results import CellResult, ComputedDense
 from toptheta.report.summary import draw_cell, report_run, report_tasks, write_page
 from toptheta.report.tables import settings_line
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import append_result
+from toptheta.util.files import append_result, check_writable
 from toptheta.util.progress import CALIBRATING, EVALUATING, RunProgress, Stage, begin
 
 SCRIPTS: dict[type[Settings], str] = {QASettings: "test_llama.py", GenSettings: "gen_llama.py"}
@@ -67,6 +74,7 @@ def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -
     prints a table for each task. page: write the run's report.html. All processes that were started together
     share the work. Raises UsageError, for a cell that fails after the others have run."""
     source = find_model(settings.llama)
+    processes.from_first(lambda: _check_folders(settings, resume, source.name))
     settings = resolve_device(settings)
     config = load_config(source)
     for cell in settings.cells():
@@ -126,6 +134,23 @@ def _run_parts(
     return results
 
 
+def _check_folders(settings: Settings, resume: str | None, model_name: str) -> None:
+    """Raise UsageError, before anything is computed, for a folder that a cell could not write to in the
+    end."""
+    if resume is not None:
+        check_writable(resume, "--resume", "make it writable, or start a new run with --output_dir")
+    else:
+        check_writable(settings.output_dir, "--output_dir", "name another folder")
+    if not settings.calibrate_only:
+        remedy = "start in a folder that can be written to"
+        check_writable(_summaries(model_name), "the folder of the summaries,", remedy)
+
+
+def _summaries(model_name: str) -> Path:
+    """The folder to which the published project appends its results, in the current one."""
+    return Path(f"results-{model_name}")
+
+
 def _joined(failed: dict[str, str], whole: bool) -> UsageError:
     """The errors of cells, by label, as one. whole: no cell has a result."""
     reasons = " ".join(dict.fromkeys(failed.values()))
@@ -175,8 +200,7 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
     tokenizer = load_tokenizer(source)
     if settings.apply_chat_template and tokenizer.chat_template is None:
         raise UsageError(f"--apply_chat_template: {source.name} has no chat template; leave the flag out.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    set_padding(tokenizer, config)
     check_calib_task(settings)
     kind = DATA_SETS[settings.dataset]
     if settings.max_seq_len > config.max_position_embeddings:
@@ -184,7 +208,9 @@ def _jobs(settings: Settings, source: ModelSource, config: Any) -> list[Job]:
             f"--max_seq_len {settings.max_seq_len} is more than the model's context of "
             f"{config.max_position_embeddings} tokens: lower it."
         )
-    return [kind(settings, tokenizer)]
+    job = kind(settings, tokenizer)
+    check_tokens((item.ids for item in [*job.calibration, *job.items]), config, source.name)
+    return [job]
 
 
 def _run_cell(
@@ -272,4 +298,4 @@ def _append(run: Run, cell: CellParams, product: Cell, result: CellResult, outco
     method = cell.method.folder(None) if cell.method.mode is None else f"mode{cell.method.mode}"
     placement = cell.placement if cell.sparse else "none"
     name = f"{result.model}_{result.task}_{method}_placement{placement}.txt"
-    append_result(Path(f"results-{result.model}"), name, text)
+    append_result(_summaries(result.model), name, text)

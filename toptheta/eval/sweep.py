@@ -36,6 +36,7 @@ from toptheta.report.sweep_tables import SweepRow, with_k
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
+from toptheta.util.interrupts import Announced
 from toptheta.util.options import check_options
 from toptheta.util.schema import read_json
 
@@ -246,7 +247,7 @@ def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus:
             except TimeoutExpired:
                 process.kill()
         say("\nInterrupted. All progress is saved; the same command continues.")
-        raise
+        raise Announced from None
     finally:
         bar.close()
     return failed

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from toptheta.models.families import MODEL_TYPES
 from toptheta.util.environment import cache_folder
 from toptheta.util.errors import UsageError
+from toptheta.util.files import flush
 
 SMALL_MODEL = "smollm2"
 ALIASES = {
@@ -146,6 +148,25 @@ def load_tokenizer(source: ModelSource):
         raise _not_loaded(source, error) from None
 
 
+def set_padding(tokenizer: Any, config: Any) -> None:
+    """Fill the short rows of a batch with the end token, if the tokenizer has no other one, or one that was
+    added to it and not to the model. They are masked."""
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= config.get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_tokens(texts: Iterable[Sequence[int]], config: Any, name: str) -> None:
+    """Raise UsageError for tokens that the model has no embeddings of. A tokenizer may know more tokens than
+    its model: often some were added that no text has."""
+    largest = max((max(text, default=0) for text in texts), default=0)
+    size = config.get_text_config().vocab_size
+    if largest >= size:
+        raise UsageError(
+            f"the tokenizer of {name} gives token {largest}, but the model has only {size} tokens: use the "
+            "tokenizer that belongs to the model."
+        )
+
+
 def load_model(
     source: ModelSource,
     dtype: str = "auto",
@@ -226,7 +247,7 @@ def unpacked(source: ModelSource) -> ModelSource:
     """`source` itself, or for a small GGUF file the folder with its unpacked copy (created at first use).
 
     The folder is in `cache_folder()` and contains the float32 weights and the tokenizer as transformers reads
-    them.
+    them. Raises UsageError if there is no room for it.
     """
     if source.gguf_file is None:
         return source
@@ -234,38 +255,60 @@ def unpacked(source: ModelSource) -> ModelSource:
     stat = file.stat()
     if stat.st_size > CACHE_UP_TO_BYTES:
         return source
-    import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} transformers {transformers.__version__}"
     root = cache_folder()
     folder = root / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         print(f"Unpacking {file.name} to {folder} (first use only)", file=sys.stderr)
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
         try:
-            arguments = {"gguf_file": source.gguf_file}
-            try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    source.location, dtype=torch.float32, **arguments
-                )
-                tokenizer = AutoTokenizer.from_pretrained(source.location, **arguments)
-            except Exception as error:
-                raise _not_loaded(source, error) from None
-            # The weights are plain float32 by now, but the model still calls itself quantized and refuses to
-            # be saved.
-            model.hf_quantizer = None
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            try:
-                temporary.rename(folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _unpack(source, folder)
+        except Exception as error:
+            # Libraries in Rust raise their own errors for a full disk.
+            if (
+                isinstance(error, UsageError)
+                or not isinstance(error, OSError)
+                and "(os error " not in str(error)
+            ):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"{source.flag} {file} cannot be unpacked to {root} ({reason}): make room there, or name "
+                "another folder in the environment variable TOPTHETA_CACHE."
+            ) from None
     return ModelSource(source.name, str(folder), flag=source.flag)
+
+
+def _unpack(source: ModelSource, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file into a new folder, whole or not at all. Raises
+    UsageError for a file that cannot be loaded, and what the writing raises."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=torch.float32, gguf_file=source.gguf_file
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.location, gguf_file=source.gguf_file)
+        except Exception as error:
+            raise _not_loaded(source, error) from None
+        # The weights are plain float32 by now, but the model still calls itself quantized and refuses to be
+        # saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            flush(path)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,29 +1,24 @@
 """`python -m toptheta.report DIR [DIR...]`: write a report on runs as one HTML file."""
 
-import argparse
 import errno
-import sys
 import webbrowser
 from pathlib import Path
-from typing import NoReturn
 
-from toptheta.util.errors import UsageError, refuse_other_encodings
+from toptheta.util.console import say
+from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
+from toptheta.util.program import PlainParser, run_main
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises errors as UsageError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
+def main() -> None:
+    run_main(_report)
 
 
-def main() -> int:
-    parser = Parser(
+def _report() -> None:
+    parser = PlainParser(
         prog="python -m toptheta.report",
         description="Write a report on one or more runs as one HTML file: result tables, plots, and the "
         "answers of all methods side by side.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
@@ -39,35 +34,27 @@ def main() -> int:
         "products/reports/)",
     )
     parser.add_argument("--open", action="store_true", help="open the report in a browser")
-    try:
-        refuse_other_encodings(sys.argv[1:])
-        arguments = parser.parse_args()
-        if arguments.output:
-            path = Path(arguments.output)
-        elif len(arguments.runs) == 1:
-            path = Path(arguments.runs[0]) / "report.html"
-        else:
-            path = Path("products") / "reports" / f"{timestamp()}.html"
-        from toptheta.report.page.build import write_report  # here: it takes seconds
+    arguments = parser.parse_args()
+    if arguments.output:
+        path = Path(arguments.output)
+    elif len(arguments.runs) == 1:
+        path = Path(arguments.runs[0]) / "report.html"
+    else:
+        path = Path("products") / "reports" / f"{timestamp()}.html"
+    from toptheta.report.page.build import write_report  # here: it takes seconds
 
+    try:
         run = write_report(arguments.runs, path)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            message = f"{str(error.filename)[:80]}...: {error.strerror}; name other folders."
-        else:
-            message = f"{path} cannot be written ({error.strerror}): name a file with --output."
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+            raise
+        raise UsageError(f"{path} cannot be written ({error.strerror}): name a file with --output.") from None
     for note in run.notes:
-        print(note, file=sys.stderr)
+        say(note)
     print(f"Report: {path}")
     if arguments.open:
         webbrowser.open(path.resolve().as_uri())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -50,6 +50,18 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path | str, named: str, remedy: str) -> None:
+    """Raise UsageError unless files can be written to `folder`, or it can be created; leaves nothing there.
+    named: what the user calls the folder."""
+    folder = Path(folder)
+    try:
+        nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UsageError(f"{named} {folder} cannot be written to ({error.strerror}): {remedy}.") from None
+
+
 def flush(path: Path | str) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk: otherwise a renamed file may
     be empty after a power loss."""

@@ -17,6 +17,10 @@ _blocks: list[bool] = []  # open blocks, the innermost last: whether a second si
 _pending: list[int] = []  # deferred signals. Both are global, as signals concern the whole process
 
 
+class Announced(KeyboardInterrupt):
+    """An interrupt that the user was notified of, with how to go on."""
+
+
 def install() -> None:
     """Handle Ctrl-C and SIGTERM from now on: raise KeyboardInterrupt, at once or at the end of
     `uninterrupted`. Ctrl-C stays ignored if the process was started that way, as for a shell's background

@@ -16,7 +16,7 @@ from tests.report.page.conftest import Report
 from tests.report.test_compare import make_cell
 from toptheta.report.__main__ import main
 from toptheta.report.frames import load
-from toptheta.report.page.build import render
+from toptheta.report.page.build import _vega, render
 from toptheta.report.page.data import ALL_GROUPS
 from toptheta.report.plots.read import read_popularities, read_thresholds
 from toptheta.report.results import Answer, CellResult, Metric, write_answers
@@ -46,6 +46,16 @@ def test_every_run_writes_one(report: Report) -> None:
         assert len(html) < 5_000_000 and not re.search(r'(?:src|href)="(?!#)', html.split("<script>")[0])
         command = json.loads((run / "run.json").read_text())["command"]
         assert command.startswith("python ") and command.replace("'", "&#39;") in html
+
+
+def test_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be written to does not end a run whose results are there."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path / "file" / "below"))
+    without = _vega.__wrapped__()
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path / "cache"))
+    assert _vega.__wrapped__() == without == next((tmp_path / "cache").iterdir()).read_text()
+    assert _vega.__wrapped__() == without
 
 
 def test_what_is_shown_of_each_task(report: Report) -> None:
@@ -158,7 +168,9 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["report", *arguments])
-        return main(), *capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()  # type: ignore[return-value]
 
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
@@ -174,8 +175,11 @@ def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, bundled once for each version of vl-convert."""
     import vl_convert
 
-    kept = cache_folder() / f"vega-{version('vl-convert-python')}-{VEGA_LITE}.js"
-    if not kept.is_file():
-        bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
-        write_text(kept, bundle.replace("</script", "<\\/script"))
-    return kept.read_text(encoding="utf-8")
+    file = cache_folder() / f"vega-{version('vl-convert-python')}-{VEGA_LITE}.js"
+    with suppress(OSError):  # not there yet, or the cache cannot be used: bundling takes some seconds
+        return file.read_text(encoding="utf-8")
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+    bundle = bundle.replace("</script", "<\\/script")
+    with suppress(OSError):
+        write_text(file, bundle)
+    return bundle

@@ -1,0 +1,55 @@
+"""Running a program, and ending it with a message and an exit code."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from toptheta.util import interrupts
+from toptheta.util.console import say, say_error
+from toptheta.util.errors import UsageError, refuse_other_encodings
+from toptheta.util.files import DISK_ERRORS
+
+
+class PlainParser(argparse.ArgumentParser):
+    """A parser that raises errors as UsageError, without a usage dump, and does not accept abbreviated
+    flags."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        refuse_other_encodings(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a program's main: exit code 2 with the message for UsageError and for files that cannot be written,
+    130 for Ctrl-C or SIGTERM.
+
+    Large packages are imported within `main`, so that Ctrl-C during their import ends like any other."""
+    interrupts.install()
+    try:
+        code = main() or 0
+    except UsageError as error:
+        say_error(error)
+        code = 2
+    except KeyboardInterrupt as interrupt:
+        if not isinstance(interrupt, interrupts.Announced):
+            say("\nInterrupted.")
+        code = 130
+    except BrokenPipeError:  # the reader of the output, such as head, has stopped reading
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        name = str(error.filename or "")
+        where = f"{name if len(name) < 300 else name[:80] + '...'}: " if name else ""
+        print(f"error: {where}{error.strerror}: change that, or name another folder.", file=sys.stderr)
+        code = 2
+    sys.exit(code)
