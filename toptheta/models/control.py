@@ -176,7 +176,7 @@ def _install(
 
 
 def check_tables(
-    sparse: Sequence[int],
+    sparse: list[int],
     params: AttentionParams,
     k_per_layer: tuple[int, ...],
     tables: CalibrationTables | None,
