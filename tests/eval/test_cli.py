@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import gen_llama
+import test_llama
 from tests.eval.helpers import parse
 from tests.helpers.paths import ROOT
 from toptheta.eval.cli import parse_settings, resumed_settings, settings_flags, settings_from_json
 from toptheta.eval.run import check_resume
 from toptheta.eval.settings import GenSettings, QASettings, Settings
+from toptheta.eval.table_cells import answer_key
 from toptheta.util.errors import UsageError
 from toptheta.util.options import to_flags
 
@@ -23,11 +26,11 @@ from toptheta.util.options import to_flags
         ("--mode 0 --calib_interp cubic", "--calib_interp is 'cubic'"),
         ("--mode 0 --calib_smooth -2", "--calib_smooth is -2"),
         ("--mode 0 --calib_smooth wide", "--calib_smooth is 'wide'"),
-        ("--mode 1 --calib_interp fit", "--calib_interp fit has no effect without calibration"),
-        ("--calib_smooth 4", "--calib_smooth 4 has no effect without calibration"),
-        ("--mode 3 --calib_dump_samples", "--calib_dump_samples has no effect without calibration"),
+        ("--mode 1 --calib_interp fit", "--calib_interp has no effect without calibration"),
+        ("--calib_smooth 4", "--calib_smooth has no effect without calibration"),
+        ("--mode 3 --calib_dump_samples", "--calib_dump_samples has no effect without thresholds"),
         ("--mode 0 --calib_load_path . --calib_dump_samples", "has no effect with --calib_load_path"),
-        ("--mode 1 --sdc offline-calibrated --calib_dump_samples", "use it with --mode 0"),
+        ("--mode 1 --sdc offline-calibrated --calib_dump_samples", "leave it out, or add --mode 0"),
     ],
 )
 def test_bad_flags(flags: str, message: str) -> None:
@@ -47,9 +50,9 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--mode 1 --layerk 3:-4", "--layerk takes K of at least 0"),
         ("--mode 1 --vmc", "--vmc has nothing to compensate"),
         ("--vmc", "--vmc has no effect on dense attention"),
-        ("--capk", "--capk has no effect on dense attention"),
-        ("--mode 1 --capk", "--capk applies to thresholds"),
-        ("--mode 1,3 --calib_tac", "--calib_tac applies to thresholds"),
+        ("--capk", "--capk has no effect without thresholds"),
+        ("--mode 1 --capk", "--capk has no effect without thresholds"),
+        ("--mode 1,3 --calib_tac", "--calib_tac has no effect without thresholds"),
         ("--mode 1 --sdc exp-threshold", "--sdc exp-threshold needs a threshold"),
         ("--mode 0,1 --sdc exp-threshold", "--sdc exp-threshold needs a threshold"),
         ("--sdc exact", "--sdc has no effect on dense"),
@@ -68,7 +71,7 @@ def test_bad_flags(flags: str, message: str) -> None:
         ("--batch_size -1", "--batch_size is -1"),
         ("--batch_size many", "--batch_size is 'many'"),
         ("--mode 0 --when_slower fast", "--when_slower is 'fast': choose one of sparse, dense"),
-        ("--when_slower dense", "--when_slower has no effect on dense attention"),
+        ("--when_slower dense", "--when_slower has no effect on methods"),
         ("--sdc_scale x", "--sdc_scale is 'x': give a number"),
         ("--vrow_popularity --no_statistics", "needs statistics"),
         ("--mode 0 --calib_add_sigma nan", "--calib_add_sigma is nan: give a finite number"),
@@ -85,6 +88,62 @@ def test_bad_flags(flags: str, message: str) -> None:
 def test_flags_that_make_no_sense(flags: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse(flags)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "refused"),
+    [
+        ("qa", "--k 64", "--k has no effect on methods without a K"),
+        ("qa", "--method dense,top_p --k 256", "--k has no effect on methods without a K"),
+        ("qa", "--method dense,top_k --k 64", ""),
+        ("qa", "--mode 0 --placement none --k 64", ""),
+        ("qa", "--placement post-softmax", "--placement has no effect on dense attention"),
+        ("qa", "--placement none", ""),
+        ("qa", "--method top_k:placement=pre-softmax --placement post-softmax", "--placement has no effect"),
+        ("qa", "--mode 1 --sdc_scale 0.5", "--sdc_scale has no effect where no cell has SDC"),
+        ("qa", "--method top_k,top_k:sdc=exact --sdc_scale 0.5", ""),
+        ("qa", "--mode 1 --when_slower dense", "--when_slower has no effect"),
+        ("qa", "--method top_theta:key_copy=int8 --when_slower dense", "--when_slower has no effect"),
+        ("qa", "--mode 0,1 --when_slower dense", ""),
+        ("qa", "--mode 1 --calib_samples 4", "--calib_samples has no effect without calibration"),
+        ("qa", "--mode 1 --calib_sample_frac 0.1", "--calib_sample_frac has no effect without calibration"),
+        ("qa", "--mode 1 --sdc offline-calibrated --calib_add_sigma 1", "--calib_add_sigma has no effect"),
+        ("qa", "--mode 1 --sdc offline-calibrated --calib_samples 4", ""),
+        ("qa", "--mode 0 --calib_load_path . --calib_samples 4", "no effect with --calib_load_path"),
+        ("gen", "--dataset perplexity --text setup.txt --calib_samples 4", ""),  # so many are left out
+        ("gen", "--dataset perplexity --text setup.txt --calib_samples 4 --calib_task x", "--calib_"),
+        ("qa", "--mode 0 --calibrate_only --num_samples 5", "--num_samples has no effect with --calibrate_o"),
+        ("qa", "--mode 0 --calibrate_only --no_statistics", "--no_statistics has no effect with --calibrate"),
+        ("qa", "--mode 0 --calibrate_only --calib_interp fit", "--calib_interp has no effect with --calibr"),
+        ("qa", "--mode 0 --calibrate_only --num_fewshot 2 --batch_size 2", ""),
+        ("gen", "--mode 0 --calibrate_only --allow_code_execution", "--allow_code_execution has no effect"),
+        ("gen", "--mode 0 --calibrate_only --num_tasks 3", ""),  # of which the calibrated ones are the first
+        ("gen", "--mode 0 --calibrate_only --num_tasks 3 --dataset longbench_qmsum", "--num_tasks has no"),
+        ("qa", "--data_dir .", "--data_dir has no effect on everyday_science"),
+        ("qa", "--data_dir . --calib_task arc_easy --mode 0", ""),
+        ("qa", "--data_dir . --task everyday_science,arc_easy", ""),
+        ("gen", "--data_dir .", "--data_dir has no effect on openai_humaneval"),
+        ("gen", "--data_dir . --dataset longbench_qmsum", ""),
+    ],
+)
+def test_flags_without_effect(script: str, flags: str, refused: str, here: Path) -> None:
+    """As they are given, even if it is the default; a list of methods needs one that uses the flag."""
+    Path("setup.txt").write_text("text")
+    kind, main = {"qa": (QASettings, test_llama), "gen": (GenSettings, gen_llama)}[script]
+    arguments = main.make_parser().parse_args(flags.split())
+    if not refused:
+        settings = parse_settings(kind, arguments)
+        assert settings_from_json(kind, settings.to_json()) == settings
+        return
+    with pytest.raises(UsageError, match=refused):
+        parse_settings(kind, arguments)
+
+
+def test_saved_runs_may_have_flags_without_effect() -> None:
+    """Those of earlier versions, which accepted them."""
+    earlier = QASettings(k=(64,), calib_samples=4, data_dir=".")
+    assert settings_from_json(QASettings, earlier.to_json()) == earlier
+    assert answer_key(earlier, earlier.cells()[0]) == answer_key(QASettings(), QASettings().cells()[0])
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "1e400", "-1", "0", "1.5"])

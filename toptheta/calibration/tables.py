@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from toptheta.calibration.interpolation import MAX_FIT_LENGTH
 from toptheta.util.errors import UsageError
-from toptheta.util.files import find_file, write_bytes, write_text
+from toptheta.util.files import find_file, one_of, write_bytes, write_text
 from toptheta.util.line_files import SDC, THRESHOLDS, LineFormat, read_lines
 from toptheta.util.schema import Count, parse_json, typed
 
@@ -128,7 +128,12 @@ def _read_tables(folder: Path, name: str, sizes: "_Sizes") -> CalibrationTables:
         return _read_binary(folder / BINARY_NAME, sizes)
     theta_path, sdc_path = find_file(folder, "th.txt"), find_file(folder, "sdc.txt")
     if theta_path is None and sdc_path is None:
-        raise UsageError(f"{name} is {str(folder)!r}, which has neither th.txt nor sdc.txt: calibrate first.")
+        files = [f"*/{file}" for file in (BINARY_NAME, "th.txt*", "sdc.txt*")]
+        cells = one_of("cells", folder, [*files, *(f"*/{file}" for file in files)])
+        raise UsageError(
+            f"{name} is {str(folder)!r}, which has neither th.txt nor sdc.txt: "
+            + (f"name {cells}." if cells else "calibrate first.")
+        )
     tables = CalibrationTables(0, 0)
     if theta_path is not None:
         tables.theta, tables.k = _read_lines(theta_path, THRESHOLDS, sizes)

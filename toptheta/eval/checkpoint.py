@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from toptheta.eval import processes
 from toptheta.eval.cell import CHECKPOINT_SECONDS, Cell
 from toptheta.eval.cell_params import OF_FLAGS, CellParams
 from toptheta.eval.run import Run, product_folder
+from toptheta.eval.settings import Settings
 from toptheta.methods.base import Method
 from toptheta.models.calibrate import (
     begin_calibration,
@@ -26,14 +28,40 @@ from toptheta.models.calibrate import (
     calibrations,
     end_calibration,
     same_sparse_layers,
+    sparse_layers,
     use_tables,
 )
-from toptheta.models.control import tables_of, use_params
+from toptheta.models.control import check_tables, tables_in, use_params
 from toptheta.util.errors import UsageError
 from toptheta.util.files import write_bytes
 from toptheta.util.interrupts import stop_requested, uninterrupted
 
 STATE = "partial-calibration"  # how the names of files with a calibration's state begin
+
+
+def check_loaded(settings: Settings, config: Any) -> None:
+    """Raise UsageError unless the tables in --calib_load_path, if it is given, fit every cell, for a model of
+    this config, which need not be loaded."""
+    path, num_layers = settings.calib_load_path, config.num_hidden_layers
+    if not path:
+        return
+    tables = tables_in(path, config, num_layers, "--calib_load_path")
+    layers = [SimpleNamespace(config=config, layer_idx=i) for i in range(num_layers)]
+    for cell in settings.cells():
+        if not cell.needs_calibration:
+            continue
+        ks = settings.layer_ks(cell, num_layers)
+        try:
+            check_tables(sparse_layers(layers, cell, ks), cell, ks, tables)
+        except UsageError as error:
+            raise UsageError(f"--calib_load_path {path}, {cell.label}: {error}") from None
+        for name in ("calib_tac", "calib_add_sigma", "calib_sample_frac"):
+            value, saved = getattr(cell, name), tables.meta.get(name)  # th.txt does not contain it
+            if value != OF_FLAGS[name] and saved not in (None, str(value)):
+                raise UsageError(
+                    f"{cell.flag(name)} {value} has no effect with --calib_load_path, whose tables were "
+                    f"calibrated with {saved}: leave it out."
+                )
 
 
 def prepare(
@@ -59,15 +87,6 @@ def prepare(
         return 0.0
     if settings.calib_load_path:
         use_params(model, replace(params, calib_load_path=settings.calib_load_path))
-        tables = tables_of(model)
-        assert tables is not None
-        for name in ("calib_tac", "calib_add_sigma", "calib_sample_frac"):
-            value, saved = getattr(cell, name), tables.meta.get(name)  # th.txt does not tell
-            if value != OF_FLAGS[name] and saved not in (None, str(value)):
-                raise UsageError(
-                    f"{cell.flag(name)} {value} has no effect with --calib_load_path, whose tables were "
-                    f"calibrated with {saved}: leave it out."
-                )
         return 0.0
     tables = processes.from_first(lambda: _finished_tables(product, model))
     if tables is None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from toptheta.eval.rules import check_settings
+from toptheta.eval.rules import check_settings, flag, without_effect
 from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
 from toptheta.util.errors import UsageError
@@ -93,7 +93,16 @@ def parse_settings(kind: type[AnySettings], namespace: argparse.Namespace) -> An
     """Turn parsed flags into checked settings. Raises UsageError."""
     if namespace.mode is not None and namespace.method is not None:
         raise UsageError("--method and --mode both name the method: give one of them.")
-    return check_settings(from_flags(kind, namespace))
+    settings = check_settings(from_flags(kind, namespace))
+    given = [name for name, value in vars(namespace).items() if value is not None]
+    for name, why in without_effect(settings, given).items():
+        raise UsageError(f"{_given(namespace, name)} has no effect {why}.")
+    return settings
+
+
+def _given(namespace: argparse.Namespace, name: str) -> str:
+    """A flag that is given."""
+    return f"--no_{name}" if getattr(namespace, name) is False else flag(name)
 
 
 def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Namespace) -> AnySettings:
@@ -102,14 +111,14 @@ def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Na
     return settings_from_json(kind, saved)
 
 
-def refuse_others(namespace: argparse.Namespace, flag: str, allowed: Collection[str]) -> None:
-    """Raise UsageError if flags are given that are not among the `allowed`. flag: names a folder, from which
-    all settings are taken."""
+def refuse_others(namespace: argparse.Namespace, folder: str, allowed: Collection[str]) -> None:
+    """Raise UsageError if flags are given that are not among the `allowed`. folder: the flag that names a
+    folder, from which all settings are taken."""
     for name, value in vars(namespace).items():
         if value is not None and name not in allowed:
-            given = f"--no_{name}" if value is False else f"--{name}"
             raise UsageError(
-                f"{flag} takes all settings from its folder: leave out {given}, or start a new run."
+                f"{folder} takes all settings from its folder: leave out {_given(namespace, name)}, or start "
+                "a new run."
             )
 
 

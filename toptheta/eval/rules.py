@@ -1,10 +1,21 @@
 """Checks of combinations of settings, before anything is loaded. Rules for a single setting are declared with
 it, in settings.py."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from toptheta.eval.cell_params import CellParams
-from toptheta.eval.settings import BUNDLED_TASK, PERPLEXITY, AnySettings, GenSettings, Settings
+from toptheta.eval.settings import (
+    BUNDLED_TASK,
+    HUMANEVAL,
+    LONGBENCH,
+    PERPLEXITY,
+    AnySettings,
+    GenSettings,
+    QASettings,
+    Settings,
+)
+from toptheta.methods.base import Selection
 from toptheta.methods.params import check
 from toptheta.util.errors import UsageError
 from toptheta.util.options import check_options, options_of
@@ -15,6 +26,88 @@ def flag(name: str) -> str:
     return f"--{name.lower()}"
 
 
+# Flags that need a cell with a property, and what to say where no cell has it.
+DENSE = "on dense attention: leave it out, or add --mode 0 or 1"
+NO_THRESHOLDS = "without thresholds: leave it out, or add --mode 0"
+NEEDING: list[tuple[set[str], Callable[[CellParams], bool], str]] = [
+    ({"placement", "sdc", "vmc"}, lambda cell: not cell.method.is_dense, DENSE),
+    (
+        {"k", "layerk"},
+        lambda cell: cell.method.uses_k,
+        "on methods without a K: leave it out, or add --mode 0 or 1",
+    ),
+    ({"sdc_scale"}, lambda cell: cell.sdc != "none", "where no cell has SDC: leave it out, or add --sdc"),
+    ({"capk", "calib_tac"}, lambda cell: cell.method.needs_thresholds, NO_THRESHOLDS),
+    (
+        {"when_slower"},
+        lambda cell: _has_profile(cell),
+        "on methods that its profiles do not cover: leave it out, or add --mode 0",
+    ),
+    (
+        {"calib_to", "calib_layers", "calib_add_sigma", "calib_dump_samples"},
+        lambda cell: cell.needs_thresholds,
+        NO_THRESHOLDS,
+    ),
+    (
+        {"calib_interp", "calib_smooth", "calib_sample_frac", "calib_task", "calib_text", "calib_seq_len"},
+        lambda cell: cell.needs_calibration,
+        "without calibration: leave it out, or add --mode 0 or --sdc offline-calibrated",
+    ),
+]
+PROMPTS = {"calib_samples", "calib_task", "calib_text", "calib_seq_len", "calib_dump_samples"}
+# What --calibrate_only does not come to
+EVALUATING = {
+    *("num_samples", "num_samples_per_task", "do_sample", "allow_code_execution", "needle_repeats"),
+    *("reference_dtype", "statistics", "vrow_popularity", "when_slower", "calib_interp", "calib_smooth"),
+}
+
+
+def without_effect(settings: Settings, given: Collection[str]) -> dict[str, str]:
+    """Of the given flags those that change nothing, and why."""
+    cells, found = settings.cells(), dict[str, str]()
+    for names, needed, why in NEEDING:
+        for name in names & set(given):
+            if not any(name not in cell.given and needed(cell) for cell in cells):
+                found[name] = why
+    if settings.placement == "none":  # as good as dense
+        found.pop("placement", None)
+    calibrates = any(cell.needs_calibration for cell in cells)
+    if settings.calib_load_path:
+        found |= dict.fromkeys(PROMPTS, "with --calib_load_path, which skips calibration: leave one out")
+    elif not calibrates:
+        found |= {"calib_samples": "without calibration: leave it out, or add --mode 0"}
+    if isinstance(settings, GenSettings) and settings.dataset in (PERPLEXITY, *LONGBENCH):
+        if not settings.calib_task:
+            found.pop("calib_samples", None)  # as many entries are not evaluated
+    if settings.calibrate_only:
+        of_rest = {"num_tasks"} if getattr(settings, "dataset", HUMANEVAL) != HUMANEVAL else set()
+        found |= dict.fromkeys(
+            EVALUATING | of_rest, "with --calibrate_only, which evaluates nothing: leave one out"
+        )
+    if not reads_rows(settings, cells):
+        task = getattr(settings, "dataset", getattr(settings, "task", ""))
+        found["data_dir"] = f"on {task}: leave it out, or choose a task with local rows"
+    return {name: why for name, why in found.items() if name in given}
+
+
+def _has_profile(cell: CellParams) -> bool:
+    """Whether the cell's selection is one that profiles of --when_slower cover."""
+    kernel = cell.layer(1).kernel
+    return kernel is not None and kernel.selection == Selection.THRESHOLD and not cell.method.key_bits
+
+
+def reads_rows(settings: Settings, cells: Collection[CellParams]) -> bool:
+    """Whether cells evaluate or calibrate on rows that may lie in --data_dir."""
+    if isinstance(settings, GenSettings):
+        if settings.dataset in LONGBENCH:
+            return True
+    elif isinstance(settings, QASettings):
+        if {task.strip() for task in settings.task.split(",")} != {BUNDLED_TASK}:
+            return True
+    calibrates = not settings.calib_load_path and any(cell.needs_calibration for cell in cells)
+    return calibrates and settings.calib_task not in (None, BUNDLED_TASK)
+
+
 def check_settings(settings: AnySettings) -> AnySettings:
     """The settings, unchanged. Raises UsageError for an invalid value or combination."""
     check_options(settings, flag)
@@ -22,9 +115,10 @@ def check_settings(settings: AnySettings) -> AnySettings:
     cells = settings.cells()
     for cell in cells:
         check(cell, cell.flag)
-        unused = [name for name in cell.given if name.startswith("calib_") and not cell.needs_calibration]
-        if unused:
-            raise UsageError(f"{cell.flag(unused[0])} has no effect without calibration: leave it out.")
+        for names, needed, why in NEEDING:
+            for name in names & set(cell.given):
+                if not needed(cell):
+                    raise UsageError(f"{cell.flag(name)} has no effect {why}.")
     needing = [cell for cell in cells if cell.needs_calibration]
     _check_calibration(settings, needing)
     _check_statistics(settings, cells)
@@ -56,26 +150,6 @@ def _check_methods(settings: Settings) -> None:
         )
     if any(k < 0 for k in settings.layerk.values()):
         raise UsageError("--layerk takes K of at least 0 (0 leaves the layer dense).")
-    sparse = [method for method in settings.methods() if not method.is_dense]
-    serving = {
-        "vmc": bool(sparse),
-        "capk": any(hasattr(method, "capk") for method in sparse),
-        "calib_tac": any(method.needs_thresholds for method in sparse),
-    }
-    for name, serves in serving.items():
-        if getattr(settings, name) and not sparse:
-            raise UsageError(
-                f"--{name} has no effect on dense attention: add --mode 0"
-                + (" or 1." if name == "vmc" else ".")
-            )
-        if getattr(settings, name) and not serves:
-            raise UsageError(f"--{name} applies to thresholds only: use it with --mode 0.")
-    if settings.when_slower != "sparse" and not sparse:
-        raise UsageError("--when_slower has no effect on dense attention: add --mode 0.")
-    if settings.layerk and not any(method.uses_k for method in sparse):
-        raise UsageError("--layerk has no effect on methods without a K: add --mode 0 or 1.")
-    if settings.sdc != "none" and not sparse:
-        raise UsageError("--sdc has no effect on dense attention: add --mode 0 or 1.")
 
 
 def _check_calibration(settings: Settings, needing: list[CellParams]) -> None:
@@ -88,31 +162,12 @@ def _check_calibration(settings: Settings, needing: list[CellParams]) -> None:
             )
         if not Path(settings.calib_load_path).is_dir():
             raise UsageError(f"--calib_load_path {settings.calib_load_path}: there is no such folder.")
-    defaults = type(settings)()
-    shaping = ("calib_to", "calib_layers", "calib_interp", "calib_smooth")
-    prompts = ("calib_task", "calib_text", "calib_seq_len", "calib_dump_samples")
-    for name in (name for name in (*shaping, *prompts) if hasattr(settings, name)):
-        value = getattr(settings, name)
-        if value == getattr(defaults, name):
-            continue
-        shapes_use = name in shaping
-        given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
-        if not needing:
-            raise UsageError(
-                f"{given} has no effect without calibration: add --mode 0 or --sdc offline-calibrated."
-            )
-        if not shapes_use and settings.calib_load_path:
-            raise UsageError(
-                f"{given} has no effect with --calib_load_path, which skips calibration: leave one out."
-            )
-        if name == "calib_dump_samples" and not any(cell.needs_thresholds for cell in needing):
-            raise UsageError(f"{given} saves samples of thresholds: use it with --mode 0.")
-        budgets = [cell for cell in needing if cell.calib_to == "budget"]
-        if name == "calib_dump_samples" and budgets:
-            raise UsageError(
-                f"{given} saves threshold samples, and {budgets[0].flag('calib_to')} budget takes none: "
-                "leave it out."
-            )
+    budgets = [cell for cell in needing if cell.calib_to == "budget"]
+    if settings.calib_dump_samples and budgets:
+        raise UsageError(
+            f"--calib_dump_samples saves threshold samples, and {budgets[0].flag('calib_to')} budget takes "
+            "none: leave it out."
+        )
     if settings.calibrate_only and (not needing or settings.calib_load_path):
         raise UsageError(
             "--calibrate_only needs something to calibrate: --mode 0 or --sdc offline-calibrated, "
@@ -136,8 +191,8 @@ def _check_statistics(settings: Settings, cells: list[CellParams]) -> None:
 
 def _check_generation(settings: GenSettings) -> None:
     for name, facts, default in options_of(settings):
-        if name == "data_dir" and settings.calib_task not in (None, BUNDLED_TASK):
-            continue  # the rows of that task
+        if name == "data_dir":
+            continue  # it serves --calib_task, too
         if facts.serves and settings.dataset not in facts.serves and getattr(settings, name) != default:
             raise UsageError(
                 f"--{name} has no effect on --dataset {settings.dataset}: leave it out, or choose "

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from toptheta.eval import processes
 from toptheta.eval.cell import Cell
 from toptheta.eval.cell_params import CellParams
-from toptheta.eval.checkpoint import Checkpoint, prepare
+from toptheta.eval.checkpoint import Checkpoint, check_loaded, prepare
 from toptheta.eval.run import (
     Run,
     cells,
@@ -80,6 +80,7 @@ def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -
     for cell in settings.cells():
         if cell.sparse:
             settings.layer_ks(cell, config.num_hidden_layers)
+    check_loaded(settings, config)
     jobs = _jobs(settings, source, config)
     for notice in jobs[0].notices:
         say(notice)

@@ -160,8 +160,10 @@ def missing_runs(
             for key in missing:
                 del wanted[key]
     alike: dict[tuple[str, ...], dict[str | None, list[int]]] = {}  # K by method, of commands without them
+    used: dict[tuple[tuple[str, ...], str | None], set[str]] = {}  # flags with an effect on the method
     for cell in wanted.values():
-        command, method = _without_method((cell.script, *cell.arguments))
+        command, method = _without_method((cell.script, *cell.asked))
+        used.setdefault((command, method), set()).update(cell.arguments)
         ks = alike.setdefault(command, {}).setdefault(method, [])
         if cell.k is not None:
             ks.append(cell.k)
@@ -173,7 +175,19 @@ def missing_runs(
         (command, of_k, several), at = most, runs.index(most)
         half = len(several) // 2
         runs[at : at + 1] = [(command, of_k, several[:half]), (command, of_k, several[half:])]
-    return commands + [_command(*run, output_dir) for run in runs]
+    for asked, of_run, methods in runs:
+        known = set[str]().union(*(used[asked, method] for method in methods))
+        commands.append(_command(_only(asked, known), of_run, methods, output_dir))
+    return commands
+
+
+def _only(command: tuple[str, ...], flags: set[str]) -> tuple[str, ...]:
+    """A command line without flags that are not among `flags`."""
+    kept, keep = [], True
+    for word in command:
+        keep = word in flags if word.startswith("--") else keep
+        kept += [word] if keep else []
+    return tuple(kept)
 
 
 def _without_method(command: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:

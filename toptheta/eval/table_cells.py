@@ -11,8 +11,8 @@ from typing import Any, TypedDict
 
 from toptheta.eval.cell_params import CellParams
 from toptheta.eval.cli import Parser, parse_settings
+from toptheta.eval.rules import reads_rows, without_effect
 from toptheta.eval.settings import (
-    BUNDLED_TASK,
     LONGBENCH,
     NEEDLE,
     PERPLEXITY,
@@ -26,7 +26,7 @@ from toptheta.eval.tasks.lm_eval_tasks import check_task
 from toptheta.methods.params import MethodOptions
 from toptheta.report.sweep_tables import with_k
 from toptheta.util.errors import UsageError
-from toptheta.util.options import at_least, option, options_of
+from toptheta.util.options import at_least, from_flags, option, options_of
 from toptheta.util.schema import Count, read_json
 
 KINDS: dict[str, type[Settings]] = {"test_llama.py": QASettings, "gen_llama.py": GenSettings}
@@ -34,7 +34,6 @@ TASK_FLAG = {"test_llama.py": "task", "gen_llama.py": "dataset"}
 SAMPLES_FLAG = {"test_llama.py": "num_samples", "gen_llama.py": "num_tasks", NEEDLE: "needle_repeats"}
 TEXT_FLAGS = {"text", "calib_text"}  # files of a table: in --data_dir, or of Python's library
 STDLIB = "stdlib:"  # before the name of a source file of Python's standard library
-CALIBRATING = {"calib_task", "calib_text", "calib_seq_len"}  # passed for calibrated methods only
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class SweepOptions:
 @dataclass(frozen=True)
 class SweepCell:
     """One row of a table. task: its name in the table; arguments: of the script, except --k; k: None for
-    methods without; dense: nothing is dropped."""
+    methods without; dense: nothing is dropped; asked: the arguments, with the table's flags that have no
+    effect on this cell alone."""
 
     task: str
     method: str
@@ -79,6 +79,7 @@ class SweepCell:
     arguments: tuple[str, ...]
     key: str
     dense: bool = False
+    asked: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -171,20 +172,20 @@ def plan(
                 method = choose(name, methods, "reproduce.json: method")
                 if len(method.keys() & {"mode", "method"}) != 1:
                     raise UsageError(f"reproduce.json: method {name!r} needs either 'method' or 'mode'.")
-                flags = table.get("flags", {}) | part.get("flags", {}) | method
+                shared = table.get("flags", {}) | part.get("flags", {})
+                flags = shared | method
                 flags[TASK_FLAG[script]] = task
                 samples = SAMPLES_FLAG.get(task, SAMPLES_FLAG[script])
                 if options.samples is not None:
                     flags[samples] = options.samples
                 for file in [name for name in flags if name in TEXT_FLAGS and flags[name] is not None]:
                     flags[file] = str(_text_file(str(flags[file]), options.data_dir))
-                rows = script == "test_llama.py" or task.startswith("longbench")  # that the task reads
-                if options.data_dir and (rows or flags.get("calib_task", BUNDLED_TASK) != BUNDLED_TASK):
+                if options.data_dir:
                     flags["data_dir"] = options.data_dir
-                ks = ",".join(map(str, part["k"]))
-                calibrating = CALIBRATING if rows else CALIBRATING | {"data_dir"}
+                flags["k"] = part["k"]
+                droppable = {*shared, "data_dir", "k"} - method.keys()
                 try:
-                    arguments, settings = _settings(script, flags, ks, parsers, calibrating)
+                    arguments, settings = _settings(script, flags, droppable, parsers)
                 except UsageError as error:  # the script names its own flag
                     if options.samples is None:
                         raise
@@ -193,8 +194,9 @@ def plan(
                     key = answer_key(settings, cell)
                     shown = part.get("name", task)
                     row = f"{name}: {part['label']}" if "label" in part else name
+                    asked = tuple(_arguments({k: v for k, v in flags.items() if k != "k"}))
                     cells.append(
-                        SweepCell(shown, row, cell.k, script, tuple(arguments), key, not cell.sparse)
+                        SweepCell(shown, row, cell.k, script, arguments, key, not cell.sparse, asked)
                     )
     return cells
 
@@ -214,31 +216,21 @@ def _text_file(name: str, data_dir: str | None) -> Path:
 
 
 def _settings(
-    script: str,
-    flags: dict[str, Any],
-    ks: str,
-    parsers: dict[str, Callable[[], Parser]],
-    calibrating: set[str],
-) -> tuple[list[str], Settings]:
+    script: str, flags: dict[str, Any], droppable: set[str], parsers: dict[str, Callable[[], Parser]]
+) -> tuple[tuple[str, ...], Settings]:
     """Arguments of a script, except --k, and the resulting settings. Raises UsageError.
 
-    calibrating: flags that are passed for calibrated methods only, as --layerk is for those with a K; the
-    scripts refuse them for others.
+    droppable: flags of the whole table, which are left out where they have no effect.
     """
+    kind = KINDS[script]
 
-    def read(flags: dict[str, Any]) -> tuple[list[str], Settings]:
-        arguments = _arguments(flags)
-        namespace = parsers[script]().parse_args([*arguments, "--k", ks])
-        return arguments, resolve_device(parse_settings(KINDS[script], namespace))
+    def parsed(flags: dict[str, Any]) -> Any:
+        return parsers[script]().parse_args(_arguments(flags))
 
-    needed = {name: value for name, value in flags.items() if name not in {"layerk", *calibrating}}
-    arguments, settings = read(needed)
-    cells = settings.cells()
-    refused = calibrating if not any(cell.needs_calibration for cell in cells) else set()
-    if all(cell.k is None for cell in cells):
-        refused = refused | {"layerk"}
-    more = {name: value for name, value in flags.items() if name not in refused}
-    return read(more) if more != needed else (arguments, settings)
+    unused = without_effect(from_flags(kind, parsed(flags)), droppable)
+    used = {name: value for name, value in flags.items() if name not in unused}
+    settings = resolve_device(parse_settings(kind, parsed(used)))
+    return tuple(_arguments({name: value for name, value in used.items() if name != "k"})), settings
 
 
 def _arguments(flags: dict[str, Any]) -> list[str]:
@@ -280,6 +272,8 @@ def answer_key(settings: Settings, cell: CellParams) -> str:
         facts = {name: value for name, value in facts.items() if not name.startswith("calib_")}
         if isinstance(settings, GenSettings) and settings.dataset in (PERPLEXITY, *LONGBENCH):
             facts["left_out"] = None if settings.calib_task else settings.calib_samples  # of the entries
+    if not reads_rows(settings, [cell]):
+        facts.pop("data_dir", None)
     for name in ("data_dir", *TEXT_FLAGS):
         if facts.get(name):
             facts[name] = str(Path(facts[name]).resolve())

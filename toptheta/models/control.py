@@ -112,6 +112,12 @@ def set_params(model: nn.Module, **params) -> None:
     use_params(model, old.changed(implied | params))
 
 
+def tables_in(folder: str, config: Any, num_layers: int, name: str = "calib_load_path") -> CalibrationTables:
+    """The tables in a folder, for a model of this config. Raises UsageError as `load_tables`."""
+    longest = max(config.max_position_embeddings, MAX_FIT_LENGTH)
+    return load_tables(folder, num_layers, config.num_attention_heads, name, longest)
+
+
 def use_params(model: nn.Module, params: AttentionParams) -> None:
     """`set_params` with all parameters at once. A UsageError leaves the model as it was, and a calibration
     under way."""
@@ -128,10 +134,7 @@ def use_params(model: nn.Module, params: AttentionParams) -> None:
         begin_calibration(model, params)
     else:
         if params.calib_load_path:
-            config = layers[0].config
-            sizes = len(layers), config.num_attention_heads
-            longest = max(config.max_position_embeddings, MAX_FIT_LENGTH)
-            tables = load_tables(params.calib_load_path, *sizes, max_length=longest)
+            tables = tables_in(params.calib_load_path, layers[0].config, len(layers))
         elif calibrations(model):
             try:
                 tables = calibrated_tables(model)
@@ -154,22 +157,7 @@ def _install(
     """Give every layer its spec and look-up tables. Raises UsageError, without any change, if tables do not
     fit."""
     sparse = sparse_layers(layers, params, k_per_layer)
-    for kind, needed in (("theta", params.needs_thresholds), ("sdc", params.needs_sdc_table)):
-        if not needed:
-            continue
-        if tables is None:
-            raise UsageError(
-                f"{'mode 0' if kind == 'theta' else 'sdc offline-calibrated'} needs calibrated tables: call "
-                "set_params with calibrate=True, run some prompts, then calibrate=False; or load them with "
-                "calib_load_path."
-            )
-        check_fit(tables, kind, k_per_layer, params.placement, sparse, params.calib_to)
-        weighed = "value_aware" in tables.meta.get("method", "")
-        if kind == "theta" and weighed and not params.method.needs_values:
-            raise UsageError(
-                "the thresholds were calibrated with value_aware, for weights times value norms: use "
-                "value_aware, or calibrate again."
-            )
+    check_tables(sparse, params, k_per_layer, tables)
     values = _value_norms(layers, sparse, tables) if params.method.needs_values else {}
     specs = [params.layer(k) if i in sparse else LayerSpec() for i, k in enumerate(k_per_layer)]
     thetas, sdc_tables = dict[int, Tensor](), dict[int, Tensor]()
@@ -187,20 +175,45 @@ def _install(
         state.theta, state.sdc_table = thetas.get(i), sdc_tables.get(i)
 
 
+def check_tables(
+    sparse: list[int],
+    params: AttentionParams,
+    k_per_layer: tuple[int, ...],
+    tables: CalibrationTables | None,
+) -> None:
+    """Raise UsageError unless `tables` are what `params` need in the layers `sparse`."""
+    for kind, needed in (("theta", params.needs_thresholds), ("sdc", params.needs_sdc_table)):
+        if not needed:
+            continue
+        if tables is None:
+            raise UsageError(
+                f"{'mode 0' if kind == 'theta' else 'sdc offline-calibrated'} needs calibrated tables: call "
+                "set_params with calibrate=True, run some prompts, then calibrate=False; or load them with "
+                "calib_load_path."
+            )
+        check_fit(tables, kind, k_per_layer, params.placement, sparse, params.calib_to)
+        weighed = "value_aware" in tables.meta.get("method", "")
+        if kind == "theta" and weighed and not params.method.needs_values:
+            raise UsageError(
+                "the thresholds were calibrated with value_aware, for weights times value norms: use "
+                "value_aware, or calibrate again."
+            )
+    if params.method.needs_values and tables is not None and set(sparse) - tables.values.keys():
+        raise UsageError(
+            "value_aware needs thresholds that were calibrated with it, which th.txt alone does not "
+            "contain: calibrate with it, or load a folder with the calibration.safetensors of such a run."
+        )
+
+
 def _value_norms(
     layers: list[Any], sparse: Sequence[int], tables: CalibrationTables | None
 ) -> dict[int, ValueNorms]:
-    """By layer. Raises UsageError for tables without them."""
+    """By layer."""
     found = {}
     for i in sparse if tables is not None else ():
         assert tables is not None
         layer = layers[i]
         refuse(layer.toptheta.mesh, "value_aware", "use thresholds without it")
-        if i not in tables.values:
-            raise UsageError(
-                "value_aware needs thresholds that were calibrated with it, which th.txt alone does not "
-                "contain: calibrate with it, or load a folder with the calibration.safetensors of such a run."
-            )
         parts = (torch.from_numpy(part) for part in (tables.values[i].mean, tables.values[i].scale))
         found[i] = ValueNorms(value_gram(layer), *(part.to(execution_device(layer)) for part in parts))
     return found

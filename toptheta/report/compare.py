@@ -13,7 +13,7 @@ from toptheta.report.results import CellResult, Metric, read_answers, read_resul
 from toptheta.report.tables import Column, build, is_share, score, small
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import timestamp, write_json, write_text
+from toptheta.util.files import one_of, timestamp, write_json, write_text
 from toptheta.util.schema import read_json
 
 EXPLANATION = (
@@ -77,11 +77,10 @@ def cells_of(run: str) -> list[Path]:
             "products/<timestamp>, or of one of its cells."
         )
     if not cells:
-        tasks = sorted({path.parent.parent.name for path in folder.glob("*/*/results.json")})
-        some = f" one of its tasks ({', '.join(tasks)})," if tasks else ""
+        tasks = one_of("tasks", folder, ["*/*/results.json"], up=2)
         raise UsageError(
-            f"{run} has no finished cell: name{some} the folder of a run, products/<timestamp>, or of one of "
-            "its cells."
+            f"{run} has no finished cell: name {tasks + ', ' if tasks else ''}the folder of a run, "
+            "products/<timestamp>, or of one of its cells."
         )
     return sorted(cells, key=lambda cell: not _result(cell).dense)
 

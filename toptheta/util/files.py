@@ -5,7 +5,7 @@ import gzip
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from toptheta.util.errors import UsageError
 
 UNFINISHED = ".unfinished-"  # prefix of files that are being written
+NAMED = 8  # folders that an error lists
 DISK_ERRORS = (  # a full or read-only disk, limits, permissions, a file in the place of a folder, long names
     errno.ENOSPC,
     errno.EDQUOT,
@@ -108,6 +109,15 @@ def read_text(path: Path | str, flag: str) -> str:
     if not text.strip():
         raise UsageError(f"{flag} {path} is empty: name a file with text.")
     return text
+
+
+def one_of(what: str, folder: Path, patterns: Iterable[str], up: int = 1) -> str:
+    """For errors, the folders that the user may name in place of `folder`: 'one of its cells (mode0_k16,
+    mode3)', or '' if there is none. patterns: of files in them; up: how far these files are below them."""
+    found = (path.parents[up - 1] for pattern in patterns for path in folder.glob(pattern))
+    names = sorted({str(path.relative_to(folder)) for path in found} - {"."})
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    return f"one of its {what} ({', '.join(names[:NAMED] + more)})" if names else ""
 
 
 def find_file(folder: Path | str, name: str) -> Path | None:

@@ -15,6 +15,7 @@ from tests.helpers.paths import ROOT
 from tests.report.helpers import LAYERS, assert_refused, make_products, put, run_script
 from toptheta.calibration.tables import save_tables
 from toptheta.report.plots import read
+from toptheta.util.files import write_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -161,6 +162,17 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
             run_script(script, "-d", tmp_path, "-t", "t"), "-d/--dir", "nothing to draw", "layer<i>.txt"
         )
         assert_refused(run_script(script, "-t", "t"), "--dir", "required")
+
+
+def test_a_run_of_several_cells_lists_them(tmp_path: Path) -> None:
+    for cell in ("mode3", "mode0_k16", "arc_easy/mode3"):
+        write_text(tmp_path / cell / "config.json", "{}")
+    for script in ("plot_th_llama.py", "plot_gen_llama.py"):
+        refused = run_script(script, "-d", tmp_path)
+        assert_refused(refused, "name one of its cells (arc_easy/mode3, mode0_k16, mode3), or choose")
+    for number in range(9):
+        write_text(tmp_path / "many" / f"mode0_k{number}" / "config.json", "{}")
+    assert_refused(run_script("plot_th_llama.py", "-d", tmp_path / "many"), "mode0_k7, and 1 more)")
 
 
 def test_a_real_threshold_table(golden: Path, tmp_path: Path) -> None:

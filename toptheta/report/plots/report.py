@@ -19,6 +19,7 @@ from toptheta.report.plots.read import (
 from toptheta.report.plots.style import look, save_figure
 from toptheta.report.results import PHASES
 from toptheta.util.errors import UsageError
+from toptheta.util.files import one_of
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,11 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
                 print(_save(drawing, request))
                 drawn += 1
         if not drawn and not failed:
+            cells = one_of("cells", run.folder, ["*/config.json", "*/*/config.json"])
             raise UsageError(
-                f"-d/--dir is {str(run.folder)!r}, which has nothing to draw (looked for {inputs}): "
-                "name the folder of a run, products/<timestamp>, or choose other --layer-ids and --head-ids."
+                f"-d/--dir is {str(run.folder)!r}, which has nothing to draw (looked for {inputs}): name "
+                f"{cells or 'the folder of a run, products/<timestamp>'}, or choose other --layer-ids and "
+                "--head-ids."
             )
     except UsageError as error:
         print(error, file=sys.stderr)
