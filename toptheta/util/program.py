@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
     Large packages are imported within `main`, so that Ctrl-C during their import ends like any other."""
     interrupts.install()
+    warnings.showwarning = _show_warning
     try:
         code = main() or 0
     except UsageError as error:
@@ -53,3 +55,15 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {where}{error.strerror}: change that, or name another folder.", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
+) -> None:
+    """Above a progress bar, and without the line of code that it came from."""
+    say(f"warning: {message}")
