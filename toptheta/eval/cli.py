@@ -14,9 +14,10 @@ from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
 from toptheta.util import interrupts
 from toptheta.util.console import say_error
-from toptheta.util.errors import UsageError, refuse_other_encodings
+from toptheta.util.errors import UsageError
 from toptheta.util.files import DISK_ERRORS
 from toptheta.util.options import add_flags, from_flags, from_json
+from toptheta.util.parser import StrictParser
 
 COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
 RESUMING = ("resume", "timestamps", *(f.name for f in fields(SlurmOptions)))  # flags that go together
@@ -33,12 +34,11 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises errors as UsageError, without a usage dump, and does not accept abbreviated flags.
-    topics: whether --help lists the flags on one screen and --help TOPIC explains those of one group."""
+class Parser(StrictParser):
+    """topics: whether --help lists the flags on one screen and --help TOPIC explains those of one group."""
 
     def __init__(self, topics: bool = False, **options: Any):
-        super().__init__(**options, allow_abbrev=False, add_help=not topics)
+        super().__init__(**options, add_help=not topics)
         if topics:
             words = "explain the flags of one topic, or of 'all' topics"
             self.add_argument("-h", "--help", action=_Help, metavar="TOPIC", help=words)
@@ -76,13 +76,6 @@ class Parser(argparse.ArgumentParser):
         """The groups of flags, by the first word of their titles."""
         own = self._action_groups[2:]  # after argparse's two
         return {str(group.title).split()[0]: group for group in own if group._group_actions}
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        refuse_other_encodings(sys.argv[1:] if args is None else args)
-        return super().parse_args(args, namespace)
-
-    def error(self, message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
 
 
 def settings_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> dict[str, Any]:

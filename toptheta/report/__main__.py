@@ -1,29 +1,20 @@
 """`python -m toptheta.report DIR [DIR...]`: write a report on runs as one HTML file."""
 
-import argparse
 import errno
 import sys
 import webbrowser
 from pathlib import Path
-from typing import NoReturn
 
-from toptheta.util.errors import UsageError, refuse_other_encodings
+from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises errors as UsageError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
+from toptheta.util.parser import StrictParser
 
 
 def main() -> int:
-    parser = Parser(
+    parser = StrictParser(
         prog="python -m toptheta.report",
         description="Write a report on one or more runs as one HTML file: result tables, plots, and the "
         "answers of all methods side by side.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
@@ -40,7 +31,6 @@ def main() -> int:
     )
     parser.add_argument("--open", action="store_true", help="open the report in a browser")
     try:
-        refuse_other_encodings(sys.argv[1:])
         arguments = parser.parse_args()
         if arguments.output:
             path = Path(arguments.output)
