@@ -36,9 +36,7 @@ PREFILLS, STEPS, WARM_UP = 3, 24, 128  # timed, of each method; tokens of the pr
 
 def main() -> None:
     """Run the demo. It has no flags; --help says what it does."""
-    Parser(
-        prog="demo.py", description=" ".join(__doc__.split()), epilog="It has no other flags."
-    ).parse_args()
+    Parser(prog="demo.py", description=" ".join(__doc__.split())).parse_args()
     folder = Path("products") / "demo" / timestamp()
     text = folder / "python_reference.txt"
     write_text(text, "\n\n".join(topics[name] for name in TEXT))

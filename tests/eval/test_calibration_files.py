@@ -124,6 +124,8 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
         ((EXAMPLE, "a run", "--to", "calibration"), "DIR a run has a config.json, which would be replaced"),
         ((EXAMPLE, "out", "--to", "calibration", "--placement", "pre-softmax"), "--placement has no effect"),
         ((EXAMPLE, "out", "--to", "text", "--vmc"), "--vmc has no effect"),
+        ((EXAMPLE, "/proc/x", "--to", "calibration"), "/proc/x: no folder can be created there"),
+        ((EXAMPLE, "/proc/x", "--to", "text"), "/proc/x: no folder can be created there"),
     ],
 )
 def test_refusals(arguments: tuple, words: str, here: Path, monkeypatch, capsys) -> None:

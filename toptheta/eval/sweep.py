@@ -35,7 +35,7 @@ from toptheta.report.summary import redraw_sweep, report_sweep, saved_rows
 from toptheta.report.sweep_tables import SweepRow, with_k
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import timestamp
+from toptheta.util.files import make_folder, timestamp
 from toptheta.util.options import check_options, options_of
 from toptheta.util.schema import read_json
 
@@ -241,7 +241,7 @@ def _command(
 
 def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus: int) -> int:
     """Run the commands, `jobs` at a time; returns the number of failures. Ctrl-C stops them after saving."""
-    logs.mkdir(parents=True, exist_ok=True)
+    make_folder(logs)
     waiting, failed = list(commands), 0
     running: dict[Popen, tuple[int, Path]] = {}
     slots = list(range(min(jobs, len(commands))))

@@ -40,6 +40,12 @@ def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Com
     if len(set(folders)) < 2:
         raise UsageError(f"{' '.join(runs)} is one cell only: name another run or cell to compare it with.")
     results = [_result(folder) for folder in dict.fromkeys(folders)]
+    for result in results:
+        if not result.metrics and (Path(str(result.folder)) / "samples.jsonl").is_file():
+            raise UsageError(
+                f"{result.folder} has no scores yet, because scoring runs its programs: first run "
+                f"gen_llama.py --score {result.folder} --allow_code_execution."
+            )
     labels = distinct_labels(results)
     baseline = read_answers(str(results[0].folder))
     rows = [Compared(labels[0], results[0], None)]
