@@ -125,6 +125,6 @@ def test_programs_that_are_not_scored(runs: Path) -> None:
         runs / "a/mode1_k8/results.json", CellResult("Top-k K=8", "Tiny", "openai_humaneval").to_json()
     )
     (runs / "a/mode1_k8/samples.jsonl").write_text("")
-    with pytest.raises(UsageError, match="first run gen_llama.py --score a/mode1_k8 --allow_code_execution"):
+    with pytest.raises(UsageError, match="first run python gen_llama.py --score a --allow_code_execution"):
         compare_runs(["a"], "out")
     assert not Path("out").exists()
