@@ -117,7 +117,7 @@ def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Na
 
 def refuse_others(namespace: argparse.Namespace, folder: str, allowed: Collection[str]) -> None:
     """Raise UsageError if flags are given that are not among the `allowed`. folder: the flag that names a
-    folder, from which all settings are taken."""
+    folder, which gives all settings."""
     for name, value in vars(namespace).items():
         if value is not None and name not in allowed:
             raise UsageError(
