@@ -14,6 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from toptheta.eval.cli import Parser
 from toptheta.eval.settings import GenSettings, QASettings, Settings
 from toptheta.util.files import timestamp, write_text
 from toptheta.util.options import to_flags
@@ -35,6 +36,8 @@ PREFILLS, STEPS, WARM_UP = 3, 24, 128  # timed, of each method; tokens of the pr
 
 
 def main() -> None:
+    """Run the demo. It has no flags; --help says what it does."""
+    Parser(prog="demo.py", description=" ".join(__doc__.split())).parse_args()
     folder = Path("products") / "demo" / timestamp()
     text = folder / "python_reference.txt"
     write_text(text, "\n\n".join(topics[name] for name in TEXT))

@@ -29,12 +29,10 @@ def main() -> None:
     if arguments.score is not None:
         if not arguments.allow_code_execution:
             raise UsageError("--score runs generated programs: add --allow_code_execution to allow that.")
-        if not arguments.score:
-            raise UsageError("--score is empty: name the folder of a run, products/<timestamp>.")
-        from toptheta.eval.cli import RESUMING, refuse_others
+        from toptheta.eval.cli import refuse_others
         from toptheta.eval.score import score_folder
 
-        refuse_others(arguments, "--score", {"score", "allow_code_execution", *RESUMING})
+        refuse_others(arguments, "--score", {"score", "allow_code_execution", "timestamps"})
         score_folder(arguments.score)
         return
     from toptheta.eval.start import start

@@ -100,18 +100,39 @@ def test_what_a_run_measured_is_on_the_card(here: Path, monkeypatch) -> None:
         (("text", "out", "--to", "calibration"), "--placement is needed"),
         (("sdc", "out", "--to", "calibration", "--placement", "pre-softmax"), "does not contain K"),
         (("text", "out", "--to", "calibration", "--placement", "post-softmax", "--sdc", "exact"), "--sdc"),
+        (("text", "out", "--to", "calibration", "--placement", "post-softmax"), "text: .* go down to -0.25"),
+        (
+            (
+                "text",
+                "out",
+                "--to",
+                "calibration",
+                "--placement",
+                "pre-softmax",
+                "--sdc",
+                "offline-calibrated",
+            ),
+            "text: the SDC table lacks layer 0",
+        ),
+        (
+            ("text", "out", "--to", "calibration", "--placement", "pre-softmax", "--num_layers", "0"),
+            "--num_layers 0 has no effect, because FROM text has 1 layers",
+        ),
+        ((EXAMPLE, "out", "--to", "calibration", "--num_layers", "0"), "--num_layers has no effect here"),
         (("damaged", "out", "--to", "calibration"), "config.json is damaged"),
         ((EXAMPLE, "file", "--to", "text"), "DIR file is a file"),
         ((EXAMPLE, "a run", "--to", "calibration"), "DIR a run has a config.json, which would be replaced"),
         ((EXAMPLE, "out", "--to", "calibration", "--placement", "pre-softmax"), "--placement has no effect"),
         ((EXAMPLE, "out", "--to", "text", "--vmc"), "--vmc has no effect"),
+        ((EXAMPLE, "/proc/x", "--to", "calibration"), "/proc/x: no folder can be created there"),
+        ((EXAMPLE, "/proc/x", "--to", "text"), "/proc/x: no folder can be created there"),
     ],
 )
 def test_refusals(arguments: tuple, words: str, here: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("toptheta.models.sharing.hub_reachable", lambda: False)
     for folder in ("empty", "text", "sdc", "damaged", "a run"):
         Path(folder).mkdir()
-    Path("text/th.txt").write_text("L0_H0:65 0.25 8 64\n")
+    Path("text/th.txt").write_text("L0_H0:65 -0.25 8 64\n")
     Path("sdc/sdc.txt").write_text("L0_H0:65 0.25 8\n")
     Path("damaged/th.txt").write_text("L0_H0:65 0.25 8 64\n")
     Path("damaged/config.json").write_text("{}")

@@ -110,3 +110,15 @@ def test_generation_calibrated_on_a_qa_task(folder_model: str, here: Path) -> No
         np.testing.assert_allclose(ours.theta[layer].values, theirs.theta[layer].values, rtol=1e-5)
     with pytest.raises(UsageError, match="--calib_task 'nothing' is unknown"):
         evaluate(GenSettings(**shared, llama=folder_model, calib_task="nothing"))
+
+
+def test_cells_without_calibration(folder_model: str, here: Path, capsys: pytest.CaptureFixture) -> None:
+    """With --calibrate_only they are passed over, which is said."""
+    from toptheta.eval.runner import evaluate
+
+    assert evaluate(calibrating_settings(folder_model, mode=(3, 0), calibrate_only=True)) == []
+    said = capsys.readouterr().err
+    assert "dense: nothing to calibrate" in said and "Calibrated tables of Top-theta K=16: " in said
+    assert [path.parent.name for path in here.rglob("config.json") if "products" in str(path)] == [
+        "mode0_k16"
+    ]

@@ -69,7 +69,7 @@ def test_layers_by_sensitivity_and_values(folder_model: str, here: Path) -> None
             "--mode 0 --calib_to budget",
             "--calib_to budget calibrates a threshold on weights, which needs --placement",
         ),
-        ("--mode 1 --calib_to budget", "--calib_to budget has no effect without calibration"),
+        ("--mode 1 --calib_to budget", "--calib_to has no effect without thresholds"),
         (
             "--mode 0 --placement post-softmax --calib_to budget --calib_dump_samples",
             "--calib_dump_samples saves threshold samples, and --calib_to budget takes none",

@@ -144,6 +144,7 @@ def test_no_two_cells_share_a_folder(tmp_path: Path) -> None:
         ("--method top_theta:caps", "--method top_theta has no option 'caps': its options are capk"),
         ("--method top_theta:capk=maybe", "--method top_theta:capk is 'maybe': give true or false"),
         ("--method top_k,dense --calib_tac", "--calib_tac has no effect without thresholds"),
+        ("--method streaming_llm:sinks=40 --k 64,16", "--k 16 leaves no recent key next to the 40 sinks"),
         ("--method top_k:sdc_scale=2", "--method top_k:sdc_scale has no effect where no cell has SDC"),
         ("--method top_k:when_slower=dense", "--method top_k:when_slower has no effect"),
         ("--method dense --vmc", "--vmc has no effect on dense attention"),

@@ -342,6 +342,12 @@ def test_what_rows_are_compared_with(tables: Path, quick: None, capsys: pytest.C
         ({"file": "nowhere.json"}, "nowhere.json"),
         ({"samples": "many"}, "--samples is 'many': give a number"),
         ({"data_dir": "nowhere"}, "nowhere"),
+        ({"table": None, "dry_run": True}, "--dry_run has no effect without --table"),
+        ({"table": None, "jobs": 2}, "--jobs has no effect without --table"),
+        ({"redraw": True, "only": "dense"}, "--only has no effect with --redraw"),
+        ({"table_only": True, "dry_run": True}, "--dry_run has no effect with --table_only"),
+        ({"slurm_hours": 3}, "--slurm_hours has no effect without --slurm"),
+        ({"slurm": "short", "jobs": 3}, "--jobs has no effect with --slurm"),
     ],
 )
 def test_bad_flags(tables: Path, changes: dict, words: str) -> None:

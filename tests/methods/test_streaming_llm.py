@@ -10,7 +10,7 @@ from tests.helpers.models import tokens
 from topk_llama import set_params, update_model
 from toptheta.attention.reference import sparse_attention
 from toptheta.methods.base import parse_method
-from toptheta.methods.params import LayerSpec
+from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.methods.streaming_llm import StreamingLLM
 from toptheta.util.errors import UsageError
 
@@ -77,5 +77,7 @@ def test_its_names() -> None:
     assert method == StreamingLLM(8) and method.spec == "streaming_llm:sinks=8"
     assert StreamingLLM().label(64) == "StreamingLLM K=64" and method.label(64) == "StreamingLLM sinks=8 K=64"
     assert method.folder(64) == "streaming_llm_sinks8_k64"
+    with pytest.raises(UsageError, match="K 4 leaves no recent key next to the 4 sinks of streaming_llm"):
+        check(AttentionParams(method=StreamingLLM(), placement="pre-softmax", K=[0, 5, 4]))
     with pytest.raises(UsageError, match="sinks is -1: give a whole number of at least 0"):
         parse_method("streaming_llm:sinks=-1")

@@ -109,6 +109,7 @@ def test_the_script(runs: Path) -> None:
         (["a", "e"], "answered different questions"),
         (["a", "f"], "have different prompts"),
         ([], "--help lists every flag"),
+        (["a", "b", "--output_dir", "/proc/x"], "/proc/x: no folder can be created there"),
         (
             ["a", "b", "--output_dir", "a/mode3/results.json/c"],
             "results.json/c: Not a directory",
@@ -117,3 +118,13 @@ def test_the_script(runs: Path) -> None:
         assert_refused(run_script("compare.py", *wrong, cwd=runs), "error: ", words)
     (runs / "b" / "answers.jsonl").unlink()
     assert_refused(run_script("compare.py", "a", "b", cwd=runs), "answers.jsonl is missing")
+
+
+def test_programs_that_are_not_scored(runs: Path) -> None:
+    write_json(
+        runs / "a/mode1_k8/results.json", CellResult("Top-k K=8", "Tiny", "openai_humaneval").to_json()
+    )
+    (runs / "a/mode1_k8/samples.jsonl").write_text("")
+    with pytest.raises(UsageError, match="first run python gen_llama.py --score a --allow_code_execution"):
+        compare_runs(["a"], "out")
+    assert not Path("out").exists()

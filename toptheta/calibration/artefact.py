@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_down
 
 from toptheta.calibration.tables import BINARY_NAME, CalibrationTables, load_tables, save_binary
 from toptheta.methods.params import MethodOptions
+from toptheta.util.files import make_folder
 from toptheta.util.schema import typed
 
 FORMAT = "toptheta-calibration-1"
@@ -129,11 +130,10 @@ class Calibration(
         """Write all files into `folder`, replacing those of an earlier calibration; each file is written
         completely or not at all."""
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             self.save_pretrained(temporary)
-            folder.mkdir(exist_ok=True)
             for file in temporary.iterdir():
                 os.replace(file, folder / file.name)
         finally:

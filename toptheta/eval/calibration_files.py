@@ -76,7 +76,7 @@ def main() -> None:
     else:
         ignored = of_text if _config_json(Path(source)) else ()
     for name in ignored:
-        if getattr(arguments, name):
+        if not any(getattr(arguments, name) is absent for absent in (None, False)):
             raise UsageError(f"--{name} has no effect here: leave it out.")
     if arguments.to == TEXT:
         if Path(source).is_dir():
@@ -92,7 +92,7 @@ def main() -> None:
             raise UsageError(f"FROM {source} already is a calibration in that format.")
         options = {"placement": arguments.placement, "sdc": arguments.sdc, "vmc": arguments.vmc}
         calibration = of_run(
-            source, options, arguments.num_layers or 0, arguments.base_model or "", arguments.text or ""
+            source, options, arguments.num_layers, arguments.base_model or "", arguments.text or ""
         )
         there = target / "config.json"
         if there.is_file() and read_json(there, dict, "name another folder").get("format") != FORMAT:
@@ -110,7 +110,7 @@ def is_calibration(folder: Path | str) -> bool:
 def of_run(
     source: str,
     options: Mapping[str, Any],
-    num_layers: int = 0,
+    num_layers: int | None = None,
     base_model: str = "",
     text: str = "",
     name: str = "FROM",
@@ -130,7 +130,13 @@ def of_run(
             f"{name} {source} has no config.json of a run, so --placement is needed: give pre-softmax for "
             "thresholds on scores, post-softmax for thresholds on weights."
         )
+    if num_layers is not None and (tables.meta or num_layers < tables.num_layers):
+        raise UsageError(
+            f"--num_layers {num_layers} has no effect, because {name} {source} has {tables.num_layers} "
+            "layers: leave it out."
+        )
     tables.num_layers = max(tables.num_layers, num_layers or cell.get("num_layers", 0))
+    params = _params(f"{name} {source}", tables, cell, options)
     rows, longest = sampled(tables)
     environment = cell.get("environment", {})
     return Calibration(
@@ -144,7 +150,7 @@ def of_run(
             num_heads=tables.num_heads,
             num_kv_heads=cell.get("num_kv_heads", 0),
             head_dim=cell.get("head_dim", 0),
-            params=used(_params(f"{name} {source}", tables, cell, options), tables.num_layers),
+            params=used(params, tables.num_layers),
             calibrated_with={key: tables.meta[key] for key in SHAPING if key in tables.meta},
             text=text or tables.meta.get("task") or cell.get("calib_task", ""),
             rows=rows,
@@ -169,6 +175,8 @@ def _params(
     source: str, tables: CalibrationTables, cell: dict[str, Any], options: Mapping[str, Any]
 ) -> AttentionParams:
     """The parameters that belong to the tables. Raises UsageError if they are unknown or do not match."""
+    from toptheta.models.control import check_tables
+
     ks = cell.get("k_per_layer") or [tables.k.get(layer, 0) for layer in range(tables.num_layers)]
     if not any(ks):
         raise UsageError(f"{source} has only sdc.txt, which does not contain K: add its th.txt.")
@@ -179,7 +187,13 @@ def _params(
         sdc = options.get("sdc") or ("offline-calibrated" if tables.sdc else "none")
         given = {"placement": options["placement"], "sdc": sdc, "vmc": options.get("vmc", False)}
         method = "top_theta" if tables.theta else "top_k"
-    return check(AttentionParams().changed(given | {"method": method, "K": ks}), lambda name: f"--{name}")
+    params = check(AttentionParams().changed(given | {"method": method, "K": ks}), lambda name: f"--{name}")
+    layers = sorted(tables.theta.keys() | tables.sdc.keys())
+    try:
+        check_tables(layers, params, params.k_per_layer(tables.num_layers), tables)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    return params
 
 
 def _measured(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from toptheta.eval.settings import RUN, AnySettings, Settings
 from toptheta.eval.slurm import SlurmOptions
 from toptheta.util.errors import UsageError
 from toptheta.util.options import add_flags, from_flags, from_json
-from toptheta.util.program import PlainParser
+from toptheta.util.parser import StrictParser
 
 COMMANDS = {"test_llama.py": "toptheta-qa", "gen_llama.py": "toptheta-gen"}
 RESUMING = ("resume", "timestamps", *(f.name for f in fields(SlurmOptions)))  # flags that go together
@@ -30,7 +30,7 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-class Parser(PlainParser):
+class Parser(StrictParser):
     """topics: whether --help lists the flags on one screen and --help TOPIC explains those of one group."""
 
     def __init__(self, topics: bool = False, **options: Any):
@@ -113,7 +113,7 @@ def resumed_settings(kind: type[AnySettings], saved: Any, namespace: argparse.Na
 
 def refuse_others(namespace: argparse.Namespace, folder: str, allowed: Collection[str]) -> None:
     """Raise UsageError if flags are given that are not among the `allowed`. folder: the flag that names a
-    folder, from which all settings are taken."""
+    folder, which gives all settings."""
     for name, value in vars(namespace).items():
         if value is not None and name not in allowed:
             raise UsageError(

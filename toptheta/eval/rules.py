@@ -63,7 +63,7 @@ EVALUATING = {
 
 
 def without_effect(settings: Settings, given: Collection[str]) -> dict[str, str]:
-    """Of the given flags those that change nothing, and why."""
+    """Of the given flags those that change nothing, in the same order, and why."""
     cells, found = settings.cells(), dict[str, str]()
     for names, needed, why in NEEDING:
         for name in names & set(given):
@@ -87,7 +87,7 @@ def without_effect(settings: Settings, given: Collection[str]) -> dict[str, str]
     if not reads_rows(settings, cells):
         task = getattr(settings, "dataset", getattr(settings, "task", ""))
         found["data_dir"] = f"on {task}: leave it out, or choose a task with local rows"
-    return {name: why for name, why in found.items() if name in given}
+    return {name: found[name] for name in given if name in found}
 
 
 def _has_profile(cell: CellParams) -> bool:
@@ -116,8 +116,8 @@ def check_settings(settings: AnySettings) -> AnySettings:
     for cell in cells:
         check(cell, cell.flag)
         for names, needed, why in NEEDING:
-            for name in names & set(cell.given):
-                if not needed(cell):
+            for name in cell.given:
+                if name in names and not needed(cell):
                     raise UsageError(f"{cell.flag(name)} has no effect {why}.")
     needing = [cell for cell in cells if cell.needs_calibration]
     _check_calibration(settings, needing)

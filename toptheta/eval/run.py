@@ -169,8 +169,6 @@ def task_parts(run: Run) -> list[Run]:
 
 def check_resume(resume: str, script: str) -> dict[str, Any]:
     """The settings saved in a run folder. Raises UsageError if it is not a run, or one of another script."""
-    if not resume:
-        raise UsageError("--resume is empty: name the folder of a run, products/<timestamp>.")
     path = Path(resume) / "run.json"
     if not path.is_file():
         raise UsageError(f"--resume {resume}: the folder has no run.json, so it is not a run of {script}.")

@@ -113,6 +113,9 @@ def _run_parts(
             if product.finished:
                 of_task.append(product.result())
                 continue
+            if part.settings.calibrate_only and not cell.needs_calibration:
+                say(f"{cell.label}: nothing to calibrate, and --calibrate_only evaluates nothing.")
+                continue
             engine = engine or _load(job, source)
             try:
                 with progress.shown():

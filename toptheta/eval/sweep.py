@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import STDOUT, Popen, TimeoutExpired
@@ -35,9 +35,9 @@ from toptheta.report.summary import redraw_sweep, report_sweep, saved_rows
 from toptheta.report.sweep_tables import SweepRow, with_k
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
-from toptheta.util.files import timestamp
+from toptheta.util.files import make_folder, timestamp
 from toptheta.util.interrupts import Announced
-from toptheta.util.options import check_options
+from toptheta.util.options import check_options, options_of
 from toptheta.util.schema import read_json
 
 MACHINE = ("device_name", "device", "threads", "torch", "transformers", "lm_eval")  # shown in tables
@@ -57,6 +57,7 @@ class Found:
 def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], root: Path) -> int:
     """The work of reproduce.py; returns the exit code. parsers: of each script; root: the scripts' folder."""
     check_options(options, flag)
+    _check_together(options)
     tables = read_tables(Path(options.file) if options.file else root / "reproduce.json")
     if options.table is None:
         for name, entry in tables["tables"].items():
@@ -111,6 +112,26 @@ def run_sweep(options: SweepOptions, parsers: dict[str, Callable[[], Parser]], r
     if failed:
         say(f"{failed} runs failed; see the logs in {folder / 'logs'}. The same command retries them.")
     return 1 if failed else 0
+
+
+def _check_together(options: SweepOptions) -> None:
+    """Raise UsageError for a flag that has no effect, given the others."""
+    given = [name for name, _, default in options_of(options) if getattr(options, name) != default]
+    unused: dict[str, Collection[str]] = {}  # names, by the reason
+    if options.table is None:
+        unused["without --table: add it, or leave this out"] = {*given} - {"file"}
+    if options.redraw:
+        unused["with --redraw: leave one out"] = {*given} - {"table", "redraw", "file", "output_dir"}
+    if options.table_only:
+        unused["with --table_only: leave one out"] = ("dry_run", "jobs", "slurm", "slurm_hours")
+    if options.slurm is None:
+        unused["without --slurm: add it, or leave this out"] = ("slurm_hours",)
+    else:
+        unused["with --slurm: leave one out"] = ("jobs",)
+    for why, names in unused.items():
+        for name in given:
+            if name in names:
+                raise UsageError(f"{flag(name)} has no effect {why}.")
 
 
 def scan(output_dir: Path, scripts: Iterable[str]) -> Found:
@@ -221,7 +242,7 @@ def _command(
 
 def _run_all(commands: list[list[str]], root: Path, logs: Path, jobs: int, gpus: int) -> int:
     """Run the commands, `jobs` at a time; returns the number of failures. Ctrl-C stops them after saving."""
-    logs.mkdir(parents=True, exist_ok=True)
+    make_folder(logs)
     waiting, failed = list(commands), 0
     running: dict[Popen, tuple[int, Path]] = {}
     slots = list(range(min(jobs, len(commands))))

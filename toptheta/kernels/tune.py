@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from toptheta.util.errors import UsageError
+from toptheta.util.parser import StrictParser
 from toptheta.util.progress import Bar, duration
 
 if TYPE_CHECKING:  # Triton has to be imported after TRITON_INTERPRET is set
@@ -62,16 +63,11 @@ class Clock:
         return self.now() - self.start > share * self.seconds
 
 
-def parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
-
-    made = Parser(
+def parser() -> StrictParser:
+    made = StrictParser(
         prog="python -m toptheta.kernels.tune",
         description="Measure this GPU: the best tile sizes of the kernels, and where thresholds are slower "
         "than dense attention.",
-        allow_abbrev=False,
     )
     made.add_argument(
         "--heads",

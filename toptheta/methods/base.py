@@ -250,6 +250,9 @@ class Method:
     def check(self, flag: Callable[[str], str] = str) -> None:
         """Raise UsageError for an invalid option value."""
 
+    def check_k(self, k: int, flag: Callable[[str], str] = str) -> None:
+        """Raise UsageError for a K, above 0, that does not go with the options."""
+
     def options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -318,6 +318,8 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
         for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise UsageError(f"{flag('K')} is {value!r}: give whole numbers (0 leaves a layer dense).")
+            if value > 0 and params.sparse:
+                method.check_k(value, flag)
     if not params.sparse:
         return params
     compensation.check(method, params.placement, params.sdc, params.vmc, flag)

@@ -41,3 +41,10 @@ class StreamingLLM(Method):
     def check(self, flag: Callable[[str], str] = str) -> None:
         if self.sinks < 0:
             raise UsageError(f"{flag('sinks')} is {self.sinks}: give a whole number of at least 0.")
+
+    def check_k(self, k: int, flag: Callable[[str], str] = str) -> None:
+        if k <= self.sinks:
+            raise UsageError(
+                f"{flag('K')} {k} leaves no recent key next to the {self.sinks} sinks of streaming_llm: give "
+                "more, or fewer sinks."
+            )

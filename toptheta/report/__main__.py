@@ -7,7 +7,8 @@ from pathlib import Path
 from toptheta.util.console import say
 from toptheta.util.errors import UsageError
 from toptheta.util.files import timestamp
-from toptheta.util.program import PlainParser, run_main
+from toptheta.util.parser import StrictParser
+from toptheta.util.program import run_main
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
 
 
 def _report() -> None:
-    parser = PlainParser(
+    parser = StrictParser(
         prog="python -m toptheta.report",
         description="Write a report on one or more runs as one HTML file: result tables, plots, and the "
         "answers of all methods side by side.",

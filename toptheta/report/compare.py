@@ -37,13 +37,19 @@ def compare_runs(runs: Sequence[str], output_dir: str | None = None) -> list[Com
     .csv, .json and .png. Raises UsageError for fewer than two cells, or cells with different questions."""
     from toptheta.report.plots.compare import draw_comparison
 
-    folders = [folder for run in runs for folder in cells_of(run)]
+    folders = {folder: run for run in runs for folder in cells_of(run)}
     for run in runs:
         for note in unfinished(Path(run)):
             say(note)
-    if len(set(folders)) < 2:
+    if len(folders) < 2:
         raise UsageError(f"{' '.join(runs)} is one cell only: name another run or cell to compare it with.")
-    results = [_result(folder) for folder in dict.fromkeys(folders)]
+    results = [_result(folder) for folder in folders]
+    for result, (folder, run) in zip(results, folders.items()):
+        if not result.metrics and (folder / "samples.jsonl").is_file():
+            raise UsageError(
+                f"{folder} has no scores yet, because scoring runs its programs: first run "
+                f"python gen_llama.py --score {run} --allow_code_execution."
+            )
     labels = distinct_labels(results)
     baseline = read_answers(str(results[0].folder))
     rows = [Compared(labels[0], results[0], None)]

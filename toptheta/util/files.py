@@ -29,12 +29,20 @@ DISK_ERRORS = (  # a full or read-only disk, limits, permissions, a file in the 
 )
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, unless it exists. Raises an OSError of DISK_ERRORS."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # what /proc says
+        raise PermissionError(errno.EACCES, "no folder can be created there", str(folder)) from None
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path in the folder of `path`, to write to. It replaces `path` when the block ends without
     an error, and has reached the disk by then."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     prefix = f"{UNFINISHED}{path.name}."
     handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -131,7 +139,7 @@ def find_file(folder: Path | str, name: str) -> Path | None:
 def append_result(results_dir: Path, name: str, text: str) -> None:
     """Append a human-readable result to `results_dir/name`, as the published project does, unless it is
     already there, as when a run is killed right afterwards and resumed."""
-    results_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(results_dir)
     path = results_dir / name
     if path.is_file() and text.encode() in path.read_bytes():
         return
@@ -141,7 +149,7 @@ def append_result(results_dir: Path, name: str, text: str) -> None:
 
 def log_line(path: Path, text: str) -> None:
     """Append one dated line to a run's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 

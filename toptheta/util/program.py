@@ -1,31 +1,15 @@
 """Running a program, and ending it with a message and an exit code."""
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from toptheta.util import interrupts
 from toptheta.util.console import say, say_error
-from toptheta.util.errors import UsageError, refuse_other_encodings
+from toptheta.util.errors import UsageError
 from toptheta.util.files import DISK_ERRORS
-
-
-class PlainParser(argparse.ArgumentParser):
-    """A parser that raises errors as UsageError, without a usage dump, and does not accept abbreviated
-    flags."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options, allow_abbrev=False)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        refuse_other_encodings(sys.argv[1:] if args is None else args)
-        return super().parse_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[0].upper()}{message[1:]}; {self.prog} --help lists every flag.")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

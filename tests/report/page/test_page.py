@@ -183,6 +183,9 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (here / "c").write_text("a file")
     code, _, error = run("a", "--output", "c/report.html")
     assert code == 2 and "c/report.html cannot be written" in error
+    code, _, error = run("a", "--output", "/proc/x/report.html")
+    assert code == 2 and "/proc/x/report.html cannot be written (no folder can be created there)" in error
+    assert run("")[0] == 2 and run("a", "--output", "")[0] == 2
     (here / "a" / "run.json").write_text("{half")
     code, _, error = run("a")
     assert code == 2 and "run.json is damaged" in error

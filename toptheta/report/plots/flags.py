@@ -1,12 +1,11 @@
 """The flags that the plot scripts share. Imports nothing large, so that --help is fast."""
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from toptheta.util.errors import UsageError, refuse_other_encodings
+from toptheta.util.errors import UsageError
+from toptheta.util.parser import StrictParser
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -25,20 +24,17 @@ class Request:
     heads: int | None = None
 
 
-class PlotParser(argparse.ArgumentParser):
-    """An argument parser that prints errors as one sentence, without the usage, and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the flags.\n")
-
-
-def plot_parser(description: str) -> PlotParser:
+def plot_parser(description: str) -> StrictParser:
     """A parser with the plot scripts' flags. Values stay text; `check_request` checks them."""
-    # No abbreviations, because --layer could mean --layers or --layer-ids.
-    parser = PlotParser(description=description, allow_abbrev=False)
+    parser = StrictParser(description=description)
     add = parser.add_argument
     add("-d", "--dir", "--products_dir_path", required=True, help="folder of the run, products/<timestamp>")
-    add("-t", "--title", help="title above every figure (default: model and method, or the folder's name)")
+    add(
+        "-t",
+        "--title",
+        metavar="TEXT",
+        help="title above every figure (default: model and method, or the folder's name)",
+    )
     add(
         "--layer-ids",
         metavar="0,1,15",
@@ -65,7 +61,6 @@ def parse_request(description: str) -> Request:
     """The command line's flags as a Request. For a wrong flag, prints a sentence and exits with 2."""
     parser = plot_parser(description)
     try:
-        refuse_other_encodings(sys.argv[1:])
         return check_request(parser.parse_args())
     except UsageError as error:
         parser.exit(2, f"{error}\n")
