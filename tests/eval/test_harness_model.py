@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -135,3 +136,22 @@ def test_one_sentence_and_exit_code_2(
     with pytest.raises(SystemExit) as caught:
         commands.lm_eval()
     assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub (OfflineModeIsEnabled)"),
+        OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection."),
+    ],
+    ids=["data", "model"],
+)
+def test_without_a_network(error: OSError, folder_model: str, monkeypatch, capsys) -> None:
+    """What the libraries of the hub raise is one sentence."""
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
+    flags = ["--tasks", "arc_easy", "--model_args", f"pretrained={folder_model}"]
+    monkeypatch.setattr(sys, "argv", ["toptheta-eval", "run", "--model", "toptheta", *flags])
+    with pytest.raises(SystemExit) as caught:
+        commands.lm_eval()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and said.startswith("error: ") and said.endswith("on this machine.")

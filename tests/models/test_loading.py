@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from tests.helpers.families import make
 from toptheta.models.control import set_params
-from toptheta.models.loading import find_model, load_config, load_model, spread_notice, unpacked
+from toptheta.models.loading import (
+    ModelSource,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    spread_notice,
+    unpacked,
+)
 from toptheta.models.patch import model_device, restore_model, update_model
 from toptheta.util.errors import UsageError
 
@@ -100,18 +108,31 @@ def test_damaged_files_are_one_sentence(
         ("another width", "config.json", json.dumps(config | {"intermediate_size": 8}).encode()),
         ("layers in words", "config.json", json.dumps(config | {"num_hidden_layers": "six"}).encode()),
         ("half a config", "config.json", b'{"model_type": "llama", '),
+        ("half a tokenizer", "tokenizer.json", b'{"version": "1.0", '),
+        ("another tokenizer", "tokenizer.json", b'{"added_tokens": [], "model": {"type": "BPE"}}'),
     ):
         shutil.copytree(folder_model, tmp_path / name)
         (tmp_path / name / file).write_bytes(content)
         source = find_model(str(tmp_path / name))
         with pytest.raises(UsageError, match=re.escape(str(tmp_path / name))):
             load_config(source)
+            load_tokenizer(source)
             load_model(source, "float32")
-    with pytest.raises(UsageError, match="model.gguf"):
+    with pytest.raises(UsageError, match="model.gguf cannot be loaded .*: copy its files again"):
         load_config(find_model(str(tmp_path / "model.gguf")))
+    cached = ModelSource("cut", str(tmp_path / "cut"))
+    monkeypatch.setenv("TOPTHETA_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="cut cannot be loaded .*: remove that folder"):
+        load_model(cached, "float32")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         load_model(find_model(folder_model), "float32")
+
+
+def test_a_folder_without_a_tokenizer(folder_model: str, tmp_path: Path) -> None:
+    shutil.copytree(folder_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UsageError, match="bare has no tokenizer: copy"):
+        load_tokenizer(find_model(str(tmp_path / "bare")))
 
 
 @pytest.mark.parametrize("size", [20_000, 1_000_000], ids=["weights", "tokenizer"])

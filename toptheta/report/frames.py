@@ -22,6 +22,8 @@ from toptheta.report.plots.read import (
 from toptheta.report.results import ANSWERS, PHASES, CellResult, read_answers
 from toptheta.util.errors import UsageError
 
+ANSWER_FIELDS = ("key", "hash", "answer", "target", "question", "choices")
+
 
 @dataclass(frozen=True)
 class LoadedRun:
@@ -29,7 +31,7 @@ class LoadedRun:
     is such a cell; labels: of each result, unique within a task.
 
     The tables are read on first use. Each has the columns `task` and `cell` (the label). Tables whose files
-    no cell has are empty.
+    no cell has have no rows.
     """
 
     folders: tuple[Path, ...]
@@ -68,28 +70,30 @@ class LoadedRun:
     def kept(self) -> pd.DataFrame:
         """Attention elements: layer, phase, head, n (row length of a decode step, prompt length in prefill;
         tokens), kept, full."""
-        return self._joined(lambda folder: _kept(folder, "attn"))
+        return self._joined(lambda folder: _kept(folder, "attn"), "layer phase head n kept full")
 
     @cached_property
     def vrows(self) -> pd.DataFrame:
         """V rows: layer, phase, group (of query heads that share a KV head), n, kept, full."""
-        return self._joined(lambda folder: _kept(folder, "vrow"))
+        return self._joined(lambda folder: _kept(folder, "vrow"), "layer phase group n kept full")
 
     @cached_property
     def thresholds(self) -> pd.DataFrame:
         """layer, head, n (row length, tokens), theta (score or weight), samples, k."""
-        return self._joined(lambda folder: _present(read_thresholds(folder)))
+        columns = "layer head n theta samples k"
+        return self._joined(lambda folder: _present(read_thresholds(folder)), columns)
 
     @cached_property
     def effective_k(self) -> pd.DataFrame:
         """How many elements rows keep, for cells run with --effective_k: the columns of effective_k.csv."""
-        return self._joined(lambda folder: _present(read_effective_k(folder)))
+        columns = "layer phase n_low n_high k rows mean p5 p50 p95"
+        return self._joined(lambda folder: _present(read_effective_k(folder)), columns)
 
     @cached_property
     def answers(self) -> pd.DataFrame:
         """A row for each question: key, hash, answer, target, question and choices (their words), each score,
         and tokens (`prompt_tokens`, `reply_tokens`)."""
-        return self._joined(_answers)
+        return self._joined(_answers, " ".join(ANSWER_FIELDS))
 
     def config(self, label: str, task: str | None = None) -> dict[str, Any]:
         """config.json of the cell with this label. Raises UsageError if there is no such cell."""
@@ -98,7 +102,8 @@ class LoadedRun:
                 return read_config(Path(result.folder))
         raise UsageError(f"there is no cell {label!r}: choose from {', '.join(self.labels)}.")
 
-    def _joined(self, read: Callable[[Path], Iterator[pd.DataFrame]]) -> pd.DataFrame:
+    def _joined(self, read: Callable[[Path], Iterator[pd.DataFrame]], columns: str) -> pd.DataFrame:
+        """What `read` finds in the folders of all cells. columns: of a table without rows."""
         parts = []
         for label, result in zip(self.labels, self.results):
             if result.folder and Path(result.folder).is_dir():
@@ -106,7 +111,11 @@ class LoadedRun:
                     frame.insert(0, "task", result.task)
                     frame.insert(1, "cell", label)
                     parts.append(frame)
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=["task", "cell", *columns.split()])
+        )
 
 
 def text_of(result: CellResult) -> tuple[str, int] | None:
@@ -184,7 +193,7 @@ def _present(frame: pd.DataFrame | None) -> Iterator[pd.DataFrame]:
 def _answers(folder: Path) -> Iterator[pd.DataFrame]:
     if (folder / ANSWERS).is_file():
         yield pd.DataFrame(
-            {name: getattr(one, name) for name in ("key", "hash", "answer", "target", "question", "choices")}
+            {name: getattr(one, name) for name in ANSWER_FIELDS}
             | one.score
             | {f"{name}_tokens": count for name, count in one.tokens.items()}
             for one in read_answers(folder)

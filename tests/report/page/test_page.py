@@ -58,6 +58,18 @@ def test_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert _vega.__wrapped__() == without
 
 
+def test_tables_without_rows_have_columns(report: Report, here: Path) -> None:
+    """Those that a table with rows has, but for what a cell's scores are."""
+    write_json(here / "results.json", CellResult("dense", metrics={"acc": Metric(1.0)}).to_json())
+    none = load(here)
+    for name in ("kept", "vrows", "thresholds", "effective_k", "answers"):
+        bare, full = getattr(none, name), getattr(report.run, name)
+        assert bare.empty and not full.empty
+        assert list(bare.columns) == list(full.columns)[: len(bare.columns)], name
+        assert name == "answers" or len(bare.columns) == len(full.columns), name
+    assert none.kept.groupby(["cell", "layer"])["kept"].sum().empty
+
+
 def test_what_is_shown_of_each_task(report: Report) -> None:
     parts = list(page_data(report.path.read_text()).values())
     names = [[chart["name"] for chart in part["charts"]] for part in parts]

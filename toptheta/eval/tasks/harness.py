@@ -16,7 +16,7 @@ from unittest.mock import patch
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import Settings
 from toptheta.eval.tasks.base import passage_id
-from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults
+from toptheta.eval.tasks.lm_eval_tasks import check_task, task_configs, task_defaults, with_examples
 from toptheta.report.results import Answer, Metric
 from toptheta.util.errors import UsageError
 
@@ -122,6 +122,8 @@ def load_tasks(configs: list[dict[str, Any]], settings: Settings, shots: int | N
         config = {key: value for key, value in config.items() if key not in ("tag", "group")}
         if shots is not None:
             config["num_fewshot"] = shots
+        if getattr(settings, "data_dir", None):
+            config = with_examples(config, config.get("num_fewshot") or 0)
         if getattr(settings, "fixed_shots", False):
             config["fewshot_config"] = (config.get("fewshot_config") or {}) | {"sampler": "first_n"}
         try:

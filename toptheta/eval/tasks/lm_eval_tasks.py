@@ -161,14 +161,12 @@ def _with_local_data(
         folder = part if part.is_dir() else folder
         files = {split: str((folder / f"{split}.jsonl").resolve()) for split in SPLITS}
         files = {split: file for split, file in files.items() if Path(file).is_file()}
-        needed = {config.get("test_split") or config.get("validation_split"), config.get("fewshot_split")} - {
-            None
-        }
-        for split in sorted(map(str, needed)):
-            if split not in files:
-                raise UsageError(f"--data_dir: {folder} has no {split}.jsonl, which {flag} {name} needs.")
+        needed = str(config.get("test_split") or config.get("validation_split"))
+        if needed not in files:
+            raise UsageError(f"--data_dir: {folder} has no {needed}.jsonl, which {flag} {name} needs.")
+        used = {needed, config.get("fewshot_split"), config.get("training_split")}
         for split, file in files.items():
-            check_file(Path(file), name, split in needed | {config.get("training_split")})
+            check_file(Path(file), name, split in used)
         local.append(
             config
             | {
@@ -181,6 +179,23 @@ def _with_local_data(
     if not local:
         raise UsageError(f"--data_dir: {data_dir / name} has none of the {len(configs)} sub-tasks of {name}.")
     return local
+
+
+def with_examples(config: dict[str, Any], shots: int) -> dict[str, Any]:
+    """A config of local data with the splits that have files. Raises UsageError if the one that examples come
+    from has none; without examples, it is not needed."""
+    files, own = config["dataset_kwargs"]["data_files"], config.get("fewshot_config") or {}
+    source = config.get("fewshot_split") or own.get("split")
+    if source is None and own.get("samples") is None:
+        source = config.get("training_split") or config.get("validation_split")
+    if shots and source is not None and source not in files:
+        path = Path(next(iter(files.values()))).with_name(f"{source}.jsonl")
+        raise UsageError(
+            f"--data_dir: there is no {path}, which has the examples in prompts of {config['task']}: add it, "
+            "or give --num_fewshot 0."
+        )
+    names = ("fewshot_split", "training_split", "validation_split")
+    return config | {name: None for name in names if config.get(name) not in files}
 
 
 def _twin(config: dict[str, Any], flag: str) -> dict[str, Any]:
