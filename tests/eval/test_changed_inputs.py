@@ -1,6 +1,7 @@
 """A run is resumed only with the model and the data that it was started with."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def stopped(begun: tuple[Settings, Path], here: Path) -> tuple[Settings, str]:
     ("change", "named"),
     [
         (no_change, None),
-        (other_text, "the data of perplexity"),
+        (other_text, "the data of perplexity (--text text.txt)"),
         (other_weights, "the model model"),
         (other_config, "the model model"),
     ],
@@ -80,7 +81,7 @@ def test_resume(
     if named is None:
         assert len(load(run).notes) == 1 and len(evaluate(settings, run)) == 2 and not load(run).notes
         return
-    with pytest.raises(UsageError, match=f"--resume {run}: {named} changed since this run was started"):
+    with pytest.raises(UsageError, match=re.escape(f"--resume {run}: {named} changed since this run")):
         evaluate(settings, run)
 
 

@@ -97,8 +97,13 @@ def evaluate(settings: Settings, resume: str | None = None, page: bool = True) -
 
 
 def _inputs(source: ModelSource, config: Any, jobs: list[Job]) -> dict[str, str]:
+    """The hashes of the model and of each job's data, by their names in messages."""
+    settings = jobs[0].settings
+    given = ((name, getattr(settings, name, None)) for name in ("text", "calib_text", "data_dir"))
+    files = ", ".join(f"--{name} {value}" for name, value in given if value)
+    where = f" ({files})" if files else ""
     model = {f"the model {source.name}": fingerprint(source, config)}
-    return model | {f"the data of {job.task}": job.data_hash() for job in jobs}
+    return model | {f"the data of {job.task}{where}": job.data_hash() for job in jobs}
 
 
 def _run_parts(
