@@ -14,7 +14,7 @@ from toptheta.attention.reference import sparse_attention
 from toptheta.attention.rows import rows_of
 from toptheta.methods.base import parse_method
 from toptheta.methods.key_codes import ROOM, KeyCodes
-from toptheta.methods.key_copy import FIRST, LAST, codes_of
+from toptheta.methods.key_copy import FIRST, LAST, any_head, codes_of
 from toptheta.methods.params import LayerSpec
 from toptheta.methods.state import State
 from toptheta.methods.top_theta import TopTheta
@@ -197,3 +197,13 @@ def test_its_names() -> None:
     assert method.kernel_spec().key_bits == 4 and "4 bits" in method.stores
     with pytest.raises(UsageError, match="key_copy is 'int3': choose none, int8 or int4"):
         parse_method("top_theta:key_copy=int3")
+
+
+def test_any_head() -> None:
+    """What one of two heads marks, also in the code that torch.compile generates."""
+    marks = torch.tensor([[[[0, 1, 0]], [[1, 1, 0]], [[0, 0, 0]], [[0, 0, 1]]]], dtype=torch.bool)
+    expected = torch.tensor([[[[1, 1, 0]], [[0, 0, 1]]]], dtype=torch.bool)
+    for compute in (any_head, torch.compile(any_head)):
+        assert torch.equal(compute(marks, 2), expected)
+    where = torch.compile(lambda marks: torch.where(any_head(marks, 2), 1.0, 0.0))
+    assert torch.equal(where(marks), expected.float())

@@ -261,6 +261,16 @@ def test_attn_implementation(family: Models, tmp_path) -> None:
     assert torch.equal(stock(ids).logits, family.stock(ids).logits)
 
 
+@pytest.mark.parametrize("method", ["top_p:p=0.3", "skip_softmax:prefill=0.5,tile=16"])
+def test_methods_without_k(family: Models, method: str) -> None:
+    """They are sparse in every layer, also where the default K would be longer than the window."""
+    set_params(family.ours, method=method, placement="post-softmax", sdc="none", vmc=False, K=256)
+    assert all(layer.toptheta.spec.sparse for layer in attention_layers(family.ours))
+    default = family.ours(tokens(length=20)).logits
+    set_params(family.ours, K=4)
+    assert torch.equal(family.ours(tokens(length=20)).logits, default)
+
+
 def test_restore(family: Models) -> None:
     model = update_model(make(family.name))
     assert len(attention_layers(model)) == 2

@@ -173,3 +173,19 @@ def test_compiles_once(model: LlamaForCausalLM, path: str, monkeypatch) -> None:
         cache.reset()
         got.append(steps(compiled, cache, 15))
     torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_generated_code(kind: str, model: LlamaForCausalLM) -> None:
+    """Also the default compiler, which generates C++, computes a step in plain PyTorch."""
+    ids = tokens(length=21)
+
+    def step(compute) -> Tensor:
+        cache = grown(model) if kind == "dynamic" else make(kind, model)
+        model(ids[:, :20], past_key_values=cache)
+        return compute(ids[:, 20:], past_key_values=cache).logits
+
+    expected = step(model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(step(torch.compile(model)), expected, **CLOSE)

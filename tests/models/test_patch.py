@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from tests.helpers.calls import layer_spec
 from tests.helpers.models import SPARSE, copies, steer, tiny_config, tokens
 from topk_llama import TopK_LLamaAttention, restore_model, set_params, update_model
+from toptheta.models import interface
 from toptheta.models.control import record_statistics
 from toptheta.models.patch import layer_states, patched_layers
 from toptheta.models.recorder import Recorder
@@ -121,6 +122,21 @@ def test_offloaded_model(tiny_model: LlamaForCausalLM) -> None:
     tiny_model(tokens())
     set_params(tiny_model, calibrate=False)
     assert tiny_model(tokens()).logits.isfinite().all()
+
+
+def test_a_family_that_is_not_supported() -> None:
+    """Also by the name of the implementation, before anything is set."""
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10, attn_implementation="top_theta")
+    with pytest.raises(UsageError, match="GPT2Attention is an attention layer of no supported family"):
+        GPT2LMHeadModel(config)(torch.tensor([[1, 2]]))
+
+
+def test_no_weights_are_returned(tiny_model: LlamaForCausalLM) -> None:
+    update_model(tiny_model)
+    set_params(tiny_model, mode=1, K=4)
+    interface._warn_of_weights.cache_clear()
+    with pytest.warns(UserWarning, match="output_attentions has no effect on sparse layers"):
+        assert not tiny_model(tokens(), output_attentions=True).attentions
 
 
 def test_output_attentions() -> None:

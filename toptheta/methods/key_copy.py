@@ -90,6 +90,9 @@ def candidates(wanted: Tensor, visible: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def any_head(marks: Tensor, num_kv_heads: int) -> Tensor:
-    """`[B, H_kv, R, E]` bool, what any query head of a group marks. marks: `[B, H, R, E]` bool. The largest
-    byte: on a CPU, any() of a middle dimension takes fifty times as long."""
-    return marks.unflatten(1, (num_kv_heads, -1)).view(torch.uint8).amax(dim=2).view(torch.bool)
+    """`[B, H_kv, R, E]` bool, what any query head of a group marks. marks: `[B, H, R, E]` bool."""
+    groups = marks.unflatten(1, (num_kv_heads, -1))
+    if torch.compiler.is_compiling():  # torch's C++ for bytes viewed as bool does not compile
+        return groups.any(dim=2)
+    # The largest byte: on a CPU, any() of a middle dimension takes fifty times as long.
+    return groups.view(torch.uint8).amax(dim=2).view(torch.bool)

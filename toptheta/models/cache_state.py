@@ -68,7 +68,7 @@ def state_of_layer(cache_: Cache | None, layer_idx: int) -> State:
         if getattr(layer, "is_sliding", False):
             raise UsageError(
                 f"layer {layer_idx} has a sliding-window cache, which methods with state per key do not "
-                "support: use another method."
+                f"support: use another method, or leave such layers dense (K={{{layer_idx}: 0}})."
             )
         layer.__class__ = _following(type(layer))  # type: ignore[arg-type]
         layer.method_state = State()

@@ -40,7 +40,8 @@ def sparse_layers(layers: list[Any], params: AttentionParams, k_per_layer: tuple
         if params.layer(k).sparse
         and params.test_layer in (None, i)
         and not params.method.leaves_dense(i)
-        and k < (sliding_window(layers[i]) or k + 1)  # else no row sees more than K keys
+        # Where the window is not longer, no row sees more than K keys.
+        and (not params.method.uses_k or k < (sliding_window(layers[i]) or k + 1))
     ]
 
 

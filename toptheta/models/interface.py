@@ -1,5 +1,7 @@
 """Our attention and mask functions, as transformers calls them. Registered under the name 'top_theta'."""
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from toptheta.attention.rows import Rows, remember, rows_of
 from toptheta.kernels import registry
 from toptheta.kernels.dense import dense_attention
 from toptheta.methods.params import LayerSpec
-from toptheta.models.families import check_arguments, eager_of
+from toptheta.models.families import MODEL_TYPES, check_arguments, eager_of, family_of
 from toptheta.models.layer_state import LayerState
 from toptheta.models.recorder import Recorder
 from toptheta.models.when_slower import SCORES, is_dense
@@ -40,11 +42,17 @@ def toptheta_attention_forward(
 
     query: `[B, H, Q, D]`; key, value: `[B, H_kv, N, D]`; softcap, and s_aux, the sinks: see AttentionCall.
     Returns `[B, Q, H, D]` and no weights (the dense layers of an 'eager' model do return weights). A module
-    without a LayerState is dense. Raises UsageError for a call that a sparse layer cannot compute.
+    without a LayerState is dense. Raises UsageError for a call that a sparse layer cannot compute, and for a
+    module of another family.
     """
     special: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
     state: LayerState | None = getattr(module, "toptheta", None)
     if state is None:
+        if not torch.compiler.is_compiling() and family_of(module) is None:
+            raise UsageError(
+                f"{type(module).__name__} is an attention layer of no supported family: use another "
+                f"attn_implementation, or a model of {', '.join(MODEL_TYPES)}."
+            )
         return _dense(module, "sdpa", query, key, value, attention_mask, scaling, dropout, special | kwargs)
     state.now.due = False
     if not torch.compiler.is_compiling():  # a number that changes would compile every call anew
@@ -61,6 +69,8 @@ def toptheta_attention_forward(
         )
 
     check_arguments(kwargs)
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        _warn_of_weights()
     if dropout > 0.0:
         raise UsageError(
             f"attention_dropout is {dropout} while training, which sparse attention does not support: load "
@@ -139,6 +149,15 @@ def _dense(
         mask = _additive(mask, query, key.shape[2])
         return eager_of(module)(module, query, key, value, mask, **arguments)
     return sdpa_attention_forward(module, query, key, value, mask, **arguments)
+
+
+@cache
+def _warn_of_weights() -> None:
+    warnings.warn(
+        "output_attentions has no effect on sparse layers, which return no attention weights: those of dense "
+        "attention are returned with attn_implementation='eager' and mode=3.",
+        stacklevel=3,
+    )
 
 
 def _additive(mask: Tensor | None, query: Tensor, kv_len: int) -> Tensor:
