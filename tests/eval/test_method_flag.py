@@ -127,6 +127,12 @@ def test_no_two_cells_share_a_folder(tmp_path: Path) -> None:
     [
         ("--method top_k:vmc=often", "--method top_k:vmc is 'often': give true or false"),
         ("--method top_k:sdc=all", "--method top_k:sdc is 'all': choose"),
+        ("--method top_k:sdc=exact,sdc=none", "--method top_k:sdc is given twice: give it once"),
+        ("--method streaming_llm:sinks=2,sinks=3", "--method streaming_llm:sinks is given twice"),
+        (
+            "--method streaming_llm:sinks=99999999999",
+            "--method streaming_llm:sinks is 99999999999: give a fin",
+        ),
         ("--method top_k:sdc_scale=-1 --sdc exact", "--method top_k:sdc_scale is -1.0: give a number"),
         ("--method dense:vmc", "--method dense has no option 'vmc': it has none"),
         ("--method top_k:vcm", "--method top_k has no option 'vcm': it has none; of all methods: .*vmc"),

@@ -163,6 +163,54 @@ def test_value_norms_of_an_adapted_projection(tiny_model: LlamaForCausalLM) -> N
         torch.testing.assert_close(value_gram(layer), parts.transpose(1, 2) @ parts)
 
 
+def test_options_of_a_calibration_that_is_over(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """They shape tables, and are refused where they would change none."""
+    model = update_model(tiny_model)
+    own = {"mode": 0, "K": 6, "calib_sample_frac": 1.0, "calib_add_sigma": 1}
+    set_params(model, mode=1, calib_sample_frac=0.5)  # before any calibration
+    calibrate(model, **own, calib_tac=True)
+    for more in ({"calib_add_sigma": -2.0}, {"calib_sample_frac": 0.5}, {"calib_tac": False}):
+        with pytest.raises(UsageError, match="takes effect when calibrating"):
+            set_params(model, **more, calibrate=False)
+    set_params(model, **own, calibrate=False)
+    save_tables(tables_of(model), tmp_path)
+    before = get_params(model)
+    with pytest.raises(
+        UsageError, match="calib_add_sigma -2.0 takes .* calibrated with 1.0: .* calibrate=True"
+    ):
+        set_params(model, calib_add_sigma=-2.0)
+    assert get_params(model) == before
+    set_params(model, **own, calib_tac=True)
+    set_params(model, mode=1, calib_tac=False)
+    set_params(model, **own, calib_tac=True)  # as the tables were calibrated
+    set_params(model, calib_load_path=tmp_path)  # a Path, after which the options are the default ones
+    with pytest.raises(UsageError, match="takes effect"):
+        set_params(model, calib_add_sigma=-2.0)
+    set_params(model, calib_add_sigma=1)
+    calibrate(model, calib_add_sigma=-2.0)
+    set_params(model, calibrate=False)
+    assert get_params(model).calib_add_sigma == -2.0
+
+
+def test_a_calibration_under_way(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = update_model(tiny_model)
+    calibrate(model, mode=0, K=6, calib_sample_frac=1.0)
+    set_params(model, calibrate=False)
+    save_tables(tables_of(model), tmp_path)
+    set_params(model, calibrate=True)
+    with pytest.raises(
+        UsageError, match="under way, which these parameters do not need: add calibrate=False"
+    ):
+        set_params(model, mode=3)
+    with pytest.raises(UsageError, match="calib_load_path loads tables instead of calibrating"):
+        set_params(model, calibrate=True, calib_load_path=str(tmp_path))
+    set_params(model, calib_load_path=str(tmp_path))  # ends it
+    assert not get_params(model).calibrate and not calibrations(model)
+    set_params(model, calibrate=True, calib_load_path=None)
+    set_params(model, mode=3, calibrate=False)
+    assert not calibrations(model)
+
+
 def test_thresholds_of_weighed_values_alone(tiny_model: LlamaForCausalLM) -> None:
     update_model(tiny_model)
     method = {"method": "top_theta:value_aware", "K": 6, "placement": "post-softmax", "calib_to": "budget"}
@@ -179,7 +227,7 @@ def test_thresholds_of_weighed_values_alone(tiny_model: LlamaForCausalLM) -> Non
     [
         ({"method": None}, "method is None: give a method's name"),
         ({"mode": 1, "K": -3}, "K is -3: give whole numbers"),
-        ({"mode": 1, "test_layer": "0"}, "test_layer is '0', but the model has layers 0 to 2"),
+        ({"mode": 1, "test_layer": "0"}, "test_layer is '0': give a whole number"),
         ({"mode": 0, "calib_add_sigma": "0.1"}, "calib_add_sigma is '0.1': give a number"),
     ],
 )

@@ -193,7 +193,17 @@ def test_parameters_in_place_of_the_saved_ones(tmp_path: Path) -> None:
     tables = tables_of(model)
     with pytest.raises(UsageError, match="calibrated for K=6, not for K=7"):
         load_calibration(model, tmp_path, K=7)
+    with pytest.raises(UsageError, match="calib_add_sigma -2.0 takes effect when calibrating"):
+        load_calibration(model, tmp_path, calib_add_sigma=-2.0)
+    with pytest.raises(UsageError, match="calibrate gives other tables"):
+        load_calibration(model, tmp_path, calibrate=True)
     assert tables_of(model) is tables and get_params(model).K == 6  # as it was
+    load_calibration(model, tmp_path, mode=0, capk=True)
+    assert get_params(model).method.spec == "top_theta:capk=True"
+    load_calibration(model, tmp_path, mode=3)
+    assert get_params(model).label == "dense"
+    with pytest.raises(UsageError, match="method and mode both name"):
+        load_calibration(model, tmp_path, mode=0, method="top_theta")
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def parse_chosen(text: str, flag: str = "--method") -> Chosen:
             own.append(part)
             continue
         shown = f"{flag} {name}:{option}"
+        if option in given:
+            raise UsageError(f"{shown} is given twice: give it once.")
         given[option] = option_value(shown, OF_FLAGS[option], value if equals else None)
         if option in OF_THRESHOLDS and kind is not None and not kind.needs_thresholds:
             raise UsageError(f"{shown} applies to calibrated thresholds only: leave it out.")

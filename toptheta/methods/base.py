@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from toptheta import methods
 from toptheta.util.errors import UsageError
+from toptheta.util.options import WORDS, check_type
 
 if TYPE_CHECKING:  # importing torch takes seconds, and flags need this file
     from torch import Tensor
@@ -248,7 +249,7 @@ class Method:
         return self
 
     def check(self, flag: Callable[[str], str] = str) -> None:
-        """Raise UsageError for an invalid option value."""
+        """Raise UsageError for an invalid option value; its type is right (`check_method`)."""
 
     def check_k(self, k: int, flag: Callable[[str], str] = str) -> None:
         """Raise UsageError for a K, above 0, that does not go with the options."""
@@ -343,10 +344,20 @@ def parse_method(text: str, flag: str = "method", also: Sequence[str] = ()) -> M
             of_all = f"; of all methods: {', '.join(also)}" if also and not kind.is_dense else ""
             raise UsageError(f"{flag} {name} has no option {option!r}: {of_it}{of_all}.")
         shown = f"{flag} {name}:{option}"
+        if option in options:
+            raise UsageError(f"{shown} is given twice: give it once.")
         options[option] = option_value(shown, known[option].default, value if equals else None)
     method = kind(**options)
-    method.check(lambda option: f"{flag} {name}:{option}")
+    check_method(method, lambda option: f"{flag} {name}:{option}")
     return method
+
+
+def check_method(method: Method, flag: Callable[[str], str] = str) -> None:
+    """Raise UsageError for an option whose value is not of its default's type, or is invalid."""
+    for f in fields(method):
+        if type(f.default) in WORDS:
+            check_type(flag(f.name), getattr(method, f.name), type(f.default))
+    method.check(flag)
 
 
 def split_methods(text: str) -> list[str]:
@@ -372,5 +383,4 @@ def option_value(name: str, default: Any, text: str | None) -> Any:
     try:
         return type(default)(text if text is not None else "")
     except ValueError:
-        kind = {int: "a whole number", float: "a number"}.get(type(default), "a value")
-        raise UsageError(f"{name} is {text!r}: give {kind}.") from None
+        raise UsageError(f"{name} is {text!r}: give {WORDS.get(type(default), 'a value')}.") from None

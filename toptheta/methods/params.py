@@ -4,17 +4,18 @@ Covers what `set_params` and the scripts' flags share, not the flags about tasks
 (settings.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toptheta.methods import compensation
-from toptheta.methods.base import KernelSpec, Method, of_mode, parse_method
+from toptheta.methods.base import KernelSpec, Method, check_method, of_mode, parse_method
 from toptheta.methods.compensation import SDC_METHODS
 from toptheta.methods.dense import Dense
 from toptheta.util.errors import UsageError
-from toptheta.util.options import check_options, option
+from toptheta.util.options import check_options, check_type, option, plain
 
 if TYPE_CHECKING:  # as in base.py
     from torch import Tensor
@@ -126,7 +127,6 @@ class MethodOptions:
         "add X standard deviations to the mean threshold",
         metavar="X",
         group=CALIBRATION_GROUP,
-        rule=(lambda x: isinstance(x, (int, float)), "give a number"),
     )
     calib_sample_frac: float = option(
         0.1,
@@ -149,10 +149,7 @@ class MethodOptions:
         "smoothed)",
         metavar="W",
         group=CALIBRATION_GROUP,
-        rule=(
-            lambda width: type(width) is int and width >= 0,
-            "give a whole number of tokens, 0 for no smoothing",
-        ),
+        rule=(lambda width: width >= 0, "give a whole number of tokens, 0 for no smoothing"),
     )
     calib_load_path: str = option(
         "",
@@ -218,12 +215,14 @@ class AttentionParams(MethodOptions):
 
     def changed(self, given: Mapping[str, Any], flag: Callable[[str], str] = str) -> "AttentionParams":
         """These parameters, changed to the given values; not checked. given: by the names of the fields or of
-        the published project; its method is a Method, or text as `parse_method` reads it. Raises UsageError
-        for an unknown name, and if `method` and `mode` are both given."""
+        the published project; its method is a Method, or text as `parse_method` reads it; numbers may be
+        numpy's, and a folder a Path or None. Raises UsageError for an unknown name, for a `mode` or `capk` of
+        another type, and if `method` and `mode` are both given."""
         known = [*(f.name for f in fields(self)), *PUBLISHED]
         for name in given:
             if name not in known:
                 raise UsageError(f"set_params has no parameter {name!r}: choose from {', '.join(known)}.")
+        given = {name: plain(value) for name, value in given.items()}
         method = self.method
         if "method" in given:
             if "mode" in given:
@@ -231,21 +230,28 @@ class AttentionParams(MethodOptions):
                     f"{flag('method')} and {flag('mode')} both name the method: give one of them."
                 )
             method = given["method"]
-            method = parse_method(method, flag("method")) if isinstance(method, str) else method
+            if isinstance(method, str):
+                method = parse_method(method, flag("method"))
+            elif isinstance(method, Method):
+                options = {f.name: plain(getattr(method, f.name)) for f in fields(method) if f.init}
+                method = replace(method, **options)
         elif "mode" in given:
             mode = given["mode"]
-            if isinstance(mode, bool) or not isinstance(mode, int):
-                raise UsageError(f"{flag('mode')} is {mode!r}: give 0 (Top-theta), 1 (Top-k) or 3 (dense).")
+            check_type(flag("mode"), mode, int, "give 0 (Top-theta), 1 (Top-k) or 3 (dense)")
             chosen = of_mode(mode)
             method = method if type(chosen) is type(method) else chosen
         if "capk" in given:
+            check_type(flag("capk"), given["capk"], bool)
             if hasattr(method, "capk"):
-                method = replace(method, capk=bool(given["capk"]))  # type: ignore[call-arg]
+                method = replace(method, capk=given["capk"])  # type: ignore[call-arg]
             elif given["capk"]:
                 raise UsageError(
                     f"{flag('capk')} caps what a threshold keeps: use it with {flag('mode')} 0 only."
                 )
         rest = {name: value for name, value in given.items() if name not in ("method", *PUBLISHED)}
+        folder = rest.get("calib_load_path", "")
+        if folder is None or isinstance(folder, Path):
+            rest["calib_load_path"] = str(folder or "")
         return replace(self, method=method, **rest)
 
 
@@ -259,7 +265,7 @@ def expand_k(
         return (k,) * num_layers
     if isinstance(k, Mapping):
         for layer in k:
-            if not isinstance(layer, int):
+            if type(layer) is not int:
                 raise UsageError(f"{name} names layer {layer!r}: the keys are the numbers of layers.")
             if not 0 <= layer < num_layers:
                 raise UsageError(
@@ -310,16 +316,25 @@ def check(params: AttentionParams, flag: Callable[[str], str] = str) -> Attentio
     flag: turns a parameter's name into what the user typed: `set_params` leaves it, the scripts add '--'.
     """
     check_options(params, flag)
+    for name, kind in (("test_layer", int | None), ("calibrate", bool), ("calibration_requests", int | None)):
+        check_type(flag(name), getattr(params, name), kind)
+    if params.calibrate and params.calib_load_path:
+        raise UsageError(
+            f"{flag('calib_load_path')} loads tables instead of calibrating: leave it out, or "
+            f"{flag('calibrate')}=True."
+        )
     method = params.method
     if not isinstance(method, Method):
         raise UsageError(f"{flag('method')} is {method!r}: give a method's name, or one of toptheta.methods.")
-    method.check(flag)
-    for k in params.K.values() if isinstance(params.K, Mapping) else [params.K]:
-        for value in k if isinstance(k, Sequence) and not isinstance(k, str) else [k]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UsageError(f"{flag('K')} is {value!r}: give whole numbers (0 leaves a layer dense).")
-            if value > 0 and params.sparse:
-                method.check_k(value, flag)
+    check_method(method, flag)
+    ks = params.K.values() if isinstance(params.K, Mapping) else params.K
+    for k in [ks] if isinstance(ks, (int, str)) or not isinstance(ks, Iterable) else ks:
+        advice = "give whole numbers (0 leaves a layer dense)"
+        check_type(flag("K"), k, int, advice)
+        if k < 0:
+            raise UsageError(f"{flag('K')} is {k}: {advice}.")
+        if k > 0 and params.sparse:
+            method.check_k(k, flag)
     if not params.sparse:
         return params
     compensation.check(method, params.placement, params.sdc, params.vmc, flag)

@@ -16,7 +16,7 @@ from toptheta.calibration.tables import (
     check_fit,
     load_tables,
 )
-from toptheta.methods.base import NEG_INF, ValueNorms
+from toptheta.methods.base import NEG_INF, ValueNorms, option_value
 from toptheta.methods.params import AttentionParams, LayerSpec, check
 from toptheta.models.calibrate import (
     begin_calibration,
@@ -94,22 +94,52 @@ def set_params(model: nn.Module, **params) -> None:
     options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts a calibration of
     the tables that the other parameters need, on all prompts that then run through the model; calibrate=False
     ends it and uses the tables. calib_load_path loads tables from a folder instead. Raises UsageError for an
-    unknown name, an invalid combination, tables that are missing or do not match, or, once prompts were
-    sampled, a call that neither ends the calibration nor starts another.
+    unknown name, a value of another type, an invalid combination, tables that are missing or do not match, an
+    option that would need another calibration, or, once prompts were sampled, a call that neither ends the
+    calibration nor starts another.
     """
-    if "calibrate" not in params and any(one.longest for one in calibrations(model).values()):
+    change_params(model, get_params(model), params)
+
+
+def change_params(model: nn.Module, old: AttentionParams, given: dict[str, Any]) -> None:
+    """`set_params` with the parameters `given`; those that are not given have their values in `old`."""
+    if "calibrate" not in given and any(one.longest for one in calibrations(model).values()):
         raise UsageError(
             "a calibration is under way, whose samples this call would discard: first end it with "
             "calibrate=False, or add calibrate=True to start again."
         )
-    old = get_params(model)
     implied: dict[str, Any] = {"calib_load_path": ""}
-    if "calib_load_path" in params:
-        implied = dict(UNSHAPED)  # left over from a calibration, as below
-    method = old.changed({name: params[name] for name in ("method", "mode") if name in params}).method
+    if given.get("calib_load_path"):
+        implied = UNSHAPED | {"calibrate": False}  # left over from a calibration, as below
+    method = old.changed({name: given[name] for name in ("method", "mode") if name in given}).method
     if not getattr(method, "needs_thresholds", True):  # what is no method is refused below
         implied["calib_tac"] = False  # left over from a calibration; given in this call, it is an error
-    use_params(model, old.changed(implied | params))
+    new = check(old.changed(implied | given))
+    if new.calibrate and "calibrate" not in given and not new.needs_calibration:
+        raise UsageError(
+            "a calibration is under way, which these parameters do not need: add calibrate=False to end it."
+        )
+    if new.needs_calibration and not new.calibrate and not new.calib_load_path:
+        _check_shaping(new, old, given, model_state(model).tables)
+    use_params(model, new)
+
+
+def _check_shaping(
+    new: AttentionParams, old: AttentionParams, given: dict[str, Any], tables: CalibrationTables | None
+) -> None:
+    """Raise UsageError for a given option of a calibration that the tables in use, or those of the
+    calibration that this call ends, were not calibrated with."""
+    if tables is None and not old.calibrate:
+        return  # which is refused
+    meta = {} if tables is None or old.calibrate else tables.meta
+    for name in given.keys() & set(SHAPING):
+        value, in_force = getattr(new, name), getattr(old, name)
+        made_with = option_value(name, UNSHAPED[name], meta[name]) if name in meta else in_force
+        if value not in (in_force, made_with):
+            raise UsageError(
+                f"{name} {value} takes effect when calibrating, and the tables were calibrated with "
+                f"{made_with}: leave it out, or add calibrate=True to calibrate again."
+            )
 
 
 def tables_in(folder: str, config: Any, num_layers: int, name: str = "calib_load_path") -> CalibrationTables:

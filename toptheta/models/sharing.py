@@ -20,10 +20,10 @@ from toptheta.methods.params import AttentionParams
 from toptheta.models.calibrate import calibrations
 from toptheta.models.control import (
     UNSHAPED,
+    change_params,
     get_params,
     record_statistics,
     recorder_of,
-    set_params,
     tables_of,
 )
 from toptheta.models.divergence import against_dense
@@ -108,10 +108,14 @@ def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = T
     """`load_calibration` for a calibration that is already loaded."""
     _check_model(calibration.config, model, strict)
     _check_not_calibrating(model)
+    for name in ("calibrate", "calib_load_path"):
+        if params.get(name):
+            raise UsageError(f"{name} gives other tables than the calibration to load: leave it out.")
     shared = model_state(model)
     before, shared.tables = shared.tables, calibration.tables
     try:
-        set_params(model, **(UNSHAPED | {"test_layer": None} | calibration.config.params | params))
+        saved = get_params(model).changed(UNSHAPED | {"test_layer": None} | calibration.config.params)
+        change_params(model, saved, params)
     except BaseException:
         shared.tables = before
         raise

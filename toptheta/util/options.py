@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from toptheta.util.errors import UsageError
 
 AnyOptions = TypeVar("AnyOptions")
-WORDS = {int: "a whole number", float: "a number"}
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}  # for errors
 LIMIT = 1 << 32  # of every number, below the limits of 64-bit types and random generators
 
 
@@ -132,26 +132,47 @@ def from_json(kind: type[AnyOptions], saved: Any) -> AnyOptions:
         }
         for name, value in saved.items():
             values[name] = _typed(value, hints[name])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"its {name} is {value!r}") from None
     return kind(**values)
 
 
 def check_options(values: Any, flag: Callable[[str], str] = str) -> None:
-    """Raise UsageError for a value that is not one of the choices or violates its rule. flag: turns a field's
-    name into what the user typed."""
+    """Raise UsageError for a value that is not one of the choices, is of another type or violates its rule.
+    flag: turns a field's name into what the user typed."""
+    hints = get_type_hints(type(values))
     for name, facts, default in options_of(values):
         value = getattr(values, name)
         if facts.choices and value not in facts.choices:
             near = get_close_matches(str(value), facts.choices, n=2, cutoff=0.4) if facts.hint else []
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise UsageError(f"{flag(name)} is {value!r}: choose one of {', '.join(facts.choices)}{hint}.")
-        for number in _numbers(value):
-            if not abs(number) < LIMIT:
-                raise UsageError(f"{flag(name)} is {number}: give a finite number below 2^32.")
+        check_type(flag(name), value, hints[name], facts.rule[1] if facts.rule else "")
         optional = default is None and value is None
-        if facts.rule and not optional and not _passes(facts.rule[0], value):
+        if facts.rule and not optional and not facts.rule[0](value):
             raise UsageError(f"{flag(name)} is {value!r}: {facts.rule[1]}.")
+
+
+def check_type(name: str, value: Any, hint: Any, advice: str = "") -> None:
+    """Raise UsageError, naming `name`, unless a value is of a field's type and its numbers are below LIMIT: a
+    whole number also passes for float, but no bool passes for a number. advice: what to give instead."""
+    try:
+        _typed(value, hint)
+    except (TypeError, ValueError, OverflowError):
+        advice = advice or f"give {WORDS.get(_without_none(hint), f'a value of type {hint}')}"
+        raise UsageError(f"{name} is {value!r}: {advice}.") from None
+    for number in _numbers(value):
+        if not abs(number) < LIMIT:
+            raise UsageError(f"{name} is {number}: give a finite number below 2^32.")
+
+
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch as Python's own, also in a list or mapping; others as they are."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(one) for one in value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _numbers(value: Any) -> list[int | float]:
@@ -163,13 +184,6 @@ def _numbers(value: Any) -> list[int | float]:
         for one in (value if isinstance(value, (list, tuple)) else [value])
         if isinstance(one, (int, float))
     ]
-
-
-def _passes(test: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return test(value)
-    except TypeError:  # not even of the type that the test compares
-        return False
 
 
 def _read(flag: str, text: str, hint: Any) -> Any:
@@ -195,7 +209,7 @@ def _read(flag: str, text: str, hint: Any) -> Any:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """A value read from JSON as one of a type. Raises TypeError or ValueError."""
+    """A value, as JSON has it, as one of a type. Raises TypeError, ValueError or OverflowError."""
     if value is None and NoneType in get_args(hint):
         return None
     hint = _without_none(hint)
@@ -206,7 +220,7 @@ def _typed(value: Any, hint: Any) -> Any:
     if get_origin(hint) is dict:  # JSON has text for its keys
         key_type, value_type = get_args(hint)
         return {key_type(key): _typed(one, value_type) for key, one in dict(value).items()}
-    if hint is float and type(value) is int:
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
         raise TypeError
