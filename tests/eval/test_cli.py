@@ -105,6 +105,16 @@ def test_flags_that_make_no_sense(flags: str, message: str) -> None:
         ("qa", "--mode 1 --when_slower dense", "--when_slower has no effect"),
         ("qa", "--method top_theta:key_copy=int8 --when_slower dense", "--when_slower has no effect"),
         ("qa", "--mode 0,1 --when_slower dense", ""),
+        (
+            "gen",
+            f"--dataset perplexity --text {__file__} --calib_text {__file__} --mode 3",
+            "--calib_text has no effect without calibration",
+        ),
+        (
+            "gen",
+            f"--dataset perplexity --text {__file__} --calib_seq_len 64 --mode 3",
+            "--calib_seq_len has no effect without",
+        ),
         ("qa", "--mode 1 --calib_samples 4", "--calib_samples has no effect without calibration"),
         ("qa", "--mode 1 --calib_sample_frac 0.1", "--calib_sample_frac has no effect without calibration"),
         ("qa", "--mode 1 --sdc offline-calibrated --calib_add_sigma 1", "--calib_add_sigma has no effect"),
@@ -266,6 +276,7 @@ def test_sigterm_is_an_interrupt() -> None:
 def test_ctrl_c_during_an_import(script: str, flags: list[str], package: str, tmp_path: Path) -> None:
     code = (
         "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run in the background
         "class Interrupt:\n"
         "    def find_spec(name, path=None, target=None):\n"
         f"        if name == {package!r}:\n"

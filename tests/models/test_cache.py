@@ -1,6 +1,7 @@
 """TopThetaCache: the sum of V that it carries is that of the visible rows, whatever is done to it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,30 @@ def test_crops_by_a_negative_number_only(tiny_model: LlamaForCausalLM) -> None:
     assert cache.get_seq_length() == 16
     with pytest.raises(ValueError, match="negative"):
         cache.crop(10)
+
+
+@pytest.mark.parametrize("crop", [-100, -32, -20])
+def test_a_crop_of_more_than_there_is(crop: int, tiny_model: LlamaForCausalLM, sums: list[bool]) -> None:
+    """Empties the cache, as it does a DynamicCache."""
+    steer(tiny_model, SPARSE["Top-theta"])
+    found = []
+    for cache in (TopThetaCache(tiny_model.config, 30), DynamicCache(config=tiny_model.config)):
+        tiny_model(tokens(length=20), past_key_values=cache)
+        cache.crop(crop)
+        assert cache.get_seq_length() == 0
+        tiny_model(tokens(length=18, seed=2), past_key_values=cache)
+        found.append(tiny_model(tokens(length=1, seed=3), past_key_values=cache).logits)
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
+@pytest.mark.parametrize("length", [-1, 0, "64", 3.5, None])
+def test_wrong_arguments(length: Any, tiny_model: LlamaForCausalLM) -> None:
+    with pytest.raises(
+        UsageError, match=f"max_cache_len is {length!r}, but must be a whole number of tokens"
+    ):
+        TopThetaCache(tiny_model.config, length)
+    with pytest.raises(UsageError, match=r"config is of type LlamaForCausalLM: give the model's config"):
+        TopThetaCache(tiny_model, 64)  # type: ignore[arg-type]
 
 
 def test_two_tiers_need_a_gpu(tiny_model: LlamaForCausalLM) -> None:

@@ -1,6 +1,9 @@
 """The patched model: it runs our code in every layer, dense is stock bit for bit, a patch can be undone."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tests.helpers.calls import layer_spec
 from tests.helpers.models import SPARSE, copies, steer, tiny_config, tokens
 from topk_llama import TopK_LLamaAttention, restore_model, set_params, update_model
 from toptheta.models import interface
-from toptheta.models.control import record_statistics
+from toptheta.models.control import get_params, record_statistics
 from toptheta.models.patch import layer_states, patched_layers
 from toptheta.models.recorder import Recorder
 from toptheta.util.errors import UsageError
@@ -205,6 +208,15 @@ def test_statistics_cost_nothing_when_off(tiny_model: LlamaForCausalLM) -> None:
 def test_a_wrapper(tiny_model: LlamaForCausalLM) -> None:
     with pytest.raises(UsageError, match="Sequential is a wrapper without a config: give the model in it"):
         update_model(torch.nn.Sequential(tiny_model))
+
+
+@pytest.mark.parametrize("wrong", [None, "owner/model", tiny_config()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("call", [update_model, restore_model, get_params, partial(set_params, mode=3)])
+def test_what_is_no_model(call: Callable, wrong: Any) -> None:
+    with pytest.raises(
+        UsageError, match=f"^the model is of type {type(wrong).__name__}: give the model itself"
+    ):
+        call(wrong)
 
 
 @pytest.mark.filterwarnings("error")

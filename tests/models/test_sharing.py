@@ -3,12 +3,13 @@ does not fit is refused."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from tests.helpers.calibration import calibrated
 from tests.helpers.hub import COMMIT, Hub, serving
@@ -218,6 +219,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_calibration(model, "owner/not-here")
     with pytest.raises(UsageError, match="hub cannot be reached"):
         push_calibration(model, "owner/name")
+    for wrong in ("a/b/c", "a b", None, 5):
+        with pytest.raises(UsageError, match="cannot be pushed to .*: give a hub id of the form owner/name"):
+            push_calibration(model, wrong)
     with pytest.raises(UsageError, match="has no config.json"):
         load_calibration(model, tmp_path)
     save_calibration(model, tmp_path / "bad")
@@ -243,11 +247,88 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad" / "calibration.safetensors").unlink()
     with pytest.raises(UsageError, match="neither th.txt nor sdc.txt"):
         load_calibration(model, tmp_path / "bad")
-    with pytest.raises(UsageError, match=r"shape \(1, 3\)"):
-        save_calibration(model, tmp_path, check_on=[tokens(length=3)])
     set_params(model, calibrate=True)
     with pytest.raises(UsageError, match="calibration is under way"):
         save_calibration(model, tmp_path)
+
+
+def test_one_text_need_not_be_in_a_list(tmp_path: Path) -> None:
+    model, ids = steered("Top-theta"), tokens(length=30, seed=20)
+    for name, check_on in (("list", [ids]), ("one", ids)):
+        save_calibration(model, tmp_path / name, check_on=check_on)
+    one, listed = ((tmp_path / name / "config.json").read_text() for name in ("one", "list"))
+    assert one == listed and json.loads(one)["measured"]["kl"]["texts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("check_on", "words"),
+    [
+        ([tokens(length=3)], r"a text of shape \(1, 3\): give a list of tensors of token ids \[1, L\]"),
+        ([tokens(length=30), tokens(2, 30)], r"a text of shape \(2, 30\)"),
+        (tokens(2, 30), r"a text of shape \(2, 30\)"),
+        ([tokens(length=30)[0]], r"a text of shape \(30,\)"),
+        ([tokens(length=30).tolist()], "a text of type list"),
+        (tokens(length=30)[0].tolist(), "a text of type int"),
+        ({"input_ids": tokens(length=30)}, "a text of type dict"),
+        ([tokens(length=30).numpy()], "a text of type ndarray"),
+        (tokens(length=30).numpy(), "a text of type ndarray"),
+        ("words", "a text of type str"),
+        ([tokens(length=30).float()], r"a text of type torch\.float32"),
+        ([tokens(length=30) + 97], "token ids from .*, but the model has 97 tokens"),
+        ([tokens(length=30) - 97], "token ids from -.*, but the model has 97 tokens"),
+    ],
+)
+def test_wrong_texts(check_on: Any, words: str, tmp_path: Path) -> None:
+    model = steered("Top-theta")
+    with pytest.raises(UsageError, match=f"^check_on has {words}"):
+        save_calibration(model, tmp_path / "new", check_on=check_on)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_models_without_a_head(kind: Any, tmp_path: Path) -> None:
+    """They calibrate and run; what needs their logits is refused."""
+    model = update_model(kind(tiny_config()).eval())
+    budget = {"placement": "post-softmax", "calib_to": "budget", "calib_layers": "sensitivity"}
+    with pytest.raises(
+        UsageError, match=f'^calib_layers="sensitivity" needs a causal .* {kind.__name__} has no'
+    ):
+        set_params(model, mode=0, K=6, **budget, calibrate=True)
+    assert not get_params(model).calibrate
+    set_params(model, mode=0, K=6, calib_sample_frac=1.0, calibrate=True)
+    model(tokens(length=60))
+    set_params(model, calibrate=False)
+    with pytest.raises(
+        UsageError, match=f"^check_on needs a causal language model, and {kind.__name__} has no"
+    ):
+        save_calibration(model, tmp_path, check_on=[tokens(length=30)])
+    save_calibration(model, tmp_path)
+    load_calibration(model, tmp_path)
+
+
+def test_folders_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = steered("Top-theta"), tmp_path / "file"
+    file.write_text("x")
+    for folder in (file, file / "below", tmp_path / ("long" * 99)):
+        with pytest.raises(UsageError, match=r"^the folder .* cannot be written to \(.*\): name another"):
+            save_calibration(model, folder)
+        with pytest.raises(UsageError, match="is neither a folder nor a hub id"):
+            load_calibration(model, folder)
+    for wrong in ("", None, 5, b"bytes", "a\0b"):
+        for call in (save_calibration, load_calibration):
+            with pytest.raises(
+                UsageError, match="^the calibration's folder is .*, which is not a path: name"
+            ):
+                call(model, wrong)
+    (tmp_path / "full" / "config.json").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"full cannot be written to \(Is a directory\)"):
+        save_calibration(model, tmp_path / "full")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_calibration(model, "~/own")
+    load_calibration(model, "~/own")
+    assert (tmp_path / "own" / "config.json").is_file()
+    with pytest.raises(UsageError, match="the model is of type NoneType"):
+        load_calibration(None, "~/own")  # type: ignore[arg-type]
 
 
 @pytest.fixture

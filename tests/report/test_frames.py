@@ -73,6 +73,8 @@ def test_several_folders_and_tables_without_cells(run: Path) -> None:
 def test_what_is_refused(run: Path) -> None:
     with pytest.raises(UsageError, match="nowhere has no finished cell"):
         load("nowhere")
+    with pytest.raises(UsageError, match="there is no run to load: name its folder"):
+        load()
     with pytest.raises(UsageError, match="choose from dense"):
         load(run).config("Top-k")
     (run / "mode3" / "results.json").write_text("{half")

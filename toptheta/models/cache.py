@@ -6,6 +6,7 @@ These tensors have fixed addresses and are changed in place, like the keys and v
 and CUDA graphs work. For other caches value_sum.py keeps the sum; the int8 copy needs this cache.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -132,12 +133,12 @@ class TopThetaLayer(StaticLayer):
         return self._sum.float() if q_len == 1 else None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` keys: their memory is hidden, and overwritten by the next
-        keys. Raises ValueError for a positive number, as other caches do."""
+        """Remove the last `-tokens_to_remove` keys, at most all: their memory is hidden, and overwritten by
+        the next keys. Raises ValueError for a positive number, as other caches do."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number, of tokens to remove.")
         if tokens_to_remove < 0 and self.is_initialized:
-            self.cumulative_length.add_(tokens_to_remove)
+            self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
             self._known = False
 
     def reset(self) -> None:
@@ -166,14 +167,30 @@ class TopThetaCache(StaticCache):
     two_tier: also keep an int8 copy of K, which lets a decode step with thresholds on scores read K only
     where the copy leaves it open whether a key is kept; what is kept stays the same. It costs head_dim + 8
     bytes for each token and KV head. GPUs with Triton only: raises UsageError elsewhere, at the first use.
+
+    Raises UsageError for another object than the model's config, and for a length that is not above 0.
     """
 
     def __init__(self, config: PretrainedConfig, max_cache_len: int, two_tier: bool = False):
-        stock: Any = StaticCache(config=config, max_cache_len=max_cache_len)
+        if not isinstance(config, PretrainedConfig):
+            raise UsageError(
+                f"TopThetaCache: config is of type {type(config).__name__}: give the model's config, as in "
+                "TopThetaCache(model.config, 4096)."
+            )
+        try:
+            length = operator.index(max_cache_len)
+        except TypeError:
+            length = 0
+        if length < 1:
+            raise UsageError(
+                f"TopThetaCache: max_cache_len is {max_cache_len!r}, but must be a whole number of tokens "
+                "above 0."
+            )
+        stock: Any = StaticCache(config=config, max_cache_len=length)
         Cache.__init__(
             self,
             layers=[
-                TopThetaLayer(max_cache_len, two_tier) if type(layer) is StaticLayer else layer
+                TopThetaLayer(length, two_tier) if type(layer) is StaticLayer else layer
                 for layer in stock.layers
             ],
         )

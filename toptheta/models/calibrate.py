@@ -14,7 +14,7 @@ from toptheta.calibration.plan import RowPlan
 from toptheta.calibration.sampler import LayerCalibration, RowSampler
 from toptheta.calibration.tables import CalibrationTables, LayerTable, LayerValues, no_long_row
 from toptheta.methods.params import AttentionParams, LayerSpec
-from toptheta.models.families import sliding_window
+from toptheta.models.families import check_head, sliding_window
 from toptheta.models.patch import choose_implementation, execution_device, model_state, patched_layers
 from toptheta.models.sensitivity import keep_prompts, measure
 from toptheta.models.tensor_parallel import of_all_heads, refuse
@@ -76,6 +76,8 @@ def begin_calibration(
     mesh = layers[0].toptheta.mesh
     if params.calib_to == "budget":
         refuse(mesh, "calib_to budget", "calibrate in one process, and load the folder with calib_load_path")
+        if params.calib_layers == "sensitivity":
+            check_head(model, 'calib_layers="sensitivity"')
     if keep_samples:
         refuse(mesh, "calib_dump_samples", "leave it out")
     sparse = sparse_layers(layers, replace(params, test_layer=None), k_per_layer)

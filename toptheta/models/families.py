@@ -142,6 +142,15 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else (logits / cap).tanh() * cap
 
 
+def check_head(model: Any, what: str) -> None:
+    """Raise UsageError for a model without `lm_head`; what: needs its logits."""
+    if not hasattr(model, "lm_head"):
+        raise UsageError(
+            f"{what} needs a causal language model, and {type(model).__name__} has no lm_head: load the "
+            f"model with AutoModelForCausalLM, or leave {what} out."
+        )
+
+
 def sliding_window(layer: Any) -> int | None:
     """The most keys that a row of an attention layer sees, by the layer's config; None: all."""
     window, kinds = getattr(layer.config, "sliding_window", None), getattr(layer.config, "layer_types", None)

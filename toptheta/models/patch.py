@@ -41,6 +41,7 @@ def update_model(model: nn.Module, *_ignored, **_ignored_too) -> nn.Module:
     published project's arguments `reduce_gpu_mem` and `products_dir_path` are accepted and have no effect.
     Raises UsageError if the model's family is not supported (families.py).
     """
+    _check_is_model(model)
     layers: list[Any] = attention_layers(model)
     if all(_is_patched(layer) for layer in layers):
         return model
@@ -59,6 +60,7 @@ def update_model(model: nn.Module, *_ignored, **_ignored_too) -> nn.Module:
 
 def restore_model(model: nn.Module) -> nn.Module:
     """Remove the patch in place; the inverse of `update_model`. Also returns `model`."""
+    _check_is_model(model)
     layers: list[Any] = [module for module in model.modules() if _is_patched(module)]
     for layer in layers:
         layer.toptheta.shared.end_prompt_hooks()
@@ -67,6 +69,14 @@ def restore_model(model: nn.Module) -> nn.Module:
         if type(layer) is TopK_LLamaAttention:
             layer.__class__ = LlamaAttention
     return model
+
+
+def _check_is_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model is of type {type(model).__name__}: give the model itself, as from_pretrained of "
+            "AutoModelForCausalLM returns it."
+        )
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -88,6 +98,7 @@ def _own_config(model: nn.Module) -> None:
 def patched_layers(model: nn.Module) -> list[Any]:
     """The model's patched attention layers in order. A model that was loaded with, or set to,
     attn_implementation 'top_theta' is patched first. Raises UsageError if it has none."""
+    _check_is_model(model)
     layers: list[Any] = [module for module in model.modules() if _is_patched(module)]
     if not layers:
         if getattr(getattr(model, "config", None), "_attn_implementation", None) != IMPLEMENTATION:

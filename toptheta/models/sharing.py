@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 import toptheta
@@ -27,10 +28,12 @@ from toptheta.models.control import (
     tables_of,
 )
 from toptheta.models.divergence import against_dense
+from toptheta.models.families import check_head
 from toptheta.models.loading import hub_reachable
 from toptheta.models.patch import model_device, model_state
 from toptheta.models.recorder import DECODE, Recorder, count_steps
 from toptheta.util.errors import UsageError
+from toptheta.util.files import check_writable
 
 
 def save_calibration(
@@ -46,9 +49,15 @@ def save_calibration(
 
     base_model: the model's hub id, by default what it was loaded from; text: name of the calibration text,
     for the card. check_on: other texts, as token ids `[1, L]`, on which the card's effective K and KL to
-    dense attention are measured. Raises UsageError if the model has no calibration.
+    dense attention are measured. Raises UsageError if the model has no calibration, or it cannot be written.
     """
-    calibration_of(model, base_model, text, check_on).save(folder)
+    target, remedy = Path(_path(folder)), "name another folder"
+    check_writable(target, "the folder", remedy)  # before anything is measured
+    calibration = calibration_of(model, base_model, text, check_on)
+    try:
+        calibration.save(target)
+    except OSError as error:
+        raise UsageError(f"the folder {target} cannot be written to ({error.strerror}): {remedy}.") from None
 
 
 def push_calibration(
@@ -64,6 +73,13 @@ def push_calibration(
 ) -> str:
     """`save_calibration` into a hub repository, which is created if it does not exist; returns the commit's
     URL. Also raises UsageError if the hub refuses it or cannot be reached."""
+    try:
+        validate_repo_id(repo_id or "")
+    except HFValidationError:
+        raise UsageError(
+            f"the calibration cannot be pushed to {repo_id!r}: give a hub id of the form owner/name, of "
+            "letters, digits and single '-', '_' and '.'."
+        ) from None
     calibration = calibration_of(model, base_model, text, check_on)
     if not hub_reachable():
         raise UsageError(
@@ -106,11 +122,11 @@ def load_calibration(
 
 def use_calibration(model: nn.Module, calibration: Calibration, strict: bool = True, **params: Any) -> None:
     """`load_calibration` for a calibration that is already loaded."""
-    _check_model(calibration.config, model, strict)
     _check_not_calibrating(model)
     for name in ("calibrate", "calib_load_path"):
         if params.get(name):
             raise UsageError(f"{name} gives other tables than the calibration to load: leave it out.")
+    _check_model(calibration.config, model, strict)
     shared = model_state(model)
     before, shared.tables = shared.tables, calibration.tables
     try:
@@ -126,7 +142,7 @@ def find_calibration(
 ) -> Calibration:
     """The calibration in a folder or a hub repository. Raises UsageError if there is none, or it is
     damaged."""
-    where = os.path.expanduser(folder_or_hub_id)
+    where = _path(folder_or_hub_id)
     local = os.path.isdir(where)
     if local and not os.path.isfile(os.path.join(where, "config.json")):
         raise UsageError(
@@ -168,6 +184,7 @@ def calibration_of(
             "the model has no calibration to save: calibrate with set_params(mode=0, calibrate=True), or "
             "load one."
         )
+    texts = _texts(model, check_on)
     sizes, (rows, longest) = _sizes(model), sampled(tables)
     name = base_model or tables.meta.get("model") or sizes["base_model"]
     config = CalibrationConfig(
@@ -178,7 +195,7 @@ def calibration_of(
         text=text or tables.meta.get("task", ""),
         rows=rows,
         longest=longest,
-        measured=measure(model, check_on) if check_on else {},
+        measured=measure(model, texts) if texts else {},
         date=date.today().isoformat(),
         versions=versions(),
     )
@@ -210,7 +227,7 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
     The first half of each text is left dense, as a prompt is; the others are decode steps, which count.
     Returns kl (mean and standard error between texts, nats a token; the share of the same most likely token),
     effective_k (of `effective_k.overall`, over all layers), and missed_keys (see attention/missed.py) if the
-    method has a copy of K. Raises UsageError for a text that is too short.
+    method has a copy of K.
     """
     sizes, before = _sizes(model), recorder_of(model)
     recorder = Recorder()
@@ -220,11 +237,6 @@ def measure(model: Any, texts: Sequence[Tensor]) -> dict[str, Any]:
     record_statistics(model, recorder)
     try:
         for ids in texts:
-            if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 4:
-                shape = tuple(ids.shape)
-                raise UsageError(
-                    f"check_on has a text of shape {shape}: give token ids [1, L], L at least 4."
-                )
             found = against_dense(model, ids.to(model_device(model)), ids.shape[1] // 2, None)
             kl.append(found.kl.double())
             same.append(found.same_top.double())
@@ -269,6 +281,41 @@ def _sizes(model: Any) -> dict[str, Any]:
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
     }
+
+
+def _path(given: Any) -> str:
+    """A folder's path, or what may be a hub id. Raises UsageError for anything else."""
+    path = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UsageError(f"the calibration's folder is {given!r}, which is not a path: name a folder.")
+    return os.path.expanduser(path)
+
+
+def _texts(model: Any, check_on: Any) -> list[Tensor]:
+    """The texts of `check_on`, or the only one. Raises UsageError if KL cannot be measured on them."""
+    listed = isinstance(check_on, Sequence) and not isinstance(check_on, str)
+    texts: list[Any] = list(check_on) if listed else [check_on]
+    if texts:
+        check_head(model, "check_on")
+    words = model.config.get_text_config().vocab_size
+    for ids in texts:
+        found = ""
+        if not isinstance(ids, Tensor):
+            found = f"type {type(ids).__name__}"
+        elif ids.dtype not in (torch.int32, torch.int64):
+            found = f"type {ids.dtype}"
+        elif ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 4:
+            found = f"shape {tuple(ids.shape)}"
+        if found:
+            raise UsageError(
+                f"check_on has a text of {found}: give a list of tensors of token ids [1, L], L at least 4."
+            )
+        if ids.min() < 0 or ids.max() >= words:
+            raise UsageError(
+                f"check_on has token ids from {int(ids.min())} to {int(ids.max())}, but the model has "
+                f"{words} tokens: use its own tokenizer."
+            )
+    return texts
 
 
 def _check_not_calibrating(model: nn.Module) -> None:

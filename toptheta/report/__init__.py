@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 def load(*folders: "Path | str") -> "LoadedRun":
     """Load runs as pandas tables, see frames.LoadedRun. folders: of runs (products/<timestamp>), of their
-    tasks or cells, or of tables. Raises UsageError if a folder has no finished cell, or a file is damaged."""
+    tasks or cells, or of tables. Raises UsageError if a folder has no finished cell, a file is damaged, or no
+    folder is given."""
     from toptheta.report import frames  # here: pandas takes a second to import
 
     return frames.load(*folders)

@@ -130,8 +130,10 @@ def text_of(result: CellResult) -> tuple[str, int] | None:
 
 def load(*folders: Path | str) -> LoadedRun:
     """Read runs: products/<timestamp>, one of its tasks or cells, or the folder of a table. Cells of one task
-    (and text) are compared with its first dense cell. Raises UsageError if a folder has no finished cell, or
-    a file is damaged."""
+    (and text) are compared with its first dense cell. Raises UsageError if a folder has no finished cell, a
+    file is damaged, or no folder is given."""
+    if not folders:
+        raise UsageError('there is no run to load: name its folder, as in load("products/<timestamp>").')
     read = [(result, str(folder)) for folder in folders for result in _results(Path(folder))]
     unique = {(one.folder or str(i)): one for i, (one, _) in enumerate(read)}
     table_of = {id(one): table for one, table in read}

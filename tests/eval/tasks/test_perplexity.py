@@ -156,17 +156,9 @@ def test_shorter_calibration_windows(folder_model: str, here_with_text: Path) ->
             "--calib_samples 3: .* short.txt has only",
         ),
         ({"calib_text": "bad.jsonl"}, "bad.jsonl has no LongBench rows"),
-        (
-            {"calib_text": "text.txt", "mode": (3,), "vmc": False, "sdc": "none"},
-            "--calib_text text.txt has no effect without calibration",
-        ),
         ({"calib_text": "text.txt", "calib_task": "arc_easy"}, "give one of them"),
         ({"calib_seq_len": 64, "calib_task": "arc_easy"}, "--calib_seq_len 64 shortens windows of a text"),
         ({"calib_seq_len": 201}, "--calib_seq_len 201 is more than the windows' 200 tokens"),
-        (
-            {"calib_seq_len": 64, "mode": (3,), "vmc": False, "sdc": "none"},
-            "--calib_seq_len 64 has no effect without calibration",
-        ),
         ({"mode": (3,), "method": ("h2o",), "decode_from": 0}, "h2o leaves prompts dense"),
         ({"vrow_popularity": True}, "add --decode_from 0"),
         ({"reference_dtype": "float8"}, "--reference_dtype is 'float8': choose one of"),

@@ -56,6 +56,10 @@ def test_what_samples_lack_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             samples_figure(folder, heads, lengths)
+    with pytest.raises(UsageError, match=r"^there are no heads to draw: give pairs"):
+        samples_figure(folder, [], [(70, 90)])
+    with pytest.raises(UsageError, match=r"^there are no lengths to draw: give pairs"):
+        samples_figure(folder, [(3, 0)], [])
     (folder / "th.txt.gz").unlink()
     with pytest.raises(UsageError, match=r"th\.txt is missing"):
         samples_figure(folder, [(3, 0)], [(70, 90)])

@@ -126,8 +126,8 @@ def test_damage_ends_with_2_and_the_rest_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--layer-ids", "0,6"], ["--layer-ids names 6", "0 to 5"]),
-        (["--head-ids", "9"], ["--head-ids names 9", "0 to 8"]),
+        (["--layer-ids", "0,6"], ["there is no layer 6", "0 to 5"]),
+        (["--head-ids", "9"], ["there is no head 9", "0 to 8"]),
         (["--layer-ids", "0;1"], ["--layer-ids is '0;1'"]),
         (["--layer-ids", ""], ["--layer-ids is empty"]),
         (["--format", "pdf", "--format=png"], ["--format is given 2 times"]),

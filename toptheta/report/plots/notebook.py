@@ -1,6 +1,7 @@
 """Figures in a notebook, the same as those that the scripts write to files."""
 
 import io
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from toptheta.report.plots.flags import Request
-from toptheta.report.plots.report import Drawing, Run, open_run
+from toptheta.report.plots.report import Drawing, Run, cells_in, open_run
 from toptheta.report.plots.style import look
 from toptheta.util.errors import UsageError
 
@@ -39,8 +40,26 @@ def open_folder(
     path = Path(folder)
     if not path.is_dir():
         raise UsageError(f"{path} is not a folder: name the folder of a run, products/<timestamp>.")
-    layers, heads = (None if ids is None else tuple(sorted(set(ids))) for ids in (layer_ids, head_ids))
-    return open_run(Request(path, path, "png", title, layers, heads))
+    layers, heads = _ids("layer_ids", layer_ids), _ids("head_ids", head_ids)
+    run = open_run(Request(path, path, "png", title, layers, heads))
+    cells = "" if run.num_layers else cells_in(path)
+    if cells:
+        raise UsageError(f"{path} is the folder of a run, and a figure shows a single cell: name {cells}.")
+    return run
+
+
+def _ids(name: str, ids: Any) -> tuple[int, ...] | None:
+    if ids is None:
+        return None
+    try:
+        found = sorted({operator.index(one) for one in ids})
+    except TypeError:
+        found = []
+    if not found or found[0] < 0:
+        raise UsageError(
+            f"{name} is {ids!r}, but must be whole numbers from 0, in a list: give {name}=[0, 1, 15]."
+        )
+    return tuple(found)
 
 
 def show(draw: Callable[..., Figure | Drawing | tuple[Figure, list[str]]], *args: Any, **kw: Any) -> Picture:

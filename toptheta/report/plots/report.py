@@ -84,7 +84,7 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
                 print(_save(drawing, request))
                 drawn += 1
         if not drawn and not failed:
-            cells = one_of("cells", run.folder, ["*/config.json", "*/*/config.json"])
+            cells = cells_in(run.folder)
             raise UsageError(
                 f"-d/--dir is {str(run.folder)!r}, which has nothing to draw (looked for {inputs}): name "
                 f"{cells or 'the folder of a run, products/<timestamp>'}, or choose other --layer-ids and "
@@ -103,6 +103,11 @@ def draw_report(request: Request, figures: Sequence[Callable[[Run], Drawing]], i
     for note in notes:
         print(note, file=sys.stderr)
     return 2 if failed else 0
+
+
+def cells_in(folder: Path) -> str:
+    """For errors, the cells of a run, see `one_of`."""
+    return one_of("cells", folder, ["*/config.json", "*/*/config.json"])
 
 
 def _save(drawing: Drawing, request: Request) -> Path:
@@ -130,8 +135,8 @@ def open_run(request: Request) -> Run:
         found_layers, found_heads = _sizes_in_files(request.folder)
         num_layers = found_layers if num_layers is None else num_layers
         num_heads = found_heads if num_heads is None else num_heads
-    _check_ids("--layer-ids", request.layer_ids, "layers", num_layers)
-    _check_ids("--head-ids", request.head_ids, "heads", num_heads)
+    _check_ids("layer", request.layer_ids, num_layers)
+    _check_ids("head", request.head_ids, num_heads)
     words = [config[key] for key in ("model", "method") if isinstance(config.get(key), str)]
     title = request.title if request.title is not None else ", ".join(words) or request.folder.resolve().name
     settings = config.get("settings")
@@ -176,10 +181,12 @@ def _size(config: dict, key: str, flag_value: int | None, flag: str, folder: Pat
     return value
 
 
-def _check_ids(flag: str, ids: tuple[int, ...] | None, word: str, count: int | None) -> None:
+def _check_ids(word: str, ids: tuple[int, ...] | None, count: int | None) -> None:
     if ids is None or count is None or ids[-1] < count:
         return
-    raise UsageError(f"{flag} names {ids[-1]}, but the run has {count} {word}: choose from 0 to {count - 1}.")
+    raise UsageError(
+        f"there is no {word} {ids[-1]}: the run has {count} {word}s, choose from 0 to {count - 1}."
+    )
 
 
 def _sizes_in_files(folder: Path) -> tuple[int | None, int | None]:

@@ -28,9 +28,14 @@ def samples_figure(
 
     A sample is the (K+1)-th largest score (or weight) of one attention row. heads: pairs (layer, head);
     lengths: pairs (shortest, longest) of row lengths in tokens, both included. The line is the mean of
-    the thresholds in th.txt over these rows, the band their range. Raises UsageError if a file is missing, or
-    a head or a range of lengths has no samples.
+    the thresholds in th.txt over these rows, the band their range. Raises UsageError if a file is missing, if
+    a head or a range of lengths has no samples, or if there are none of them.
     """
+    if not heads or not lengths:
+        raise UsageError(
+            f"there are no {'lengths' if heads else 'heads'} to draw: give pairs, heads as in [(0, 3)] for "
+            "layer 0, head 3, and lengths as in [(65, 200)]."
+        )
     folder = Path(folder)
     samples = read_calibration_samples(folder)
     thresholds = read_thresholds(folder)
