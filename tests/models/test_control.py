@@ -37,6 +37,11 @@ def test_k_per_layer(tiny_model: LlamaForCausalLM) -> None:
     assert [layer.spec.k for layer in layer_states(tiny_model)] == [256, 0, 7]
     set_params(tiny_model, K=[3, 4, 5])
     assert [layer.spec.k for layer in layer_states(tiny_model)] == [3, 4, 5]
+    set_params(tiny_model, K={0: 9})  # the other layers keep theirs
+    assert [layer.spec.k for layer in layer_states(tiny_model)] == [9, 4, 5]
+    set_params(tiny_model, K=6)
+    set_params(tiny_model, K={2: 7})
+    assert [layer.spec.k for layer in layer_states(tiny_model)] == [6, 6, 7]
     for k, message in (
         ([3, 4], "lists 2 values"),
         ({5: 3}, "layer 5"),

@@ -1,6 +1,6 @@
 """Control of a patched model: parameters, look-up tables, statistics. Calibration: calibrate.py."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from toptheta.calibration.tables import (
     load_tables,
 )
 from toptheta.methods.base import NEG_INF, ValueNorms, option_value
-from toptheta.methods.params import AttentionParams, LayerSpec, check
+from toptheta.methods.params import AttentionParams, LayerSpec, check, expand_k
 from toptheta.models.calibrate import (
     begin_calibration,
     calibrated_tables,
@@ -91,7 +91,8 @@ def set_params(model: nn.Module, **params) -> None:
     """Set the parameters of a patched model; parameters that are not given keep their values.
 
     params: fields of AttentionParams, and `mode` and `capk` of the published project; method: a name with
-    options ('streaming_llm:sinks=8') or an object of toptheta/methods. calibrate=True starts a calibration of
+    options ('streaming_llm:sinks=8') or an object of toptheta/methods. K may be a number, a list with one for
+    each layer, or {layer: k}, where the other layers keep theirs. calibrate=True starts a calibration of
     the tables that the other parameters need, on all prompts that then run through the model; calibrate=False
     ends it and uses the tables. calib_load_path loads tables from a folder instead. Raises UsageError for an
     unknown name, a value of another type, an invalid combination, tables that are missing or do not match, an
@@ -108,6 +109,10 @@ def change_params(model: nn.Module, old: AttentionParams, given: dict[str, Any])
             "a calibration is under way, whose samples this call would discard: first end it with "
             "calibrate=False, or add calibrate=True to start again."
         )
+    if isinstance(given.get("K"), Mapping):
+        num_layers = len(patched_layers(model))
+        expand_k(given["K"], num_layers)  # checks it
+        given = given | {"K": dict(enumerate(old.k_per_layer(num_layers))) | dict(given["K"])}
     implied: dict[str, Any] = {"calib_load_path": ""}
     if given.get("calib_load_path"):
         implied = UNSHAPED | {"calibrate": False}  # left over from a calibration, as below
