@@ -68,7 +68,8 @@ Written by `python bench/families.py`, with transformers {transformers.__version
 [tests/models/test_families.py](../tests/models/test_families.py) on a tiny random model: with K at least the
 sequence length, the output equals stock eager attention within rounding; with a smaller K it equals slow
 loops, for Top-k and Top-theta on scores and on weights, with SDC and VMC. *kernels*: the backend that
-computes the attention calls on a CPU. *none*: no layer has a sliding window.
+computes the attention calls on a CPU. *compile*: torch.compile traces a step behind a static cache as one
+graph (its eager backend computes it; no code is generated). *none*: no layer has a sliding window.
 
 {table(cells.found)}
 """

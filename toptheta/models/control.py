@@ -207,6 +207,7 @@ def _install(
     for i, layer in enumerate(layers):
         state = layer.toptheta
         state.spec, state.values = specs[i], values.get(i)
+        _ = state.spec.kernel  # now: torch.compile cannot trace the first use of a cached_property
         state.theta, state.sdc_table = thetas.get(i), sdc_tables.get(i)
 
 
