@@ -30,6 +30,7 @@ from toptheta.models.patch import choose_implementation, execution_device, model
 from toptheta.models.recorder import Recorder
 from toptheta.models.tensor_parallel import refuse
 from toptheta.util.errors import UsageError
+from toptheta.util.options import plain
 
 # The options of a calibration, as they are for tables that were loaded
 UNSHAPED = {name: getattr(AttentionParams(), name) for name in SHAPING}
@@ -110,9 +111,9 @@ def change_params(model: nn.Module, old: AttentionParams, given: dict[str, Any])
             "calibrate=False, or add calibrate=True to start again."
         )
     if isinstance(given.get("K"), Mapping):
-        num_layers = len(patched_layers(model))
-        expand_k(given["K"], num_layers)  # checks it
-        given = given | {"K": dict(enumerate(old.k_per_layer(num_layers))) | dict(given["K"])}
+        num_layers, k = len(patched_layers(model)), plain(given["K"])
+        expand_k(k, num_layers)  # checks it
+        given = given | {"K": dict(enumerate(old.k_per_layer(num_layers))) | k}
     implied: dict[str, Any] = {"calib_load_path": ""}
     if given.get("calib_load_path"):
         implied = UNSHAPED | {"calibrate": False}  # left over from a calibration, as below
@@ -137,7 +138,7 @@ def _check_shaping(
     if tables is None and not old.calibrate:
         return  # which is refused
     meta = {} if tables is None or old.calibrate else tables.meta
-    for name in given.keys() & set(SHAPING):
+    for name in (one for one in SHAPING if one in given):
         value, in_force = getattr(new, name), getattr(old, name)
         made_with = option_value(name, UNSHAPED[name], meta[name]) if name in meta else in_force
         if value not in (in_force, made_with):
