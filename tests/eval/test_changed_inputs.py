@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.eval.helpers import gen_settings, only_run, qa_settings
+from tests.eval.helpers import calibrating_settings, gen_settings, only_run, qa_settings
+from tests.eval.test_calibration_task import arc_rows
 from toptheta.eval.run import open_run
 from toptheta.eval.runner import evaluate
 from toptheta.eval.settings import PERPLEXITY, Settings
@@ -101,6 +102,19 @@ def test_questions(folder_model: str, here: Path) -> None:
     plain, again = (qa_jobs(qa_settings(folder_model, num_fewshot=0))[0].data_hash() for _ in range(2))
     (few,) = qa_jobs(qa_settings(folder_model, num_fewshot=2))
     assert plain == again != few.data_hash()
+
+
+def test_rows_of_a_calibration_task(folder_model: str, here: Path) -> None:
+    arc_rows(here / "data" / "arc_easy", "train", 30)
+    settings = calibrating_settings(
+        folder_model, calib_task="arc_easy", data_dir="data", calib_samples=2, calibrate_only=True
+    )
+    evaluate(settings)
+    run = str(only_run(here / "products"))
+    evaluate(settings, run)
+    arc_rows(here / "data" / "arc_easy", "train", 31)
+    with pytest.raises(UsageError, match="the data of --calib_task arc_easy changed since"):
+        evaluate(settings, run)
 
 
 def test_hub_models_are_known_by_their_commit() -> None:

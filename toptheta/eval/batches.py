@@ -1,6 +1,6 @@
 """Batches that are split when memory runs out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TypeVar
 
 import torch
@@ -57,3 +57,12 @@ def _fits(batch: list[T], run: Callable[[list[T]], None]) -> bool:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error):
             return False
         raise
+
+
+def unfinished(
+    batches: Sequence[list[T]], done: Container[str], key: Callable[[T], str] = str
+) -> list[list[T]]:
+    """The batches without what is `done`, by its key, and without empty ones. The rest of a batch stays
+    together, so that rounding does not change."""
+    left = ([one for one in batch if key(one) not in done] for batch in batches)
+    return [batch for batch in left if batch]

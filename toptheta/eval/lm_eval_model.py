@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from toptheta.eval import processes
-from toptheta.eval.batches import Batches
+from toptheta.eval.batches import Batches, unfinished
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.likelihoods import Group, Scored, score, split, unpadded_length
@@ -296,7 +296,7 @@ class TopThetaLM(HFLM):
         ids_of = dict(zip(keys, map(tuple, prompts)))
         if can_share(self.model) and self._grows:
             self._lengths = shared_lengths(ids_of.values())
-        todo = _left(in_batches(order, lambda key: self._shared(ids_of[key]), batches.size), done)
+        todo = unfinished(in_batches(order, lambda key: self._shared(ids_of[key]), batches.size), done)
         sizes = dict(zip(keys, map(len, prompts)))
 
         def texts_of(batch: list[str]) -> list[str]:
@@ -320,7 +320,7 @@ class TopThetaLM(HFLM):
         try:
             with self._bar(len(order), len(order) - sum(map(len, todo)), "text", disable_tqdm) as advance:
                 share = processes.share(todo)
-                while share := _left(share, done):
+                while share := unfinished(share, done):
                     batches.run(share, run, self._undo, failed)
         finally:
             self._lengths = {}
@@ -393,11 +393,6 @@ def _without(batches: list[list[Group]], done: Container[str]) -> list[list[Grou
         for batch in batches
     ]
     return [kept for kept in ([one for one in batch if one[1]] for batch in left) if kept]
-
-
-def _left(batches: list[list[str]], done: Container[str]) -> list[list[str]]:
-    """The same for batches of keys."""
-    return [kept for kept in ([key for key in batch if key not in done] for batch in batches) if kept]
 
 
 def _key(context: Sequence[int] = (), continuation: Sequence[int] = (), options: str = "") -> str:

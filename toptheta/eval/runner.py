@@ -33,7 +33,7 @@ from toptheta.eval.settings import (
     resolve_device,
 )
 from toptheta.eval.tasks.base import Engine, Job, Outcome
-from toptheta.eval.tasks.harness import check_calib_task
+from toptheta.eval.tasks.harness import check_calib_task, data_hash
 from toptheta.eval.tasks.humaneval.job import HumanEvalJob
 from toptheta.eval.tasks.items import ItemJob
 from toptheta.eval.tasks.longbench import LongBenchJob
@@ -103,7 +103,10 @@ def _inputs(source: ModelSource, config: Any, jobs: list[Job]) -> dict[str, str]
     files = ", ".join(f"--{name} {value}" for name, value in given if value)
     where = f" ({files})" if files else ""
     model = {f"the model {source.name}": fingerprint(source, config)}
-    return model | {f"the data of {job.task}{where}": job.data_hash() for job in jobs}
+    data = {f"the data of {job.task}{where}": job.data_hash() for job in jobs}
+    if settings.calib_task:
+        data[f"the data of --calib_task {settings.calib_task}"] = data_hash(check_calib_task(settings))
+    return model | data
 
 
 def _run_parts(

@@ -4,6 +4,7 @@ lm_eval is imported on use, because that takes seconds.
 """
 
 import hashlib
+import json
 import logging
 import random
 import sys
@@ -32,11 +33,24 @@ def around(model: Any, tokenizer: Any, batch_size: int) -> Any:
     return TopThetaLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def check_calib_task(settings: Any) -> None:
-    """Raise UsageError unless --calib_task, if given, is known and its data can be had."""
-    if settings.calib_task is not None:
-        check_task(settings.calib_task, settings.data_dir, "--calib_task")
-        load_tasks(task_configs(settings.calib_task, settings.data_dir, True, "--calib_task"), settings, None)
+def check_calib_task(settings: Any) -> list[Any]:
+    """The harness's task objects of --calib_task, if it is given. Raises UsageError unless it is known and
+    its data can be had."""
+    if settings.calib_task is None:
+        return []
+    check_task(settings.calib_task, settings.data_dir, "--calib_task")
+    return load_tasks(
+        task_configs(settings.calib_task, settings.data_dir, True, "--calib_task"), settings, None
+    )
+
+
+def data_hash(tasks: Iterable[Any]) -> str:
+    """The hash of the documents and examples of the harness's task objects."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for doc in (*task.eval_docs, *(task.fewshot_docs() or () if task.config.num_fewshot else ())):
+            digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def calibrate_on_task(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from toptheta.eval import processes
-from toptheta.eval.batches import Batches
+from toptheta.eval.batches import Batches, unfinished
 from toptheta.eval.cell import Cell
 from toptheta.eval.checkpoint import Checkpoint
 from toptheta.eval.settings import GenSettings
@@ -130,7 +130,7 @@ class ItemJob(Job):
 
         with processes.progress(total, total - sum(map(len, todo)), self.unit, description) as advance:
             share = processes.share(todo)
-            while share := _without(share, progress.done):  # memory that ran out may have undone some
+            while share := unfinished(share, progress.done, _key):  # memory that ran out may have undone some
                 batches.run(share, run, progress.restore, failed)
 
     def evaluate(self, engine: Engine, product: Cell, recorder: Recorder | None, description: str) -> Outcome:
@@ -305,15 +305,14 @@ def mean_and_stderr(values: Sequence[float]) -> Metric:
     return Metric(float(array.mean()), stderr, len(array))
 
 
+def _key(item: Item) -> str:
+    return item.key
+
+
 def _batches(items: list[Item], size: int, done: Container[str]) -> list[list[Item]]:
     """Batches of items of similar length, without finished items; with size 1 the order is kept. Batches do
     not depend on what is finished, so that rounding and random numbers stay the same."""
     if size > 1:
         items = sorted(items, key=lambda item: len(item.ids))
     batches = [items[i : i + size] for i in range(0, len(items), size)]
-    return _without(batches, done)
-
-
-def _without(batches: list[list[Item]], done: Container[str]) -> list[list[Item]]:
-    left = ([item for item in batch if item.key not in done] for batch in batches)
-    return [batch for batch in left if batch]
+    return unfinished(batches, done, _key)

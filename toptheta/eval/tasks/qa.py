@@ -1,7 +1,5 @@
 """Q&A: a task of lm-eval, calibrated on another split of the same task or on --calib_task."""
 
-import hashlib
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +35,7 @@ class QAJob(Job):
                 "--num_fewshot."
             )
         self.num_questions = 0
-        self._data = hashlib.sha256()
+        self._tasks: list[Any] = []  # the harness's, of evaluation and calibration
 
     def question_counts(self) -> tuple[float, float]:
         default = task_defaults(self.settings.calibration_task).calib_samples
@@ -50,19 +48,14 @@ class QAJob(Job):
         if not settings.calibrate_only:
             configs = task_configs(self.task, settings.data_dir, False)
             tasks = harness.load_tasks(configs, settings, self.num_fewshot)
-            self._add_data(tasks)
+            self._tasks += tasks
             self.num_questions = sum(harness.chosen_docs(tasks, settings.num_samples).values())
         if calibrates and not settings.calib_task:
             configs = task_configs(self.task, settings.data_dir, True)
-            self._add_data(harness.load_tasks(configs, settings, self.calib_num_fewshot))
-
-    def _add_data(self, tasks: list[Any]) -> None:
-        for task in tasks:
-            for doc in (*task.eval_docs, *(task.fewshot_docs() or () if task.config.num_fewshot else ())):
-                self._data.update(json.dumps(doc, sort_keys=True, default=str).encode())
+            self._tasks += harness.load_tasks(configs, settings, self.calib_num_fewshot)
 
     def data_hash(self) -> str:
-        return self._data.hexdigest()[:16]
+        return harness.data_hash(self._tasks)
 
     def load(self, source: ModelSource) -> Engine:
         engine = super().load(source)
